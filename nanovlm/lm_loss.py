@@ -1,0 +1,44 @@
+"""The language-modelling loss: how surprised is the model by each next token?
+
+    L = − Σ_t log p(x_{t+1} | x_≤t)         summed over the positions whose next token is to be learned
+
+    hidden (B, T, D) ─► drop what nobody learns from ─► chunks of tokens ─► head ─► cross-entropy ─► (sum, count)
+
+It returns a sum and a count, not a mean: the training loop adds micro-batches and ranks up before it divides, so that
+every trained token weighs the same. The shift by one happens here and nowhere else.
+
+Full-size vocabularies make the logits the largest tensor of the run (32 × 2048 × 32000 fp32 = 8 GB). So only trained
+positions go through the head, a chunk at a time, and a chunk's logits are computed again in the backward pass.
+
+Legend: B batch, T tokens, D width, V vocabulary, K trained tokens.
+"""
+
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+IGNORE = -100  # a label of −100 is not learned
+
+
+def lm_loss(hidden: Tensor, head_weight: Tensor, labels: Tensor, chunk: int = 8192) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of the next token → (sum over trained tokens, their number), both scalars.
+
+    hidden: (B, T, D), the decoder's last states. head_weight: (V, D). labels: int64 (B, T), the token that stands at each
+    position (not the next one), −100 where nothing is learned. chunk: tokens whose logits are held at once.
+    """
+    learned = labels[:, 1:] != IGNORE  # (B, T - 1): position t learns to say token t + 1
+    states = hidden[:, :-1][learned]  # (K, D)
+    targets = labels[:, 1:][learned]  # (K,)
+    total = states.sum() * 0.0  # nothing to learn here: a zero that is still connected to the graph, never 0/0
+    for start in range(0, len(targets), chunk):
+        part = slice(start, start + chunk)
+        if len(targets) <= chunk:
+            total = total + chunk_loss(states[part], head_weight, targets[part])
+        else:
+            total = total + checkpoint(chunk_loss, states[part], head_weight, targets[part], use_reentrant=False)
+    return total, learned.sum()
+
+
+def chunk_loss(states: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
+    logits = F.linear(states, head_weight)  # (K, V)
+    return F.cross_entropy(logits.float(), targets, reduction="sum")
