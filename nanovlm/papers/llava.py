@@ -1,0 +1,139 @@
+"""LLaVA: image tokens become words, and a chat model reads them.
+
+"Visual Instruction Tuning" (2304.08485) §4, Fig. 1.
+
+    image (3, h, w) ─► CLIP ViT, block −2, class token dropped ─► Z_v (N, D_v) ─► projector: H_v = W·Z_v (N, D)   Eq. 1
+                                                                                        │
+    "USER: <image>\\nwhat is it?"  ─► embedding (T, D)                                   │
+                    └── the one id <image> is replaced by the N image tokens ◄──────────┘
+                              ▼
+    [U S E R : v_1 … v_N \\n w h a t …] (T − 1 + N, D) ─► decoder LM ─► loss on the assistant's tokens only       Eq. 3
+
+    stage 1 (align):  only the projector learns, on captions             stage 2 (tune): projector and LM learn, on instructions
+    frozen: the vision encoder, always
+
+A conversation may hold any number of images, or none. They come in one tensor, in the order of their <image> marks
+through the batch. Training pads on the right, generation on the left, so that the next token always stands last.
+
+Legend: B conversations, T ids, n images in the batch, N image tokens each, L spliced length, D the LM's width.
+Differs from the released code in: the sequence is not cut at a maximal length here, where it could cut through an
+image; the data side does that (`data/conversation.py`). A batch without images sends zero images through the projector
+(the released code a black one, whose tokens it then drops), so that every rank has a gradient for it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nanovlm import generation
+from nanovlm.decoder import Decoder, DecoderConfig
+from nanovlm.lm_loss import IGNORE, lm_loss
+from nanovlm.papers.language_model import Output, mean_loss, prefill, step
+from nanovlm.projector import Projector
+from nanovlm.vit import ViT, ViTConfig
+
+
+@dataclass(frozen=True)
+class LLaVAConfig:
+    vision: ViTConfig
+    language: DecoderConfig
+    image_token_id: int
+    projector_layers: int = 1  # 2 for LLaVA-1.5
+    feature_layer: int = -2  # which of the L + 1 hidden states: −1 the last block's, −2 the one before
+
+
+class LLaVA(nn.Module):
+    def __init__(self, config: LLaVAConfig):
+        super().__init__()
+        self.config = config
+        self.vision = ViT(config.vision)
+        self.projector = Projector(config.vision.width, config.language.width, config.projector_layers)
+        self.language = Decoder(config.language)
+
+    @property
+    def image_tokens(self) -> int:
+        """N: how many places of the sequence one <image> takes."""
+        return self.config.vision.grid ** 2
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """images (n, 3, h, w) → Z_v (n, N, D_v). The features before the last block serve best (§4.1, Table 8)."""
+        depth = self.config.vision.layers + 1 + self.config.feature_layer
+        return self.vision(images, depth=depth)[:, 1:]
+
+    def image_prefix(self, images: Tensor) -> Tensor:
+        """images (n, 3, h, w) → H_v (n, N, D), what the language model reads."""
+        return self.projector(self.encode_image(images))  # Eq. 1
+
+    def splice(self, input_ids: Tensor, attention_mask: Tensor, images: Tensor, labels: Tensor | None = None,
+               pad: str = "right") -> tuple[Tensor, Tensor, Tensor | None]:
+        """Put N image tokens in the place of each <image> id.
+
+        input_ids int64 (B, T), attention_mask bool (B, T), labels int64 (B, T) → embeddings (B, L, D), mask bool (B, L),
+        labels (B, L), −100 on image tokens and padding. pad: the side that is filled up.
+        """
+        is_image = (input_ids == self.config.image_token_id) & attention_mask  # (B, T)
+        if is_image.sum() != len(images):
+            raise ValueError(f"the batch has {int(is_image.sum())} <image> marks but {len(images)} images")
+        D = self.config.language.width
+        visual = self.image_prefix(images).reshape(-1, D)  # (n·N, D)
+        words = self.language.embedding(input_ids.masked_fill(is_image, 0))  # (B, T, D)
+        # each id takes 1 place, an <image> N, padding none; its first place is the sum of what stands before
+        takes = torch.where(is_image, self.image_tokens, 1) * attention_mask  # (B, T)
+        lengths = takes.sum(dim=1)  # (B,)
+        L = int(lengths.max())
+        start = takes.cumsum(dim=1) - takes  # (B, T)
+        if pad == "left":
+            start = start + (L - lengths)[:, None]
+        rows = torch.arange(len(input_ids), device=input_ids.device)[:, None].expand_as(start)
+        word = attention_mask & ~is_image
+        places = start[is_image][:, None] + torch.arange(self.image_tokens, device=start.device)  # (n, N)
+        image_rows = rows[is_image][:, None].expand_as(places)
+        embeddings = words.new_zeros(len(input_ids), L, D)
+        embeddings = embeddings.index_put((rows[word], start[word]), words[word])
+        embeddings = embeddings.index_put((image_rows.flatten(), places.flatten()), visual.to(words.dtype))
+        column = torch.arange(L, device=start.device)[None, :]
+        first = (L - lengths)[:, None] if pad == "left" else torch.zeros_like(lengths)[:, None]
+        mask = (column >= first) & (column < first + lengths[:, None])  # (B, L)
+        if labels is not None:
+            spliced = labels.new_full((len(input_ids), L), IGNORE)
+            labels = spliced.index_put((rows[word], start[word]), labels[word])
+        return embeddings, mask, labels
+
+    def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None,
+                pad: str = "right", maps: list | None = None) -> Output:
+        """logits (B, L, V) over the spliced sequence, and the loss where labels are given.
+
+        maps receives the LM's attention weights (B, H, L, L), block by block.
+        """
+        embeddings, mask, labels = self.splice(input_ids, attention_mask, images, labels, pad)
+        hidden = self.language(inputs_embeds=embeddings, attention_mask=mask, maps=maps)
+        loss = None if labels is None else mean_loss({"lm": lm_loss(hidden, self.language.head_weight, labels)})
+        return Output(self.language.logits(hidden), loss)
+
+    def losses(self, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """{"lm": (sum over the assistant's tokens, their number)}; batch as made by `collate_conversations`."""
+        embeddings, mask, labels = self.splice(batch["input_ids"], batch["attention_mask"], batch["images"],
+                                               batch["labels"])
+        hidden = self.language(inputs_embeds=embeddings, attention_mask=mask)
+        return {"lm": lm_loss(hidden, self.language.head_weight, labels)}  # Eq. 3
+
+    def prefill(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, object]:
+        """Read prompts with their images, whichever side the ids are padded on: next-token logits (B, V), cache."""
+        embeddings, mask, _ = self.splice(input_ids, attention_mask, images, pad="left")
+        return prefill(self.language, mask, inputs_embeds=embeddings)
+
+    def generate(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int,
+                 stop: Sequence[int], beams: int = 1, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
+                 generator: torch.Generator | None = None) -> Tensor:
+        """New token ids only, int64 (B, n)."""
+        return generation.generate(lambda: self.prefill(images, input_ids, attention_mask),
+                                   lambda ids, cache: step(self.language, ids, cache), max_new_tokens, stop,
+                                   beams=beams, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+
+    def score(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor,
+              candidates: Sequence[Sequence[int]]) -> Tensor:
+        """log p of each candidate answer after each prompt → (B, number of candidates)."""
+        return generation.score_candidates(lambda: self.prefill(images, input_ids, attention_mask),
+                                           lambda ids, cache: step(self.language, ids, cache), candidates)
