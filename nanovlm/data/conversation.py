@@ -1,0 +1,348 @@
+"""Conversations become token ids and labels, and lists of samples become batches: all of it.
+
+Idea: a format is a table of the texts that stand around questions and answers. Ids and labels are built together, piece
+by piece, so no label can slip: each piece of text is encoded once and is either trained whole or not at all.
+Paper: Liu et al. 2023, Visual Instruction Tuning (arXiv:2304.08485), Section 4.2: Table 2 (the format v0), Eq. 2 (where
+the image stands), Eq. 3 (what carries loss). The later formats are those of the released llava/conversation.py.
+
+    turns       [Turn("<image>\\nwhat colour?", "red"), Turn("sure?", "yes")]
+                        │ pieces: template, question, answer, close; neighbours that carry no loss are one text
+    v1          <s>  system USER:  <image>  \\nwhat colour? ASSISTANT:  ␣red  </s>  USER: sure? ASSISTANT:  ␣yes  </s>
+                        │ encode each piece
+    input_ids   1    300 271 288   3        14 290 265 ...          310   2     288 260 ...             322   2
+    labels      -100 ...           -100     -100 ...                310   2     -100 ...                322   2
+
+The model puts `image_tokens` embeddings where the one id <image> stands; `max_length` counts them.
+What people write is ordinary text: "</s>" in a question or an answer never becomes the stop token.
+
+Differs from the released code in: labels are made with the ids instead of being found again in the encoded text, so no
+sample is lost to a mismatch; a "v0" label covers answer and stop only; an empty system prompt leaves no blank behind;
+truncation never cuts an image.
+
+Legend: B batch, T text tokens, K negatives per pair, n images in the batch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from random import Random
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from nanovlm.data.transforms import Transform, load_image
+from nanovlm.errors import UserError
+from nanovlm.lm_loss import IGNORE
+from nanovlm.tokenizer import Tokenizer
+
+IMAGE = "<image>"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question and its answer; `question` may hold "<image>" marks, `kind` names the kind of question."""
+
+    question: str
+    answer: str
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a source hands out, whatever it was read from; `id` names the record in messages."""
+
+    id: str
+    images: tuple = ()  # PIL images (RGB) or paths, in the order of the "<image>" marks
+    caption: str = ""
+    references: tuple[str, ...] = ()  # all captions that count as right
+    negatives: tuple[str, ...] = ()  # captions that are wrong in one point
+    turns: tuple[Turn, ...] = ()
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class Format:
+    """The texts around questions and answers. Only here do "<s>" and "</s>" mean the special tokens.
+
+    begin [around system around] first QUESTION reply lead ANSWER close  later QUESTION reply lead ANSWER close  ...
+    """
+
+    begin: str  # opens the conversation
+    system: str  # may be empty: then `around` is left out too
+    around: tuple[str, str]  # before and after the system text
+    first: str  # before the first question
+    later: str  # before every other question
+    reply: str  # between question and answer
+    lead: str  # opens the answer; it belongs to the answer so that " red" is the token it is inside any sentence
+    close: str  # ends the answer, and is trained: generation stops here
+    forbidden: str = ""  # a text at which generation stops, so no answer may hold it
+    marks_only: bool = False  # one turn, of whose question only the "<image>" marks are kept
+
+
+# The system sentences are part of the published formats: weights tuned on them expect them to the letter.
+_V0 = (
+    "A chat between a curious human and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the human's questions."
+)
+_V1 = _V0.replace("human", "user")
+_LLAMA_2 = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+    "provides, and assist the user with a variety of tasks using natural language."
+)
+FORMATS = {
+    # differs: no "</s>" is ever trained, as published; the line end is what a caption stops at.
+    "plain": Format("<s>", "", ("", ""), "", "", "", "", "\n", forbidden="\n", marks_only=True),
+    # differs: the released labels of v0 also cover "### Assistant:" and the "##" of the next turn, through counts that
+    # drift; here, as the paper intends, answer and stop only. Table 2: STOP is "###", on a line of its own.
+    "v0": Format(
+        "<s>", _V0, ("", "\n\n"), "### Human: ", " Human: ", "\n### Assistant:", " ", "\n###", forbidden="###"
+    ),
+    "v1": Format("<s>", _V1, ("", " "), "USER: ", "USER: ", " ASSISTANT:", " ", "</s>"),
+    "llama_2": Format(
+        "<s>[INST] ", _LLAMA_2, ("<<SYS>>\n", "\n<</SYS>>\n\n"), "", "<s>[INST] ", " [/INST]", " ", " </s>"
+    ),
+    # v1 without its 30 words of system prompt: a tiny model on a CPU has better uses for its context.
+    "tiny": Format("<s>", "", ("", " "), "USER: ", "USER: ", " ASSISTANT:", " ", "</s>"),
+}
+
+
+# ---- ids and labels
+
+Piece = tuple[str | int, bool]  # a text, or the id of a special token; is it trained?
+
+
+def find_format(format: str | Format) -> Format:
+    if isinstance(format, Format):
+        return format
+    if format not in FORMATS:
+        raise UserError(f"Unknown conversation format {format!r}; the formats are {', '.join(FORMATS)}.")
+    return FORMATS[format]
+
+
+def encode(
+    turns: Sequence[Turn], tokenizer: Tokenizer, format: str | Format,
+    max_length: int | None = None, image_tokens: int = 0, name: str = "a conversation",
+) -> tuple[list[int], list[int]]:
+    """Ids and labels of a whole conversation; labels are -100 except on answers and what closes them.
+
+    image_tokens: embeddings that one <image> becomes. max_length: counts those too; what is longer loses its end.
+    name: what messages call this conversation.
+    """
+    ids, trained = _encode_pieces(_pieces(turns, tokenizer, find_format(format), name), tokenizer)
+    labels = [i if t else IGNORE for i, t in zip(ids, trained)]
+    if max_length is not None:
+        kept = _fitting(ids, tokenizer.image_id, image_tokens, max_length, name)
+        ids, labels = ids[:kept], labels[:kept]
+    if all(label == IGNORE for label in labels):
+        raise UserError(f"{name}: cut to {max_length} tokens, no answer is left to learn from; "
+                        "raise the maximum length or shorten the question.")
+    return ids, labels
+
+
+def prompt(
+    turns: Sequence[Turn], tokenizer: Tokenizer, format: str | Format,
+    max_length: int | None = None, image_tokens: int = 0, name: str = "a conversation",
+) -> list[int]:
+    """The ids up to where the last answer would begin, ready to generate; that turn's own answer is not looked at."""
+    ids, _ = _encode_pieces(_pieces(turns, tokenizer, find_format(format), name, open_end=True), tokenizer)
+    if max_length is not None and expanded_length(ids, tokenizer.image_id, image_tokens) > max_length:
+        raise UserError(f"{name}: the question does not fit into {max_length} tokens; shorten it.")
+    return ids
+
+
+def answer_ids(answer: str, tokenizer: Tokenizer, format: str | Format) -> list[int]:
+    """An answer exactly as it is trained, with what closes it: the ids to score a candidate by after `prompt`."""
+    return _encode_pieces(_answer_pieces(answer, tokenizer, find_format(format), "the answer"), tokenizer)[0]
+
+
+def stop_ids(format: str | Format, tokenizer: Tokenizer) -> list[int]:
+    """The ids at which generation stops: "</s>" where the format has it, else the whole closing text."""
+    ids, _ = _encode_pieces(_template(find_format(format).close, tokenizer, trained=True), tokenizer)
+    return ids[-1:] if ids[-1] == tokenizer.eos_id else ids
+
+
+def expanded_length(ids: Sequence[int], image_id: int, image_tokens: int) -> int:
+    return sum(image_tokens if i == image_id else 1 for i in ids)
+
+
+def _pieces(turns: Sequence[Turn], tokenizer: Tokenizer, layout: Format, name: str,
+            open_end: bool = False) -> list[Piece]:
+    """The conversation in order; with open_end the last answer is left out."""
+    if not turns:
+        raise UserError(f"{name}: it has no turns; give it at least one question with its answer.")
+    if layout.marks_only and len(turns) > 1:
+        raise UserError(f"{name}: the format plain holds one caption, not {len(turns)} turns; use another format.")
+    pieces = _template(layout.begin, tokenizer)
+    if layout.system:
+        pieces += [(layout.around[0], False), (layout.system, False), (layout.around[1], False)]
+    for number, turn in enumerate(turns):
+        pieces += _template(layout.first if number == 0 else layout.later, tokenizer)
+        question = IMAGE * turn.question.count(IMAGE) if layout.marks_only else turn.question
+        pieces += _split(question, {IMAGE: tokenizer.image_id})
+        pieces += _template(layout.reply, tokenizer)
+        if not (open_end and number == len(turns) - 1):
+            pieces += _answer_pieces(turn.answer, tokenizer, layout, f"{name}: the answer of turn {number + 1}")
+    return pieces
+
+
+def _answer_pieces(answer: str, tokenizer: Tokenizer, layout: Format, where: str) -> list[Piece]:
+    if not answer.strip():
+        raise UserError(f"{where} is empty; give it a text or remove the turn.")
+    if layout.forbidden and layout.forbidden in answer:
+        raise UserError(f"{where} holds {layout.forbidden!r}, at which generation stops in this format; "
+                        "remove it from the answer or choose another format.")
+    # Two pieces, never merged: the stop ids are the same whatever the answer ends with.
+    return [(layout.lead + answer, True), *_template(layout.close, tokenizer, trained=True)]
+
+
+def _template(text: str, tokenizer: Tokenizer, trained: bool = False) -> list[Piece]:
+    return _split(text, {"<s>": tokenizer.bos_id, "</s>": tokenizer.eos_id}, trained)
+
+
+def _split(text: str, marks: dict[str, int], trained: bool = False) -> list[Piece]:
+    """Cut `text` at the marks: "<image>\\nwhat" → [(image_id, False), ("\\nwhat", False)]."""
+    pieces: list[Piece] = [(text, trained)]
+    for mark, special in marks.items():
+        cut = []
+        for piece, _ in pieces:
+            parts = piece.split(mark) if isinstance(piece, str) else [piece]
+            for i, part in enumerate(parts):
+                cut += [(special, trained), (part, trained)] if i else [(part, trained)]
+        pieces = cut
+    return [(piece, t) for piece, t in pieces if piece != ""]
+
+
+def _encode_pieces(pieces: list[Piece], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+    """Ids, and whether each is trained.
+
+    Neighbouring texts without loss are encoded as one: the blank that ends a template joins the word that follows it.
+    """
+    joined: list[Piece] = []
+    for piece, trained in pieces:
+        untrained_text = isinstance(piece, str) and not trained
+        if untrained_text and joined and isinstance(joined[-1][0], str) and not joined[-1][1]:
+            joined[-1] = (joined[-1][0] + piece, False)
+        else:
+            joined.append((piece, trained))
+    ids, mask = [], []
+    for piece, trained in joined:
+        new = tokenizer.encode(piece, specials=False) if isinstance(piece, str) else [piece]
+        ids += new
+        mask += [trained] * len(new)
+    return ids, mask
+
+
+def _fitting(ids: list[int], image_id: int, image_tokens: int, max_length: int, name: str) -> int:
+    """How many ids fit into max_length. differs: the released code may cut an image in two; here that is an error."""
+    length = 0
+    for kept, i in enumerate(ids):
+        length += image_tokens if i == image_id else 1
+        if length <= max_length:
+            continue
+        if image_id in ids[kept:]:
+            last = max(at for at, other in enumerate(ids) if other == image_id)
+            needed = expanded_length(ids[: last + 1], image_id, image_tokens)
+            raise UserError(f"{name}: cutting it to {max_length} tokens would cut image tokens (its last image ends at "
+                            f"token {needed}); raise the maximum length or shorten what stands before the image.")
+        return kept
+    return len(ids)
+
+
+# ---- batches
+
+
+def collate_conversations(
+    samples: Sequence[Sample], tokenizer: Tokenizer, format: str | Format, transform: Transform,
+    max_length: int | None, image_tokens: int, rng: Random,
+) -> dict[str, Tensor]:
+    """images (n, 3, H, W) in the order of their marks, input_ids (B, T), attention_mask (B, T), labels (B, T)."""
+    images, rows, labels = [], [], []
+    for sample in samples:
+        marks = sum(turn.question.count(IMAGE) for turn in sample.turns)
+        if marks != len(sample.images):
+            raise UserError(f'{sample.id}: {marks} "{IMAGE}" marks in its questions but {len(sample.images)} images; '
+                            "there must be one mark for each image.")
+        row, row_labels = encode(sample.turns, tokenizer, format, max_length, image_tokens, sample.id)
+        rows.append(row)
+        labels.append(row_labels)
+        images += [transform(_picture(image), rng) for image in sample.images]
+    batch = _pad_right(rows, tokenizer.pad_id)
+    batch["labels"] = _pad_right(labels, IGNORE)["input_ids"]
+    batch["images"] = torch.stack(images) if images else torch.zeros(0, 3, transform.size, transform.size)
+    return batch
+
+
+def collate_texts(
+    samples: Sequence[Sample], tokenizer: Tokenizer, format: str | Format, max_length: int | None = None
+) -> dict[str, Tensor]:
+    """The same without images, and every token is trained: language-model pretraining."""
+    rows = []
+    for sample in samples:
+        if any(IMAGE in turn.question for turn in sample.turns):
+            raise UserError(f'{sample.id}: a text to read holds an "{IMAGE}" mark; put a description in its place.')
+        rows.append(encode(sample.turns, tokenizer, format, max_length, name=sample.id)[0])
+    batch = _pad_right(rows, tokenizer.pad_id)
+    batch["labels"] = batch["input_ids"].masked_fill(~batch["attention_mask"], IGNORE)
+    return batch
+
+
+def collate_pairs(
+    samples: Sequence[Sample], tokenizer: Tokenizer, transform: Transform, max_length: int, rng: Random
+) -> dict[str, Tensor]:
+    """One image and one text each, "<s> caption </s>", for contrastive learning; captions and negatives share T.
+
+    text_group, image_group: int64 (B,), equal where the texts or the images are, which are no negatives of each other.
+    """
+    for sample in samples:
+        if len(sample.images) != 1 or not sample.caption.strip():
+            raise UserError(f"{sample.id}: a pair needs one image and a caption.")
+    B, K = len(samples), min(len(sample.negatives) for sample in samples)
+    texts = [sample.caption for sample in samples]
+    wrong = [text for sample in samples for text in rng.sample(sample.negatives, K)]
+    padded = _pad_right([pair_ids(text, tokenizer, max_length) for text in texts + wrong], tokenizer.pad_id)
+    ids, mask = padded["input_ids"], padded["attention_mask"]  # (B + B * K, T)
+    pictures = [_picture(sample.images[0]) for sample in samples]
+    batch = {
+        "images": torch.stack([transform(picture, rng) for picture in pictures]),
+        "input_ids": ids[:B],
+        "attention_mask": mask[:B],
+        "text_group": torch.tensor([_number(text.encode()) for text in texts]),
+        "image_group": torch.tensor([_number(picture.tobytes()) for picture in pictures]),
+    }
+    if K > 0:
+        batch["negative_ids"] = ids[B:].view(B, K, -1)
+        batch["negative_mask"] = mask[B:].view(B, K, -1)
+    return batch
+
+
+def collate_prompts(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """input_ids and attention_mask (B, T), padded on the left: every row ends where its answer begins."""
+    turned = _pad_right([list(reversed(ids)) for ids in prompts], pad_id)
+    return turned["input_ids"].flip(1), turned["attention_mask"].flip(1)
+
+
+def pair_ids(text: str, tokenizer: Tokenizer, max_length: int) -> list[int]:
+    """"<s> text </s>"; a text that is too long loses its end but keeps "</s>", where CLIP reads the sentence off."""
+    ids = [tokenizer.bos_id, *tokenizer.encode(text)]
+    return ids[: max_length - 1] + [tokenizer.eos_id]
+
+
+def _pad_right(rows: Sequence[Sequence[int]], value: int) -> dict[str, Tensor]:
+    longest = max(len(row) for row in rows)
+    ids = torch.full((len(rows), longest), value, dtype=torch.int64)  # (B, T)
+    mask = torch.zeros(len(rows), longest, dtype=torch.bool)  # (B, T)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
+        mask[i, : len(row)] = True
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _picture(image: Image.Image | str | Path) -> Image.Image:
+    return image if isinstance(image, Image.Image) else load_image(image)
+
+
+def _number(content: bytes) -> int:
+    """63 bits of a hash: the same number on every machine and in every run, unlike Python's own hash()."""
+    return int.from_bytes(blake2b(content, digest_size=8).digest(), "big") >> 1

@@ -1,0 +1,225 @@
+"""Records that were read from files, in the four views that training asks for.
+
+Idea: whatever the files looked like, a record is some images, a caption with its references, perhaps a conversation.
+The interface is that of `scenes.Scenes`, so the loop does not know whether the world is real.
+
+                                   images        text
+    pairs      for contrast        one           the caption
+    captions   for alignment       one           "<image>" → the caption
+    instruct   for instruction     any number    the conversation, or "<image>\\nwhat is in the picture?" → the caption
+    text       for the LM          none          the same, with the caption where the image would stand
+
+    records ─► train │ val ─► entries of each view ─► sample(view, split, index)
+                 no "split" given: a tenth is held out, chosen by a hash; records that share a picture stay on one side
+
+Pictures of a small set are decoded once, made small and kept; those of a large set are decoded whenever asked for.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from hashlib import blake2b
+from pathlib import Path
+from random import Random
+
+from PIL import Image
+from tqdm import tqdm
+
+from nanovlm.data.conversation import IMAGE, Sample, Turn
+from nanovlm.data.transforms import load_image
+from nanovlm.errors import UserError
+
+VIEWS = ("pairs", "captions", "instruct", "text")
+SPLITS = ("train", "val")
+QUESTIONS = ("what is in the picture?", "what does the picture show?", "what do you see?", "describe the picture.")
+KEPT_PICTURES, KEPT_BYTES = 20_000, 1 << 30  # a set beyond either is decoded anew in every epoch
+ENOUGH_TRAIN, ENOUGH_VAL = 500, 200  # below, a figure says more about luck than about the model
+
+
+class Records:
+    def __init__(
+        self, name: str, samples: Sequence[Sample], splits: Sequence[str], skipped: Sequence[tuple[str, str]] = (),
+        on_missing: str = "error", cache_side: int = 64,
+    ):
+        """samples: with paths for images. splits: "train", "val" or "" for each. skipped: what was left out before."""
+        self.name = name
+        self.skipped = list(skipped)
+        self._skip = on_missing == "skip"
+        self._side = cache_side
+        self._pictures: dict[Path, Image.Image] = {}
+        paths = list(dict.fromkeys(path for sample in samples for path in sample.images))
+        self.in_memory = len(paths) <= KEPT_PICTURES and len(paths) * 3 * cache_side**2 <= KEPT_BYTES
+        if self.in_memory:
+            samples, splits = self._decode_all(paths, samples, splits)
+        if len(samples) < 2:
+            raise UserError(f"{name}: it has {len(samples)} usable records; at least two are needed, "
+                            "one to train on and one held out.")
+        sides = split_records(name, samples, splits, {} if "val" in splits else self._same_picture())
+        self._records = {split: [s for s, side in zip(samples, sides) if side == split] for split in SPLITS}
+        self.labels = _classes(samples)
+        self.few = len(self._records["train"]) < ENOUGH_TRAIN or len(self._records["val"]) < ENOUGH_VAL
+        self._entries = {(view, split): self._list_entries(view, split) for view in VIEWS for split in SPLITS}
+
+    # ---- the interface that Scenes has too
+
+    def texts(self) -> list[str]:
+        """Every text of the train split: what a tokenizer is trained on. Nothing of the held-out side is in it."""
+        texts = list(QUESTIONS)
+        for sample in self._records["train"]:
+            texts += sample.references if not sample.turns else ()
+            texts += [text for turn in sample.turns for text in (turn.question.replace(IMAGE, ""), turn.answer)]
+        return texts
+
+    def size(self, view: str, split: str) -> int:
+        if (view, split) not in self._entries:
+            raise UserError(f"{self.name}: there is no view {view!r} of split {split!r}; "
+                            f"the views are {', '.join(VIEWS)}, the splits {', '.join(SPLITS)}.")
+        return len(self._entries[view, split])
+
+    def sample(self, view: str, split: str, index: int) -> Sample:
+        """The same sample for the same index; where a picture proves broken only now, the next record stands in."""
+        size = self.size(view, split)
+        for step in range(size):
+            record, caption = self._entries[view, split][(index + step) % size]
+            try:
+                images = () if view == "text" else tuple(self._picture(path) for path in record.images)
+            except UserError as error:
+                if not self._skip:
+                    raise UserError(f"{record.id}: {error}") from error
+                self._note_skipped(record.id, str(error))
+                continue
+            return as_view(replace(record, images=images), caption, view, Random(index))
+        raise UserError(f"{self.name}: no usable record of split {split} fits the view {view}.")
+
+    def references(self, sample: Sample) -> tuple[str, ...]:
+        """The captions that count as right for `sample`."""
+        return sample.references or (sample.caption,)
+
+    def exam(self, n: int = 1000) -> list[Sample]:
+        """Up to n held-out samples, spread evenly, each to be judged by the answer of its last turn."""
+        size, samples = self.size("instruct", "val"), []
+        for i in range(min(n, size)):
+            sample = self.sample("instruct", "val", i * size // min(n, size))
+            # A conversation ends now with an early, now with a late turn, and holds the pictures up to there.
+            turns = sample.turns[: 1 + i % len(sample.turns)]
+            marks = sum(turn.question.count(IMAGE) for turn in turns)
+            samples.append(replace(sample, turns=turns, images=sample.images[:marks]))
+        return samples
+
+    # ---- pictures
+
+    def _decode_all(
+        self, paths: list[Path], samples: Sequence[Sample], splits: Sequence[str]
+    ) -> tuple[list[Sample], list[str]]:
+        """Decode every picture once; records with a broken one are an error or left out."""
+        broken: dict[Path, str] = {}
+        for path in tqdm(paths, desc=f"reading {self.name}", unit=" pictures", leave=False, disable=None):
+            try:
+                self._pictures[path] = load_image(path, self._side)
+            except UserError as error:
+                if not self._skip:
+                    raise
+                broken[path] = str(error)
+        kept = []
+        for sample, split in zip(samples, splits):
+            reasons = [broken[path] for path in sample.images if path in broken]
+            if reasons:
+                self._note_skipped(sample.id, reasons[0])
+            else:
+                kept.append((sample, split))
+        return [sample for sample, _ in kept], [split for _, split in kept]
+
+    def _picture(self, path: Path) -> Image.Image:
+        return self._pictures[path] if path in self._pictures else load_image(path, self._side)
+
+    def _note_skipped(self, record: str, reason: str) -> None:
+        if (record, reason) not in self.skipped:
+            self.skipped.append((record, reason))
+
+    def _same_picture(self) -> dict[Path, str]:
+        """A name for the content of each picture in memory: copies of one picture under two names count as one."""
+        return {path: blake2b(picture.tobytes(), digest_size=8).hexdigest() for path, picture in self._pictures.items()}
+
+    # ---- views
+
+    def _list_entries(self, view: str, split: str) -> list[tuple[Sample, str]]:
+        """(record, caption) for each index: a picture with five captions is met five times an epoch, once in val."""
+        entries = []
+        for record in self._records[split]:
+            if view in ("pairs", "captions") and len(record.images) != 1:
+                continue
+            several = record.references if split == "train" and not record.turns else (record.caption,)
+            entries += [(record, caption) for caption in several]
+        return entries
+
+
+def as_view(record: Sample, caption: str, view: str, rng: Random) -> Sample:
+    """The record as one of the four views shows it, with `caption` for its text where it is no conversation."""
+    if view == "pairs":
+        turns = ()
+    elif view == "captions":
+        turns = (Turn(IMAGE, caption, "caption"),)
+    else:
+        turns = record.turns or (Turn(f"{IMAGE}\n{rng.choice(QUESTIONS)}", caption, "caption"),)
+    if view == "text":
+        turns = tuple(replace(turn, question=turn.question.replace(IMAGE, caption)) for turn in turns)
+    return replace(record, caption=caption, turns=turns)
+
+
+def _classes(samples: Sequence[Sample]) -> tuple[str, ...]:
+    """The captions to choose from, where the set is one of classes: few captions, each of many pictures."""
+    captions = sorted({sample.caption for sample in samples})
+    if any(sample.turns or len(sample.references) > 1 for sample in samples) or len(captions) < 2:
+        return ()
+    labelled = all(sample.label for sample in samples)
+    one_each = labelled and len(captions) == len({sample.label for sample in samples})
+    often = len(captions) <= 50 and len(samples) >= 5 * len(captions)
+    return tuple(captions) if one_each or often else ()
+
+
+# ---- train and held out
+
+
+def split_records(
+    name: str, samples: Sequence[Sample], given: Sequence[str], same_picture: dict[Path, str]
+) -> list[str]:
+    """"train" or "val" for each record: as given, or a tenth held out (at least one record with a picture)."""
+    if "val" in given:
+        if all(split == "val" for split in given):
+            raise UserError(f'{name}: field "split" is "val" in every record; some must be "train".')
+        return ["val" if split == "val" else "train" for split in given]
+    sides = ["train"] * len(samples)
+    groups = _groups(samples, same_picture)
+    for has_picture in (True, False):
+        # A hash of the records' names: the choice depends on neither the order nor the machine.
+        some = [group for group in groups if bool(samples[group[0]].images) == has_picture]
+        some.sort(key=lambda group: blake2b(min(samples[i].id for i in group).encode()).digest())
+        wanted = min(2000, max(1, round(sum(map(len, some)) / 10)))
+        for group in some[:-1]:
+            if wanted <= 0:
+                break
+            wanted -= len(group)
+            for i in group:
+                sides[i] = "val"
+    if "val" not in sides:
+        raise UserError(f"{name}: all records share one picture, so none can be held out; add other pictures.")
+    return sides
+
+
+def _groups(samples: Sequence[Sample], same_picture: dict[Path, str]) -> list[list[int]]:
+    """Numbers of the records that are linked by a picture, directly or through others (union-find)."""
+    leader = list(range(len(samples)))
+
+    def find(i: int) -> int:
+        while leader[i] != i:
+            leader[i] = leader[leader[i]]
+            i = leader[i]
+        return i
+
+    first_with: dict[object, int] = {}
+    for i, sample in enumerate(samples):
+        for path in sample.images:
+            leader[find(i)] = find(first_with.setdefault(same_picture.get(path, path), i))
+    groups: dict[int, list[int]] = {}
+    for i in range(len(samples)):
+        groups.setdefault(find(i), []).append(i)
+    return list(groups.values())

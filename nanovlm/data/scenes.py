@@ -1,0 +1,179 @@
+"""The embedded world as a source of samples: pictures with captions, conversations, and texts without pictures.
+
+A worked example, sample("instruct", "train", i):
+
+    +-----------+-----------+    user       <image>
+    |   #####   |           |               what colour is the square?
+    |   #####   |     7     |    assistant  red
+    |   #####   |           |    user       and where is it?
+    +-----------+-----------+    assistant  top left
+    |           |           |    user       what is written?
+    |           |     ^     |    assistant  7
+    |           |     v     |    user       which is smaller, the blue diamond or the red square?
+    +-----------+-----------+    assistant  blue diamond
+
+Four views of the world:
+
+    pairs     picture + caption + captions with one fact wrong       contrastive learning
+    captions  "<image>" -> caption                                   the bridge learns to pass on what is there
+    instruct  "<image>\\n" question -> answer, several turns           instruction tuning
+    text      description "\\n" question -> answer, no picture         what the tiny language model reads beforehand
+
+In the text view a description stands where the picture will stand later: a language model that has learned to use what
+stands before the question needs no new skill when the bridge puts image tokens there. One text in four is the
+description alone, answered by a caption, as in the view "captions".
+
+Split "train": pictures, captions and questions show and mention SEEN pairs only; texts tell of all pairs.
+Split "val": every scene has an object with a HELD_OUT pair. These scenes do not depend on the seed, so that all runs
+are judged on the same pictures, and scene 12 is the same in every view.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from random import Random
+
+from nanovlm.data.conversation import Sample, Turn
+from nanovlm.data.scene_language import caption, captions, description, negatives, say, wordings
+from nanovlm.data.scene_questions import ATTRIBUTES, DESCRIBE, FOLLOW_UP, KINDS, Asked, ask, conversation, follow_up
+from nanovlm.data.scene_world import (
+    CELLS,
+    COLOURS,
+    DIGITS,
+    HELD_OUT,
+    PAIRS,
+    SEEN,
+    SHAPES,
+    SIZES,
+    WORDS,
+    Scene,
+    random_scene,
+    render,
+)
+from nanovlm.errors import UserError
+
+VIEWS = ("pairs", "captions", "instruct", "text")
+SPLITS = ("train", "val")
+
+# The answers that exam() asks for in turn; a kind that is absent has too many to list.
+ANSWERS = {
+    "colour": tuple(COLOURS),
+    "shape": SHAPES,
+    "size": tuple(SIZES),
+    "position": CELLS,
+    "count": ("one", "two", "three", "four"),
+    "relation": ("left", "right", "above", "below"),
+    "existence": ("yes", "no"),
+    "reading": DIGITS + WORDS,
+}
+
+
+class Scenes:
+    """Samples are made when asked for, each from its own random numbers: nothing is stored, any index is at hand."""
+
+    name = "scenes"
+
+    def __init__(self, seed: int = 0, size: int = 48):
+        self.seed = seed
+        self.image_size = size
+
+    def size(self, view: str, split: str) -> int:
+        return 1_000_000 if split == "train" else 1000
+
+    def texts(self) -> list[str]:
+        """A corpus that holds every word of the world, for the tokenizer."""
+        samples = (self.sample("text", "train", index) for index in range(3000))
+        return ["\n".join(f"{turn.question}\n{turn.answer}" for turn in sample.turns) for sample in samples]
+
+    def sample(self, view: str, split: str, index: int) -> Sample:
+        if view not in VIEWS or split not in SPLITS:
+            raise UserError(f"scenes have the views {VIEWS} and the splits {SPLITS}, not {view!r} and {split!r}")
+        rng = Random(f"{self.seed}/{view}/{split}/{index}" if split == "train" else f"val/{view}/{index}")
+        pairs = SEEN if split == "train" and view != "text" else PAIRS  # what may be shown and mentioned
+        scene = random_scene(rng, pairs) if split == "train" else _val_scene(Random(f"val/{index}"))
+        name = f"scenes/{split}/{index}"
+        if view == "text":
+            return Sample(name, turns=_document(scene, rng), references=captions(scene))
+
+        images = (render(scene, self.image_size),)
+        if view == "instruct":
+            turns = _put_before(conversation(scene, rng, pairs=pairs), "<image>")
+            return Sample(name, images, references=captions(scene), turns=turns)
+        wording = rng.choice(wordings(scene))
+        true = say(scene, wording)
+        if view == "captions":
+            turns = (Turn("<image>", true, "caption"),)
+            return Sample(name, images, caption=true, references=captions(scene), turns=turns)
+        false = negatives(scene, wording, rng, pairs=pairs)
+        return Sample(name, images, caption=true, references=captions(scene), negatives=false)
+
+    def references(self, sample: Sample) -> tuple[str, ...]:
+        return sample.references
+
+    def exam(self, n: int = 200, kinds: Sequence[str] = (*KINDS, "caption")) -> list[Sample]:
+        """n samples of each kind, whose last turn is to be judged. Every scene has a held-out pair.
+
+        Scenes are drawn until the answer is the one whose turn it is (so that all answers are equally frequent) and,
+        unless the question is about no object in particular, until it is about a held-out pair. For "existence" that
+        goes for yes and no alike, and every second pair that is not there is a near miss. A follow-up stands after the
+        turn that it needs.
+        """
+        if unknown := set(kinds) - {*KINDS, "caption"}:
+            raise UserError(f"scenes have no questions of kind {min(unknown)!r}, only {', '.join(KINDS)} and caption")
+        return [self._exam_question(kind, index) for kind in kinds for index in range(n)]
+
+    def _exam_question(self, kind: str, index: int) -> Sample:
+        if kind == "caption":
+            sample = self.sample("captions", "val", index)
+            return replace(sample, turns=(Turn(f"<image>\n{DESCRIBE}", sample.caption, kind),))
+        rng = Random(f"exam/{kind}/{index}")
+        while True:
+            scene = _val_scene(rng)
+            asked = _examine(scene, rng, kind)
+            if asked and _wanted(scene, asked[-1], kind, index):
+                break
+        turns = _put_before(tuple(one.turn for one in asked), "<image>")
+        images = (render(scene, self.image_size),)
+        return Sample(f"scenes/exam/{kind}/{index}", images, references=captions(scene), turns=turns)
+
+
+def _val_scene(rng: Random) -> Scene:
+    return random_scene(rng, PAIRS, including=HELD_OUT)
+
+
+def _document(scene: Scene, rng: Random) -> tuple[Turn, ...]:
+    """A conversation about a scene that is told, not shown."""
+    told = description(scene, rng)
+    if rng.random() < 0.25:
+        return (Turn(told, caption(scene, rng), "caption"),)
+    return _put_before(conversation(scene, rng), told)
+
+
+def _put_before(turns: tuple[Turn, ...], front: str) -> tuple[Turn, ...]:
+    first = turns[0]
+    return (Turn(f"{front}\n{first.question}", first.answer, first.kind), *turns[1:])
+
+
+def _examine(scene: Scene, rng: Random, kind: str) -> list[Asked]:
+    """The question, after the one that it needs if it is a follow-up; empty if this scene has none."""
+    if kind != "follow_up":
+        asked = ask(scene, rng, kind)
+        return [asked] if asked else []
+    before = ask(scene, rng, rng.choice((*ATTRIBUTES, "existence")))
+    after = follow_up(scene, rng, before)
+    return [before, after] if after else []
+
+
+def _wanted(scene: Scene, asked: Asked, kind: str, index: int) -> bool:
+    """Whether this question has the answer that stands next in the round, and is about a held-out pair."""
+    question, answer = asked.turn.question, asked.turn.answer
+    if asked.about and not set(asked.about) & set(HELD_OUT):
+        return False
+    if kind == "comparison":  # first named and second named in turn
+        return question.endswith(f"{answer}?") == bool(index % 2)
+    if kind == "follow_up":
+        return question == tuple(FOLLOW_UP.values())[index % len(FOLLOW_UP)]
+    if kind == "existence" and index % 4 == 1:  # every second "no": both words are in the picture, but not together
+        ((colour, shape),) = asked.about
+        shown = {word for thing in scene.objects for word in thing.pair}
+        return answer == "no" and {colour, shape} <= shown
+    return answer == ANSWERS[kind][index % len(ANSWERS[kind])]

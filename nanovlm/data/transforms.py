@@ -1,0 +1,152 @@
+"""From a file to the tensor a vision encoder reads.
+
+Idea: a picture of any size, mode and orientation becomes upright RGB, then a square, then normalised floats. The
+resampling is Pillow's bicubic with antialiasing, which the published encoders were trained with.
+Papers: Radford et al. 2021, CLIP (arXiv:2103.00020), the released preprocessing ("crop"); Li et al. 2022, BLIP
+(arXiv:2201.12086), released code ("stretch"); Liu et al. 2023, LLaVA-1.5 (arXiv:2310.03744), released code ("pad").
+
+    file ─► upright RGB ─► fit to (size, size) ─► / 255 ─► (x - mean) / std ─► (3, size, size)
+
+                        crop                 pad                   stretch
+    a wide picture   ┌──┬────┬──┐         ┌──────────┐           ┌────┐
+                     │  │kept│  │         │   mean   │           │all,│
+                     └──┴────┴──┘         │ picture  │           │thin│
+                     centre of it         │   mean   │           └────┘
+                                          └──────────┘
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from nanovlm.errors import UserError
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+FITS = ("crop", "pad", "stretch")
+
+
+@dataclass(frozen=True)
+class Transform:
+    """One way to make a tensor of a picture; `augment` adds a random crop and a flip, for training only."""
+
+    size: int
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+    fit: str = "crop"
+    augment: bool = False
+
+    def __post_init__(self):
+        if self.fit not in FITS:
+            raise UserError(f"Transform: fit is {self.fit!r}; it must be one of {', '.join(FITS)}.")
+
+    def __call__(self, image: Image.Image, rng: Random | None = None) -> Tensor:
+        """image: PIL, any mode. rng: needed only where `augment` is on. Returns float32 (3, size, size)."""
+        image = to_rgb(image)
+        if self.augment:
+            image = random_crop_and_flip(image, self.size, rng)
+        elif self.fit == "crop":
+            image = resize_and_crop(image, self.size)
+        elif self.fit == "pad":
+            image = resize(pad_to_square(image, self.mean), (self.size, self.size))
+        else:
+            image = resize(image, (self.size, self.size))
+        pixels = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))  # uint8 (3, size, size): cheap to turn now
+        scale, shift = _scale_and_shift(self.mean, self.std)
+        return torch.from_numpy(pixels).float().mul_(scale).add_(shift)
+
+
+@cache
+def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """(x / 255 - mean) / std as one product and one sum, each (3, 1, 1): small pictures spend their time on this."""
+    means, stds = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (mean, std))
+    return (1 / (255 * stds)).float(), (-means / stds).float()
+
+
+def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
+
+
+def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
+    """CLIP: the shorter side becomes `size`, then the square in the middle is kept."""
+    width, height = image.size
+    short = min(width, height)
+    image = resize(image, (size * width // short, size * height // short))  # the longer side is rounded down
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image if image.size == (size, size) else image.crop((left, top, left + size, top + size))
+
+
+def pad_to_square(image: Image.Image, mean: tuple[float, float, float]) -> Image.Image:
+    """LLaVA-1.5: the whole picture in the middle of a square of the mean colour, which becomes 0 when normalised."""
+    side = max(image.size)
+    if image.size == (side, side):
+        return image
+    square = Image.new("RGB", (side, side), tuple(int(channel * 255) for channel in mean))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def random_crop_and_flip(image: Image.Image, size: int, rng: Random) -> Image.Image:
+    """60 to 100 % of the largest square's area, anywhere, slightly stretched, mirrored half of the time.
+
+    A flip swaps left and right: leave augment off where the texts name sides or the pictures hold writing.
+    """
+    side = min(image.size)
+    area, stretch = rng.uniform(0.6, 1.0), rng.uniform(0.9, 1.1)
+    width = min(image.width, side * (area * stretch) ** 0.5)
+    height = min(image.height, side * (area / stretch) ** 0.5)
+    left, top = rng.uniform(0, image.width - width), rng.uniform(0, image.height - height)
+    box = (left, top, left + width, top + height)
+    image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode to RGB: what is transparent becomes white, 16 bits become 8."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I") or image.mode == "F":
+        # Pillow's own conversion clips at 255 here, which turns almost every 16-bit picture white.
+        scale = 1.0 if image.mode == "F" else 1 / 257
+        grey = np.clip(np.asarray(image).astype(np.float32) * scale, 0, 255).round()
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return image.convert("RGB")
+
+
+def load_image(path: str | Path, side: int | None = None) -> Image.Image:
+    """The picture as upright RGB; with `side`, its shorter side is at most that.
+
+    The content decides what kind of file it is, not its name. Every way to be no picture is a UserError that names it.
+    """
+    try:
+        with Image.open(path) as image:
+            if side is not None:
+                image.draft("RGB", (2 * side, 2 * side))  # a JPEG decoder can skip what would be thrown away
+            image.load()
+            picture = to_rgb(ImageOps.exif_transpose(image))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: the picture is missing.") from error
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        reason = "it is empty" if Path(path).is_file() and Path(path).stat().st_size == 0 else _reason(error)
+        raise UserError(f"{path}: the picture cannot be read ({reason}); replace or remove it.") from error
+    if side is not None and min(picture.size) > side:
+        scale = side / min(picture.size)
+        picture = resize(picture, (max(side, round(picture.width * scale)), max(side, round(picture.height * scale))))
+    return picture
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "its content is no known picture format"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__

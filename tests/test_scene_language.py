@@ -1,0 +1,158 @@
+"""Captions, questions and conversations of the embedded world, judged by the oracle in scene_oracle.py."""
+
+import re
+from collections import Counter
+from random import Random
+
+import pytest
+from scene_oracle import HELD_OUT_NAMES, check_conversation, facts, read
+
+from nanovlm.data.scene_language import captions, description, negatives, say, wordings
+from nanovlm.data.scene_questions import KINDS, ask, conversation
+from nanovlm.data.scene_world import PAIRS, SEEN, Object, Scene, random_scene
+
+
+def test_captions_state_the_whole_truth_and_only_it():
+    rng, styles = Random(1), Counter()
+    for _ in range(500):
+        scene = random_scene(rng, PAIRS)
+        every = captions(scene)
+        assert 3 <= len(every) <= 8 and len(set(every)) == len(every)
+        assert all(read(text) == facts(scene) for text in every)
+        assert read(description(scene, rng)) == facts(scene)
+        if len(facts(scene)) == 3:
+            assert max(len(re.findall(r"\w+|[.,]", text)) for text in every) <= 28
+        styles.update(style for style, _ in wordings(scene))
+    assert set(styles) == {"thing first", "cell first", "headline", "relation"}
+
+
+@pytest.mark.parametrize(
+    ("red", "blue", "of_red", "of_blue"),
+    [
+        ("top left", "top right", "left of", "right of"),
+        ("bottom right", "bottom left", "right of", "left of"),
+        ("bottom left", "top left", "below", "above"),
+        ("top right", "bottom right", "above", "below"),
+    ],
+)
+def test_relation_captions_name_the_right_side(red, blue, of_red, of_blue):
+    scene = Scene((Object("red", "circle", "large", red), Object("blue", "square", "small", blue)))
+    circle, square = f"a large red circle in the {red}", f"a small blue square in the {blue}"
+    related = {say(scene, wording) for wording in wordings(scene) if wording[0] == "relation"}
+    assert related == {f"{circle}, {of_red} {square}.", f"{square}, {of_blue} {circle}."}
+
+
+def test_negatives_are_false_in_one_fact():
+    rng, changes = Random(2), Counter()
+    for _ in range(1500):
+        scene = random_scene(rng, SEEN)
+        wording = rng.choice(wordings(scene))
+        false = negatives(scene, wording, rng, k=3, pairs=SEEN)
+        assert len(set(false)) == 3 and not set(false) & set(captions(scene))
+        for text in false:
+            assert not any(name in text for name in HELD_OUT_NAMES)
+            objects = [(thing["colour"], thing["shape"]) for thing in read(text).values() if "shape" in thing]
+            assert len(set(objects)) == len(objects), "no scene has such twins: the look of it would give it away"
+            changes[difference(facts(scene), read(text))] += 1
+    assert set(changes) == {"colour", "shape", "size", "text", "cell", "swapped colour", "swapped cells"}
+    assert min(changes.values()) > 0.04 * changes.total()
+
+
+def difference(truth: dict, told: dict) -> str:
+    """Which one change leads from the truth to what is told; fails if it takes more than one."""
+    assert truth != told
+    if set(truth) != set(told):
+        assert [truth[cell] for cell in truth if cell not in told] == [told[cell] for cell in told if cell not in truth]
+        assert len(set(truth) - set(told)) == 1
+        assert all(truth[cell] == told[cell] for cell in truth if cell in told)
+        return "cell"
+    changed = [cell for cell in truth if truth[cell] != told[cell]]
+    if len(changed) == 1:
+        old, new = truth[changed[0]], told[changed[0]]
+        assert set(old) == set(new)
+        (field,) = [field for field in old if old[field] != new[field]]
+        return field
+    one, two = changed
+    if (truth[one], truth[two]) == (told[two], told[one]):
+        return "swapped cells"
+    for cell, other in ((one, two), (two, one)):
+        assert {**truth[cell], "colour": truth[other]["colour"]} == told[cell]
+    return "swapped colour"
+
+
+def test_captions_of_different_scenes_differ():
+    # All facts can be read back (above), so this could only fail where `read` and the grammar err together.
+    rng, seen = Random(3), {}
+    for _ in range(3000):
+        scene = random_scene(rng, PAIRS)
+        for text in captions(scene):
+            assert seen.setdefault(text, facts(scene)) == facts(scene)
+
+
+@pytest.mark.parametrize("pairs", [SEEN, PAIRS], ids=["seen", "all"])
+def test_every_answer_is_right(pairs):
+    rng, kinds = Random(4), Counter()
+    for _ in range(1500):
+        scene = random_scene(rng, pairs)
+        for kind in KINDS:
+            if asked := ask(scene, rng, kind, pairs):
+                assert asked.turn.kind == kind
+                gives_away = rf"\b{asked.turn.answer}\b"
+                assert kind in ("existence", "comparison") or not re.search(gives_away, asked.turn.question)
+                check_conversation([asked.turn], facts(scene))
+        talk = conversation(scene, rng, turns=6, pairs=pairs)
+        kinds.update(turn.kind for turn in talk)
+        check_conversation(talk, facts(scene))
+        asked_once = [turn.question for turn in talk]
+        assert len(asked_once) == len(set(asked_once)) and len(talk) <= 6
+        if pairs == SEEN:
+            assert not any(name in turn.question for turn in talk for name in HELD_OUT_NAMES)
+    assert set(kinds) == {*KINDS, "caption"}
+    assert all(0.05 < kinds[kind] / kinds.total() < 0.13 for kind in KINDS), kinds
+
+
+def test_follow_ups_need_the_turn_before():
+    rng, follow_ups = Random(5), 0
+    for _ in range(2000):
+        scene = random_scene(rng)
+        talk = conversation(scene, rng)
+        for index, turn in enumerate(talk):
+            if turn.kind != "follow_up":
+                antecedent = index
+                continue
+            follow_ups += 1
+            before = " ".join(f"{t.question} {t.answer}" for t in talk[antecedent:index])
+            assert turn.answer not in before, f"{turn} was told already: {before}"
+            things = [list(thing.values()) + [cell] for cell, thing in facts(scene).items() if "shape" in thing]
+            assert not all(turn.answer in thing for thing in things), "true of every object: no need to know which"
+    assert follow_ups > 300
+
+
+def test_training_answers_are_balanced():
+    """Bounds of 4.9 standard deviations: a false alarm once in a million seeds for each of the nineteen numbers."""
+    rng, answers = Random(6), {kind: Counter() for kind in KINDS}
+    for _ in range(4000):
+        scene = random_scene(rng)
+        for kind in KINDS:
+            if asked := ask(scene, rng, kind, SEEN):
+                answers[kind][asked.turn.answer] += 1
+    for kind, number in {"existence": 2, "size": 2, "position": 4, "relation": 4, "reading": 16}.items():
+        total = answers[kind].total()
+        share = 1 / number
+        bound = 4.9 * (total * share * (1 - share)) ** 0.5
+        assert len(answers[kind]) == number
+        assert all(abs(count - total * share) < bound for count in answers[kind].values()), answers[kind]
+    assert max(answers["count"].values()) < 0.65 * answers["count"].total()
+
+
+def test_half_of_the_absent_pairs_are_near_misses():
+    rng, near, absent = Random(7), 0, 0
+    while absent < 1000:
+        scene = random_scene(rng)
+        asked = ask(scene, rng, "existence", SEEN)
+        if asked.turn.answer == "no" and len(scene.objects) > 1:
+            absent += 1
+            colour, shape = asked.turn.question.rstrip("?").split()[-2:]
+            words = {word for thing in facts(scene).values() for word in thing.values()}
+            near += colour in words and shape in words
+    assert near > 300
