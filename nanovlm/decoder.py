@@ -150,11 +150,14 @@ def make_norm(config: DecoderConfig) -> nn.Module:
 def initialise(decoder: Decoder) -> None:
     """What enters a map with variance 1 leaves with it, so one rule serves widths from 64 to 8192; biases start at zero.
 
-    The maps that write into the residual stream start smaller by √(2L) (GPT-2 §2.3). Embeddings and the head are
-    Normal(0, 0.02): the first guesses are nearly uniform, and the loss starts at ln V.
+    The maps that write into the residual stream start smaller by √(2L) (GPT-2 §2.3). The head is Normal(0, 0.02): the
+    first guesses are nearly uniform, and the loss starts at ln V. An embedding that is not also the head starts as large
+    as what the blocks will add to it: at 0.02 the words drown, and 200 steps are lost before the model hears them.
     """
     for name, parameter in decoder.named_parameters():
-        if name.startswith(("embedding", "positions", "head")):
+        if name == "embedding.weight" and not decoder.config.tied:
+            nn.init.normal_(parameter, std=0.5)
+        elif name.startswith(("embedding", "positions", "head")):
             nn.init.normal_(parameter, std=0.02)
         elif parameter.ndim >= 2:
             writes = name.endswith(("attention.out.weight", "feedforward.down.weight"))

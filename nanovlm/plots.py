@@ -205,8 +205,7 @@ def _draw_picture(ax: Axes, image: Image.Image | None) -> None:
         return
     small = image.convert("RGB")
     small.thumbnail((512, 512))
-    # tiny recipes: show the pixels that the model sees instead of a blur
-    ax.imshow(np.asarray(small), interpolation="nearest" if max(small.size) < 160 else "antialiased")
+    ax.imshow(np.asarray(small))  # by default a tiny picture keeps its square pixels and a large one is smoothed
 
 
 def _wrap(text: str) -> list[str]:

@@ -22,6 +22,7 @@ truncation never cuts an image.
 Legend: B batch, T text tokens, K negatives per pair, n images in the batch.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -111,6 +112,11 @@ FORMATS = {
 # ---- ids and labels
 
 Piece = tuple[str | int, bool]  # a text, or the id of a special token; is it trained?
+
+
+def template_texts() -> list[str]:
+    """What the formats write around questions and answers: in a tokenizer's corpus it makes role names short."""
+    return [f"{f.first}{f.reply}{f.lead}{f.close}{f.later}{f.reply}" for f in FORMATS.values()]
 
 
 def find_format(format: str | Format) -> Format:
@@ -203,15 +209,8 @@ def _template(text: str, tokenizer: Tokenizer, trained: bool = False) -> list[Pi
 
 def _split(text: str, marks: dict[str, int], trained: bool = False) -> list[Piece]:
     """Cut `text` at the marks: "<image>\\nwhat" → [(image_id, False), ("\\nwhat", False)]."""
-    pieces: list[Piece] = [(text, trained)]
-    for mark, special in marks.items():
-        cut = []
-        for piece, _ in pieces:
-            parts = piece.split(mark) if isinstance(piece, str) else [piece]
-            for i, part in enumerate(parts):
-                cut += [(special, trained), (part, trained)] if i else [(part, trained)]
-        pieces = cut
-    return [(piece, t) for piece, t in pieces if piece != ""]
+    parts = re.split(f"({'|'.join(marks)})", text)  # the group keeps the marks in the list
+    return [(marks.get(part, part), trained) for part in parts if part]
 
 
 def _encode_pieces(pieces: list[Piece], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:

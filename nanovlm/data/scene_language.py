@@ -20,10 +20,21 @@ A caption leaves no fact out, so two scenes that share a caption are the same sc
 from collections.abc import Iterable
 from dataclasses import replace
 from random import Random
+from typing import NamedTuple
 
 from nanovlm.data.scene_world import CELLS, COLOURS, DIGITS, PAIRS, SHAPES, SIZES, WORDS, Object, Scene, Sign, side
 
-Wording = tuple[str, bool]  # the style, and whether things are named in reading order or backwards
+
+class Wording(NamedTuple):
+    """One way to say a scene."""
+
+    style: str
+    backwards: bool  # things in reading order, or the last one first
+    left_out: frozenset[str] = frozenset()  # "colour", "shape", "size": not told of any object
+
+
+# How often each fact is the wrong one: what is hard to see is asked for more often.
+CHANGES = {"colour": 1, "shape": 4, "size": 1, "text": 4, "move": 1, "swap cells": 1, "swap colours": 1}
 STYLES = ("thing first", "cell first", "headline")
 SIDE_WORDS = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
 
@@ -42,34 +53,46 @@ def wordings(scene: Scene) -> list[Wording]:
     styles = STYLES
     if len(scene.objects) == 2 and scene.sign is None and side(*scene.objects):
         styles += ("relation",)
-    return [(style, backwards) for style in styles for backwards in (False, True)]
+    return [Wording(style, backwards) for style in styles for backwards in (False, True)]
+
+
+def vaguer(wording: Wording, rng: Random) -> Wording:
+    """The same wording with none, one or two of the objects' attributes left out, as people do.
+
+    "a circle in the top left" is said of circles of all colours. An image encoder that only ever hears "red circle" and
+    "green circle" learns thirty stickers, and takes a blue circle, which it has never seen, for something else.
+    """
+    how_many = rng.choices((0, 1, 2), (3, 3, 4))[0]
+    return wording._replace(left_out=frozenset(rng.sample(("colour", "shape", "size"), how_many)))
 
 
 def say(scene: Scene, wording: Wording) -> str:
     """The scene in one sentence."""
-    style, backwards = wording
+    style, backwards, left_out = wording
     things = scene.things[::-1] if backwards else scene.things
     if style == "relation":
         first, second = things
-        relation = SIDE_WORDS[side(first, second)]
-        return f"{_phrase(first)} in the {first.cell}, {relation} {_phrase(second)} in the {second.cell}."
+        one, two = _phrase(first, left_out), _phrase(second, left_out)
+        return f"{one} in the {first.cell}, {SIDE_WORDS[side(first, second)]} {two} in the {second.cell}."
     if style == "headline":
-        return ", ".join(f"{_short(thing)} {thing.cell}" for thing in things) + "."
+        return ", ".join(f"{_short(thing, left_out)} {thing.cell}" for thing in things) + "."
     if style == "cell first":
-        parts = [f"in the {thing.cell} {_phrase(thing)}" for thing in things]
+        parts = [f"in the {thing.cell} {_phrase(thing, left_out)}" for thing in things]
     else:
-        parts = [f"{_phrase(thing)} in the {thing.cell}" for thing in things]
+        parts = [f"{_phrase(thing, left_out)} in the {thing.cell}" for thing in things]
     return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1]))) + "."
 
 
-def _phrase(thing: Object | Sign) -> str:
-    return f"{'the' if isinstance(thing, Sign) else 'a'} {_short(thing)}"
+def _phrase(thing: Object | Sign, left_out: frozenset[str]) -> str:
+    return f"{'the' if isinstance(thing, Sign) else 'a'} {_short(thing, left_out)}"
 
 
-def _short(thing: Object | Sign) -> str:
+def _short(thing: Object | Sign, left_out: frozenset[str] = frozenset()) -> str:
     if isinstance(thing, Sign):
         return f"{thing.type} {thing.text}"
-    return f"{thing.size} {thing.colour} {thing.shape}"
+    told = {"size": thing.size, "colour": thing.colour, "shape": thing.shape}
+    return " ".join("object" if name == "shape" and name in left_out else word
+                    for name, word in told.items() if name not in left_out or name == "shape")
 
 
 def description(scene: Scene, rng: Random) -> str:
@@ -96,7 +119,8 @@ def negatives(scene: Scene, wording: Wording, rng: Random, k: int = 3, pairs: tu
         false = _one_fact_wrong(scene, rng)
         named = {thing.pair for thing in false.objects}
         # The false caption must be one that another scene could have: otherwise its look alone gives it away.
-        if len(named) < len(false.objects) or not named.issubset(pairs) or wording not in wordings(false):
+        possible = len(named) == len(false.objects) and named.issubset(pairs)
+        if not possible or wording._replace(left_out=frozenset()) not in wordings(false):
             continue
         text = say(false, wording)
         if text != true and text not in found:
@@ -106,7 +130,7 @@ def negatives(scene: Scene, wording: Wording, rng: Random, k: int = 3, pairs: tu
 
 def _one_fact_wrong(scene: Scene, rng: Random) -> Scene:
     """The scene after one change; the same scene where the change finds nothing to work on."""
-    change = rng.choice(("colour", "shape", "size", "text", "move", "swap cells", "swap colours"))
+    change = rng.choices(tuple(CHANGES), CHANGES.values())[0]
     if change in ("colour", "shape", "size"):
         thing = rng.choice(scene.objects)
         values = {"colour": COLOURS, "shape": SHAPES, "size": SIZES}[change]

@@ -18,7 +18,7 @@ Lengths are measured on a picture of 48 by 48 and scale with its size. Jitter is
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from random import Random
 
@@ -32,8 +32,18 @@ COLOURS = {
     "purple": (165, 60, 200),
     "white": (245, 245, 245),
 }
+# Colours that no text of the world ever names: see `recoloured`.
+NAMELESS = {
+    "cyan": (60, 205, 215),
+    "pink": (250, 130, 180),
+    "brown": (155, 100, 55),
+    "grey": (150, 150, 150),
+    "beige": (215, 190, 150),
+    "teal": (20, 115, 115),
+}
+PAINT = COLOURS | NAMELESS
 SHAPES = ("circle", "square", "triangle", "cross", "star", "diamond")
-SIZES = {"large": 20, "small": 11}  # pixels of a 24-pixel cell
+SIZES = {"large": 21, "small": 14}  # pixels of a 24-pixel cell
 COLUMN_ROW = {"top left": (0, 0), "top right": (1, 0), "bottom left": (0, 1), "bottom right": (1, 1)}
 CELLS = tuple(COLUMN_ROW)  # in reading order
 DIGITS = tuple("0123456789")
@@ -52,7 +62,7 @@ SEEN = tuple(pair for pair in PAIRS if pair not in HELD_OUT)
 
 GRID = 48  # the picture size in which all lengths below are given
 CELL = GRID // 2
-JITTER = 2
+JITTER = 1
 SIGN_BOX = {"digit": (12, 16), "word": (20, 12)}  # width, height
 SIGN_FONT = {"digit": 21, "word": 14}
 BACKGROUND = (40, 40, 40)
@@ -132,6 +142,16 @@ def side(thing: Object | Sign, other: Object | Sign) -> str | None:
     return None
 
 
+def recoloured(scene: Scene, rng: Random) -> Scene:
+    """About half of the objects in colours without a name: the picture for a caption that is silent about colour.
+
+    Shapes are then met in twice as many colours, and become a fact of their own instead of a part of thirty pairs.
+    """
+    return replace(scene, objects=tuple(
+        replace(thing, colour=rng.choice(list(NAMELESS))) if rng.random() < 0.5 else thing for thing in scene.objects
+    ))
+
+
 def render(scene: Scene, size: int = 48) -> Image.Image:
     """The picture, RGB, size by size pixels."""
     image = Image.new("RGB", (size, size), BACKGROUND)
@@ -142,7 +162,7 @@ def render(scene: Scene, size: int = 48) -> Image.Image:
                 SIGN_COLOUR, (left, top), _sign_mask(thing.text, width, height, SIGN_FONT[thing.type] * size / GRID)
             )
         else:
-            image.paste(COLOURS[thing.colour], (left, top), _shape_mask(thing.shape, width))
+            image.paste(PAINT[thing.colour], (left, top), _shape_mask(thing.shape, width))
     return image
 
 

@@ -33,7 +33,7 @@ from dataclasses import replace
 from random import Random
 
 from nanovlm.data.conversation import Sample, Turn
-from nanovlm.data.scene_language import caption, captions, description, negatives, say, wordings
+from nanovlm.data.scene_language import caption, captions, description, negatives, say, vaguer, wordings
 from nanovlm.data.scene_questions import ATTRIBUTES, DESCRIBE, FOLLOW_UP, KINDS, Asked, ask, conversation, follow_up
 from nanovlm.data.scene_world import (
     CELLS,
@@ -47,6 +47,7 @@ from nanovlm.data.scene_world import (
     WORDS,
     Scene,
     random_scene,
+    recoloured,
     render,
 )
 from nanovlm.errors import UserError
@@ -99,12 +100,16 @@ class Scenes:
             turns = _put_before(conversation(scene, rng, pairs=pairs), "<image>")
             return Sample(name, images, references=captions(scene), turns=turns)
         wording = rng.choice(wordings(scene))
-        true = say(scene, wording)
         if view == "captions":
+            true = say(scene, wording)
             turns = (Turn("<image>", true, "caption"),)
             return Sample(name, images, caption=true, references=captions(scene), turns=turns)
+        if split == "train":
+            wording = vaguer(wording, rng)
+            if "colour" in wording.left_out:
+                images = (render(recoloured(scene, rng), self.image_size),)
         false = negatives(scene, wording, rng, pairs=pairs)
-        return Sample(name, images, caption=true, references=captions(scene), negatives=false)
+        return Sample(name, images, caption=say(scene, wording), references=captions(scene), negatives=false)
 
     def references(self, sample: Sample) -> tuple[str, ...]:
         return sample.references

@@ -1,0 +1,173 @@
+"""Held-out questions, answered and judged, each beside its two controls.
+
+    source.exam(n) ─► samples whose last turn is to be answered ─► model.generate ─► text ─► metric
+                                  │
+                                  └─► the same questions with the images permuted ─► the `shuffled` control
+
+A figure means something only beside what can be had without looking: `chance`, how often the most common answer of
+that kind is right, and `shuffled`, the same model and the same questions with pictures that belong to others. A model
+that ignores its images scores the same on both; a model that uses them falls to chance when they are permuted.
+
+Metrics: `vqa_accuracy` and `vqa_accuracy/<kind>` (official VQA normalisation), `caption_exact` and `caption_cider`
+(against every caption that counts as right), `vqa_accuracy/class` (all class names ranked by log-likelihood).
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from random import Random
+
+import torch
+from torch import nn
+
+from nanovlm import metrics
+from nanovlm.data.conversation import Sample, answer_ids, collate_prompts, prompt, stop_ids
+from nanovlm.data.transforms import Transform, load_image
+from nanovlm.recipes.stage import Recipe, Stage
+from nanovlm.tokenizer import Tokenizer
+
+BATCH = 100
+MAX_NEW_TOKENS = 64
+
+
+class Examinee:
+    """A trained model with all that is needed to ask it something: tokenizer, format, picture size, device."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe, stage: Stage, tokenizer: Tokenizer, device: torch.device | str):
+        self.model, self.tokenizer, self.format, self.device = model.eval(), tokenizer, stage.format, device
+        self.transform = Transform(recipe.image_size)
+
+    def inputs(self, samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """images (n, 3, H, W), input_ids (B, T), attention_mask (B, T), padded on the left."""
+        ids, mask = collate_prompts([prompt(s.turns, self.tokenizer, self.format, name=s.id) for s in samples],
+                                    self.tokenizer.pad_id)
+        size = self.transform.size
+        images = [self.transform(picture(image)) for s in samples for image in s.images]
+        images = torch.stack(images) if images else torch.zeros(0, 3, size, size)
+        return images.to(self.device), ids.to(self.device), mask.to(self.device)
+
+    def answer(self, samples: Sequence[Sample]) -> list[str]:
+        """Greedy answers to the last question of each sample, its turns before given."""
+        stop = stop_ids(self.format, self.tokenizer)
+        answers = []
+        for chunk in chunks(samples):
+            for ids in self.model.generate(*self.inputs(chunk), MAX_NEW_TOKENS, stop).tolist():
+                answers.append(self.text(ids, stop))
+        return answers
+
+    def text(self, ids: list[int], stop: list[int]) -> str:
+        """The answer without what closes it."""
+        for end in range(len(ids) - len(stop) + 1):
+            if ids[end:end + len(stop)] == stop:
+                ids = ids[:end]
+                break
+        return self.tokenizer.decode(ids).strip()
+
+    def choose(self, samples: Sequence[Sample], candidates: Sequence[str]) -> list[str]:
+        """Of the candidate answers the most likely one, for each sample."""
+        ids = [answer_ids(candidate, self.tokenizer, self.format) for candidate in candidates]
+        return [candidates[best] for chunk in chunks(samples)
+                for best in self.model.score(*self.inputs(chunk), ids).argmax(dim=1).tolist()]
+
+
+def evaluate(model: nn.Module, recipe: Recipe, stage: Stage, source: object, tokenizer: Tokenizer,
+             device: torch.device | str) -> dict[str, dict[str, float]]:
+    """{metric: {"value", "n", "chance", "shuffled"}} on the source's whole exam."""
+    examinee = Examinee(model, recipe, stage, tokenizer, device)
+    by_kind = defaultdict(list)
+    for sample in source.exam():
+        by_kind[sample.turns[-1].kind].append(sample)
+    results: dict[str, dict[str, float]] = {}
+    marks: list[tuple[float, float, float]] = []  # value, chance, shuffled of every question
+    for kind, samples in by_kind.items():
+        if kind == "caption":
+            results |= judge_captions(examinee, samples, source)
+        else:
+            marks += (of_kind := judge_answers(examinee, samples))
+            if kind:
+                results[f"vqa_accuracy/{kind}"] = mean(of_kind)
+    if marks:
+        results["vqa_accuracy"] = mean(marks)
+    if "class" in recipe.evaluate and getattr(source, "labels", ()):
+        results["vqa_accuracy/class"] = judge_classes(examinee, by_kind["caption"], source.labels)
+    return results
+
+
+def judge_answers(examinee: Examinee, samples: Sequence[Sample]) -> list[tuple[float, float, float]]:
+    truths = [s.turns[-1].answer for s in samples]
+    common = Counter(map(metrics.normalise_answer, truths)).most_common(1)[0][0]
+    return [tuple(metrics.vqa_accuracy(guess, [truth]) for guess in (right, common, wrong))
+            for truth, right, wrong in zip(truths, examinee.answer(samples), examinee.answer(permuted(samples)))]
+
+
+def judge_captions(examinee: Examinee, samples: Sequence[Sample], source: object) -> dict[str, dict[str, float]]:
+    references = [source.references(s) for s in samples]
+    common = Counter(text for texts in references for text in set(texts)).most_common(1)[0][0]
+    guesses = {"value": examinee.answer(samples), "chance": [common] * len(samples),
+               "shuffled": examinee.answer(permuted(samples))}
+    exact = {name: sum(map(metrics.exact_match, texts, references)) / len(samples) for name, texts in guesses.items()}
+    cider = {name: metrics.cider(texts, references) for name, texts in guesses.items()}
+    return {"caption_exact": {**exact, "n": len(samples)}, "caption_cider": {**cider, "n": len(samples)}}
+
+
+def judge_classes(examinee: Examinee, samples: Sequence[Sample], classes: Sequence[str]) -> dict[str, float]:
+    truths = [s.turns[-1].answer for s in samples]
+    common = Counter(truths).most_common(1)[0][0]
+    pairs = zip(truths, examinee.choose(samples, classes), examinee.choose(permuted(samples), classes))
+    return mean([(truth == right, truth == common, truth == wrong) for truth, right, wrong in pairs])
+
+
+def mean(marks: Sequence[tuple[float, float, float]]) -> dict[str, float]:
+    value, chance, shuffled = (sum(column) / len(marks) for column in zip(*marks))
+    return {"value": value, "n": len(marks), "chance": chance, "shuffled": shuffled}
+
+
+def permuted(samples: Sequence[Sample]) -> list[Sample]:
+    """The same questions with pictures that belong to other samples of the list; text-only samples stay as they are."""
+    images = [image for s in samples for image in s.images]
+    order = list(range(len(images)))
+    Random(0).shuffle(order)
+    moved = iter([images[order[(order.index(i) + 1) % len(order)]] for i in range(len(images))])
+    return [replace(s, images=tuple(next(moved) for _ in s.images)) for s in samples]
+
+
+def examples(model: nn.Module, recipe: Recipe, stage: Stage, source: object, tokenizer: Tokenizer,
+             device: torch.device | str, n: int = 12) -> list[tuple[object, str, str, str]]:
+    """(picture, question, truth, prediction) of n held-out samples, spread over the kinds: rows for `plots.save_samples`."""
+    if stage.view == "captions":  # before instruction tuning there is nothing to ask: see what it says of a picture
+        samples = [source.sample("captions", "val", i) for i in range(min(n, source.size("captions", "val")))]
+    else:
+        exam = source.exam(n)
+        samples = [exam[i * len(exam) // n] for i in range(min(n, len(exam)))]
+    answers = Examinee(model, recipe, stage, tokenizer, device).answer(samples)
+    return [(picture(s.images[0]) if s.images else None, question(s), s.turns[-1].answer, answer)
+            for s, answer in zip(samples, answers)]
+
+
+def question(sample: Sample) -> str:
+    """What was asked, with the turn before where the question leans on one."""
+    asked = [turn.question.replace("<image>", "").strip() for turn in sample.turns]
+    if len(asked) == 1:
+        return asked[0]
+    return f"{asked[-2]} {sample.turns[-2].answer}. {asked[-1]}"
+
+
+def notes(results: dict[str, dict[str, float]], source: object) -> list[str]:
+    """What a reader should know before believing the figures, in whole sentences."""
+    said = []
+    if getattr(source, "few", False):
+        said.append(f"{source.size('captions', 'train')} training and {source.size('captions', 'val')} held-out pictures "
+                    "are too few to judge by: the figures above may be luck.")
+    exact = results.get("caption_exact")
+    if source.name != "scenes" and exact and not getattr(source, "labels", ()):
+        said.append(f"{source.size('captions', 'train')} pictures teach naming only so far: {exact['value']:.1%} of the "
+                    f"held-out captions are exactly right ({exact['shuffled']:.1%} with the images permuted).")
+    return said
+
+
+def picture(image: object) -> object:
+    return image if hasattr(image, "convert") else load_image(image)
+
+
+def chunks(samples: Sequence[Sample]) -> Iterator[Sequence[Sample]]:
+    return (samples[start:start + BATCH] for start in range(0, len(samples), BATCH))

@@ -1,0 +1,138 @@
+"""Who is who in a checkpoint: their names of tensors beside ours, one table per layout.
+
+    "layers.{i}.mlp.up_proj": "blocks.{i}.feedforward.up"        a module or a single tensor; {i} is a block's number
+
+A layout says where each part of the model stands: LLaVA's language model is `language_model.model.…` in the files of
+the hub, `model.language_model.…` in the memory of transformers 5 and plain `model.…` in the original code.
+"""
+
+import re
+
+Names = dict[str, str]
+
+CLIP_BLOCKS: Names = {
+    "encoder.layers.{i}.layer_norm1": "blocks.{i}.norm1",
+    "encoder.layers.{i}.self_attn.q_proj": "blocks.{i}.attention.query",
+    "encoder.layers.{i}.self_attn.k_proj": "blocks.{i}.attention.key",
+    "encoder.layers.{i}.self_attn.v_proj": "blocks.{i}.attention.value",
+    "encoder.layers.{i}.self_attn.out_proj": "blocks.{i}.attention.out",
+    "encoder.layers.{i}.layer_norm2": "blocks.{i}.norm2",
+    "encoder.layers.{i}.mlp.fc1": "blocks.{i}.feedforward.up",
+    "encoder.layers.{i}.mlp.fc2": "blocks.{i}.feedforward.down",
+}
+
+CLIP_VISION: Names = {
+    "embeddings.class_embedding": "class_token",
+    "embeddings.patch_embedding": "patch_embedding",
+    "embeddings.position_embedding.weight": "positions",
+    "pre_layrnorm": "pre_norm",  # spelt like this in the files
+    **CLIP_BLOCKS,
+    "post_layernorm": "norm",
+}
+
+CLIP_TEXT: Names = {
+    "embeddings.token_embedding": "embedding",
+    "embeddings.position_embedding": "positions",
+    **CLIP_BLOCKS,
+    "final_layer_norm": "norm",
+}
+
+LLAMA: Names = {
+    "embed_tokens": "embedding",
+    "layers.{i}.input_layernorm": "blocks.{i}.norm1",
+    "layers.{i}.self_attn.q_proj": "blocks.{i}.attention.query",
+    "layers.{i}.self_attn.k_proj": "blocks.{i}.attention.key",
+    "layers.{i}.self_attn.v_proj": "blocks.{i}.attention.value",
+    "layers.{i}.self_attn.o_proj": "blocks.{i}.attention.out",
+    "layers.{i}.post_attention_layernorm": "blocks.{i}.norm2",
+    "layers.{i}.mlp.gate_proj": "blocks.{i}.feedforward.gate",
+    "layers.{i}.mlp.up_proj": "blocks.{i}.feedforward.up",
+    "layers.{i}.mlp.down_proj": "blocks.{i}.feedforward.down",
+    "norm": "norm",
+}
+
+OPT: Names = {
+    "embed_tokens": "embedding",
+    "embed_positions": "positions",
+    "layers.{i}.self_attn_layer_norm": "blocks.{i}.norm1",
+    "layers.{i}.self_attn.q_proj": "blocks.{i}.attention.query",
+    "layers.{i}.self_attn.k_proj": "blocks.{i}.attention.key",
+    "layers.{i}.self_attn.v_proj": "blocks.{i}.attention.value",
+    "layers.{i}.self_attn.out_proj": "blocks.{i}.attention.out",
+    "layers.{i}.final_layer_norm": "blocks.{i}.norm2",  # the block's last norm, not the model's
+    "layers.{i}.fc1": "blocks.{i}.feedforward.up",
+    "layers.{i}.fc2": "blocks.{i}.feedforward.down",
+    "final_layer_norm": "norm",
+}
+
+HF_PROJECTOR: Names = {"linear_1": "first", "linear_2": "second"}
+ORIGINAL_LINEAR: Names = {"mm_projector": "first"}
+ORIGINAL_MLP: Names = {"mm_projector.0": "first", "mm_projector.2": "second"}  # 1 is the GELU between them
+
+
+def under(theirs: str, ours: str, table: Names) -> Names:
+    """The table with a prefix before each name."""
+    return {theirs + a: ours + b for a, b in table.items()}
+
+
+def llava(language: str, head: str, projector: Names, vision: str) -> Names:
+    """A layout of LLaVA: where each part stands in theirs."""
+    return {**under(language, "language.", LLAMA), head: "language.head", **under("", "projector.", projector),
+            **under(vision, "vision.", CLIP_VISION)}
+
+
+# every layout that a kind of checkpoint comes in; the one that knows most of its names is used
+LAYOUTS: dict[str, tuple[Names, ...]] = {
+    "clip_vision_model": (
+        CLIP_VISION,  # transformers 5
+        under("vision_model.", "", CLIP_VISION),  # before
+    ),
+    "clip": (
+        {**under("vision_model.", "vision.", CLIP_VISION), "visual_projection": "image_projection",
+         **under("text_model.", "text.", CLIP_TEXT), "text_projection": "text_projection",
+         "logit_scale": "temperature"},
+    ),
+    "llama": (
+        {**under("model.", "language.", LLAMA), "lm_head": "language.head"},
+    ),
+    "opt": (
+        {**under("model.decoder.", "language.", OPT), "lm_head": "language.head"},
+        {**under("decoder.", "language.", OPT), "lm_head": "language.head"},
+    ),
+    "llava": (
+        # the files of the hub; the files that transformers 5 writes
+        llava("language_model.model.", "language_model.lm_head", under("multi_modal_projector.", "", HF_PROJECTOR),
+              "vision_tower.vision_model."),
+        llava("language_model.model.", "language_model.lm_head", under("multi_modal_projector.", "", HF_PROJECTOR),
+              "vision_tower."),
+        # state_dict() in transformers 5; in late transformers 4
+        llava("model.language_model.", "lm_head", under("model.multi_modal_projector.", "", HF_PROJECTOR),
+              "model.vision_tower."),
+        llava("model.language_model.", "lm_head", under("model.multi_modal_projector.", "", HF_PROJECTOR),
+              "model.vision_tower.vision_model."),
+    ),
+    # LLaVA's own code: one or two layers; the tower added from a CLIP file, from memory, or (rarely) in the checkpoint
+    "llava (original)": tuple(
+        llava("model.", "lm_head", under("model.", "", projector), vision)
+        for projector in (ORIGINAL_LINEAR, ORIGINAL_MLP)
+        for vision in ("vision_model.", "", "model.vision_tower.vision_tower.vision_model.")
+    ),
+}
+
+BUFFERS = ("inv_freq", "position_ids", "decoder.version")  # computed, not learned: some files hold them, some do not
+
+
+def translate(name: str, table: Names) -> str | None:
+    """What the table calls a tensor, None if it does not know it; a row may name the tensor or the module it is in."""
+    module, end = re.fullmatch(r"(.+?)(\.weight|\.bias)?", name).groups(default="")
+    number = re.search(r"\.(\d+)\.", name)
+    for whole, rest in ((name, ""), (module, end)):
+        for key in (whole, re.sub(r"\.\d+\.", ".{i}.", whole, count=1)):
+            if key in table:
+                return table[key].replace("{i}", number[1] if number else "") + rest
+    return None
+
+
+def backwards(table: Names) -> Names:
+    """Our names on the left."""
+    return {ours: theirs for theirs, ours in table.items()}

@@ -1,0 +1,33 @@
+"""All recipes by name: `names()` lists them, `get(name)` gives one, `build(name)` the model of one of its stages."""
+
+import torch
+from torch import nn
+
+from nanovlm.errors import UserError
+from nanovlm.recipes import backbones, llava
+from nanovlm.recipes.stage import Recipe
+
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (*backbones.RECIPES, *llava.RECIPES)}
+
+
+def names() -> list[str]:
+    return list(RECIPES)
+
+
+def get(name: str) -> Recipe:
+    if name not in RECIPES:
+        raise UserError(f"There is no recipe {name!r}; the recipes are {', '.join(RECIPES)}.")
+    return RECIPES[name]
+
+
+def build(name: str, device: torch.device | str = "meta", stage: str | None = None) -> nn.Module:
+    """The model of the recipe's last stage, or of `stage`, with fresh weights.
+
+    On the default device "meta" nothing is allocated: a model of any size can be looked at and counted.
+    """
+    recipe = get(name)
+    stages = [s.name for s in recipe.stages]
+    if stage is not None and stage not in stages:
+        raise UserError(f"Recipe {name} has no stage {stage!r}; its stages are {', '.join(stages)}.")
+    with torch.device(device):
+        return recipe.build(stage or stages[-1])

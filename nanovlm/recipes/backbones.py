@@ -1,0 +1,75 @@
+"""The backbones that the tiny recipes freeze: eyes that have seen captions, and a language model that has read.
+
+    clip/tiny   48-pixel pictures, 16 image tokens; captions with hard negatives       → module `vision`
+    lm/tiny     documents in which a description stands where the image will stand     → module `language`
+
+Both are trained on the spot, from the embedded world or from the user's own --data, and then cached.
+"""
+
+from functools import partial
+
+from torch import nn
+
+from nanovlm.decoder import clip_text, llama
+from nanovlm.papers.clip import CLIP, CLIPConfig
+from nanovlm.papers.language_model import LanguageModel
+from nanovlm.recipes.stage import Recipe, Stage
+from nanovlm.vit import clip_vit
+
+TINY_VOCAB = 1024
+TINY_VISION = clip_vit(image_size=48, patch=12, width=128, layers=4, heads=4)  # 16 image tokens
+TINY_LANGUAGE = llama(TINY_VOCAB, width=128, layers=4, heads=4, ffn=344, max_positions=512)
+
+SMALL_VOCAB = 16384
+SMALL_VISION = clip_vit(image_size=224, patch=16, width=384, layers=12, heads=6)  # 196 image tokens
+SMALL_LANGUAGE = llama(SMALL_VOCAB, width=768, layers=12, heads=12, ffn=2048, max_positions=2048)
+
+
+def build_clip(config: CLIPConfig, stage: str) -> nn.Module:
+    return CLIP(config)
+
+
+def build_language_model(config: object, stage: str) -> nn.Module:
+    return LanguageModel(config)
+
+
+CLIP_PARTS = ("vision", "text", "image_projection", "text_projection", "temperature")
+
+CLIP_TINY = Recipe(
+    name="clip/tiny",
+    build=partial(build_clip, CLIPConfig(TINY_VISION, clip_text(TINY_VOCAB, 96, 2, 4, max_positions=64), 96)),
+    image_size=48,
+    vocab=TINY_VOCAB,
+    stages=(Stage("clip", CLIP_PARTS, "pairs", steps=1200, batch_size=64, lr=1e-3, weight_decay=0.05,
+                  betas=(0.9, 0.98), max_length=64,
+                  on_data=(("augment", True), ("steps", 1500), ("weight_decay", 0.1))),),
+)
+
+LM_TINY = Recipe(
+    name="lm/tiny",
+    build=partial(build_language_model, TINY_LANGUAGE),
+    image_size=48,
+    vocab=TINY_VOCAB,
+    stages=(Stage("lm", ("language",), "text", format="tiny", steps=600, batch_size=32, lr=2e-3, weight_decay=0.05,
+                  betas=(0.9, 0.98), max_length=256, on_data=(("steps", 400),)),),
+)
+
+CLIP_SMALL = Recipe(
+    name="clip/small",
+    build=partial(build_clip, CLIPConfig(SMALL_VISION, clip_text(SMALL_VOCAB, 384, 6, 6), 256)),
+    image_size=224,
+    vocab=SMALL_VOCAB,
+    stages=(Stage("clip", CLIP_PARTS, "pairs", steps=50_000, batch_size=256, lr=5e-4, weight_decay=0.2,
+                  betas=(0.9, 0.98), warmup=0.04, augment=True, max_length=77),),
+)
+
+LM_SMALL = Recipe(
+    name="lm/small",
+    build=partial(build_language_model, SMALL_LANGUAGE),
+    image_size=224,
+    vocab=SMALL_VOCAB,
+    stages=(Stage("lm", ("language",), "text", format="v1", steps=50_000, batch_size=64, lr=6e-4, weight_decay=0.1,
+                  betas=(0.9, 0.95), min_lr=0.1, max_length=1024),),
+)
+
+RECIPES = (CLIP_TINY, LM_TINY, CLIP_SMALL, LM_SMALL)

@@ -1,0 +1,81 @@
+"""LLaVA's recipes: two stages, the tiny one and the published ones side by side.
+
+                 eyes                  LM                stage 1 "align"           stage 2 "tune"
+    tiny         clip/tiny, 16 tokens  lm/tiny           projector, captions       projector + LM, conversations
+    small        clip/small, 196       lm/small          the same                  the same
+    7b, 13b      CLIP-L/14, 256        Vicuna            595K pairs, lr 2e-3       158K × 3 epochs, lr 2e-5
+
+What scale changes: sizes, steps, learning rates. What it does not: what is frozen, what learns, on which kind of data.
+Hyper-parameters of the published ones: LLaVA §5 and App. C (batch 128 then 32, Adam, no weight decay, cosine, 3 % warm-up).
+"""
+
+from functools import partial
+
+from torch import nn
+
+from nanovlm.decoder import VICUNA_7B, VICUNA_13B, DecoderConfig
+from nanovlm.papers.llava import LLaVA, LLaVAConfig
+from nanovlm.recipes import backbones
+from nanovlm.recipes.stage import Recipe, Stage
+from nanovlm.tokenizer import Tokenizer
+from nanovlm.vit import CLIP_L_14
+
+IMAGE_ID = Tokenizer.SPECIALS.index("<image>")
+
+
+def build_llava(config: LLaVAConfig, checkpointing: bool, stage: str) -> nn.Module:
+    model = LLaVA(config)
+    model.language.checkpointing = checkpointing
+    return model
+
+
+TINY = Recipe(
+    name="llava/tiny",
+    build=partial(build_llava, LLaVAConfig(backbones.TINY_VISION, backbones.TINY_LANGUAGE, IMAGE_ID), False),
+    image_size=48,
+    vocab=backbones.TINY_VOCAB,
+    evaluate=("vqa", "caption", "class"),
+    stages=(
+        Stage("align", ("projector",), "captions", format="plain", steps=200, batch_size=32, lr=4e-3, max_length=256,
+              init=(("vision", "clip/tiny:vision"), ("language", "lm/tiny:language"))),
+        Stage("tune", ("projector", "language"), "instruct", format="tiny", steps=900, batch_size=32, lr=1.5e-3,
+              max_length=256),
+    ),
+)
+
+SMALL = Recipe(
+    name="llava/small",
+    build=partial(build_llava, LLaVAConfig(backbones.SMALL_VISION, backbones.SMALL_LANGUAGE, IMAGE_ID), False),
+    image_size=224,
+    vocab=backbones.SMALL_VOCAB,
+    evaluate=("vqa", "caption", "class"),
+    stages=(
+        Stage("align", ("projector",), "captions", format="plain", steps=5_000, batch_size=64, lr=2e-3, max_length=512,
+              init=(("vision", "clip/small:vision"), ("language", "lm/small:language"))),
+        Stage("tune", ("projector", "language"), "instruct", format="v1", steps=20_000, batch_size=32, lr=2e-4,
+              max_length=1024),
+    ),
+)
+
+
+def published(name: str, language: DecoderConfig, weights: str) -> Recipe:
+    """The paper's own two stages. differs: one unused id stands for <image>, as in the released code since v1.0.0."""
+    config = LLaVAConfig(CLIP_L_14, language, image_token_id=language.vocab)
+    return Recipe(
+        name=name,
+        build=partial(build_llava, config, True),
+        image_size=224,
+        vocab=language.vocab,
+        evaluate=("vqa", "caption", "class"),
+        stages=(
+            Stage("align", ("projector",), "captions", format="plain", steps=4_651, batch_size=128, lr=2e-3,
+                  max_length=2048, init=(("vision", "published:openai/clip-vit-large-patch14"),
+                                         ("language", f"published:{weights}"))),
+            Stage("tune", ("projector", "language"), "instruct", format="v0", steps=14_786, batch_size=32, lr=2e-5,
+                  max_length=2048),
+        ),
+    )
+
+
+RECIPES = (TINY, SMALL, published("llava/7b", VICUNA_7B, "lmsys/vicuna-7b-v1.3"),
+           published("llava/13b", VICUNA_13B, "lmsys/vicuna-13b-v1.3"))

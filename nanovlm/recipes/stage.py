@@ -1,0 +1,96 @@
+"""A recipe is a model and a list of stages; a stage is what learns, on which data, for how long. Data only, no training here.
+
+    Recipe "llava/tiny"
+      ├ Stage "align"   trains projector              view captions    init vision ← clip/tiny, language ← lm/tiny
+      └ Stage "tune"    trains projector, language    view instruct    goes on from "align"
+
+The same sentence for all six papers: what is frozen, what learns, on which data. The one loop (training/loop.py) reads it.
+`init` names where weights come from before the stage starts:
+    ("vision", "clip/tiny:vision")            module `vision` of the trained backbone recipe clip/tiny
+    ("vision", "published:openai/clip-…")     published weights in the folder $NANOVLM_WEIGHTS/openai/clip-…
+Modules that `init` does not name go on from the recipe's stage before, where it had a module of that name.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+
+from torch import nn
+
+from nanovlm.errors import UserError
+
+VIEWS = ("pairs", "captions", "instruct", "text")
+SCHEDULES = ("cosine", "constant")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One phase of training: whatever `trains` does not name is frozen and in eval()."""
+
+    name: str  # unique among all stages of a run, backbones' too: it names the checkpoint
+    trains: tuple[str, ...]  # modules or parameters of the model, by name: ("projector",)
+    view: str  # how the source shows itself: "pairs" | "captions" | "instruct" | "text"
+    steps: int
+    batch_size: int  # of one optimiser step, over all ranks and micro-batches together
+    lr: float  # the highest, reached after the warm-up
+    format: str = "plain"  # conversation format of "captions" and "instruct"
+    schedule: str = "cosine"  # or "constant"
+    min_lr: float = 0.0  # where the cosine ends, as a fraction of lr
+    warmup: float = 0.03  # fraction of the steps
+    weight_decay: float = 0.0  # on matrices only
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float = 1.0  # global gradient norm; 0 = no clipping
+    accumulate: int = 1  # micro-batches per optimiser step: less memory, the same gradient
+    augment: bool = False  # random crops and flips
+    init: tuple[tuple[str, str], ...] = ()
+    max_length: int = 0  # of a sequence, image tokens included; 0 = no limit
+    on_data: tuple[tuple[str, object], ...] = ()  # fields replaced with --data: few real pictures need augmentation
+
+    def __post_init__(self):
+        if self.view not in VIEWS or self.schedule not in SCHEDULES:
+            raise ValueError(f"Stage {self.name}: view is one of {VIEWS}, schedule one of {SCHEDULES}.")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A model's sizes and its stages; the tiny ones train on the spot, the published ones are for reading and building."""
+
+    name: str
+    build: Callable[[str], nn.Module]  # stage name → model
+    stages: tuple[Stage, ...]
+    image_size: int
+    vocab: int
+    evaluate: tuple[str, ...] = ()  # names of evaluations, see evaluate.py
+    notes: str = ""
+
+
+def resolve(recipe: Recipe, real: bool, steps: float | None = None) -> Recipe:
+    """The recipe as it will be run: `on_data` applied if the data are `real`, and --steps applied to every stage.
+
+    steps: at most 1 is a fraction of each stage's steps, above 1 the number of steps of every stage.
+    """
+    return replace(recipe, stages=tuple(_resolve_stage(stage, real, steps) for stage in recipe.stages))
+
+
+def _resolve_stage(stage: Stage, real: bool, steps: float | None) -> Stage:
+    changes = dict(stage.on_data) if real else {}
+    stage = replace(stage, **changes, on_data=())
+    if steps is None:
+        return stage
+    if steps <= 0 or (steps > 1 and steps != int(steps)):
+        raise UserError(f"--steps {steps} is neither a fraction up to 1 nor a whole number of steps; try 0.1 or 200.")
+    return replace(stage, steps=int(steps) if steps > 1 else max(1, round(stage.steps * steps)))
+
+
+def as_config(recipe: Recipe) -> dict:
+    """The recipe as plain values, for config.json; the model's own sizes live in its build function, which is code."""
+    plain = {f.name: getattr(recipe, f.name) for f in fields(recipe) if f.name not in ("build", "stages", "notes")}
+    plain["evaluate"] = list(recipe.evaluate)
+    plain["stages"] = [_plain(asdict(stage)) for stage in recipe.stages]
+    return plain
+
+
+def _plain(value: object) -> object:
+    """Tuples become lists, as JSON has it, so that a config read back compares equal."""
+    if isinstance(value, dict):
+        return {key: _plain(v) for key, v in value.items() if key != "on_data"}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value

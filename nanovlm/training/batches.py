@@ -1,0 +1,125 @@
+"""What a step learns from: the batch of step s is a function of (seed, stage, s) and of nothing else.
+
+    step s ──► places s·B … s·B + B − 1 ──► indices ──► samples ──► collate ──► batch
+                     │                          └ a new permutation in every epoch; an endless world is read in order
+                     └ rank r of W takes places r, r + W, r + 2W, …
+
+So a resumed run needs to know the step only, several processes share a batch without talking, and the worker processes
+of a DataLoader cannot change the order. Random crops are drawn from a generator of their own for each batch.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from random import Random
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from nanovlm.data.conversation import Sample, collate_conversations, collate_pairs, collate_texts
+from nanovlm.data.transforms import Transform
+from nanovlm.errors import UserError
+from nanovlm.recipes.stage import Recipe, Stage
+from nanovlm.tokenizer import Tokenizer
+from nanovlm.training import distributed
+
+ENDLESS = 1_000_000  # a source that claims so many samples makes them up: read in order, no permutation
+PAIR_LENGTH = 64  # longest text of a pair where the stage gives no max_length
+
+Collate = Callable[[Sequence[Sample], Random], dict[str, Tensor]]
+
+
+def make_collate(recipe: Recipe, stage: Stage, tokenizer: Tokenizer, model: nn.Module) -> Collate:
+    """(samples, rng) → batch, as the stage's view and format ask for it."""
+    transform = Transform(recipe.image_size, augment=stage.augment)
+    limit = stage.max_length or None
+    if stage.view == "pairs":
+        return lambda samples, rng: collate_pairs(samples, tokenizer, transform, limit or PAIR_LENGTH, rng)
+    if stage.view == "text":
+        return lambda samples, rng: collate_texts(samples, tokenizer, stage.format, limit)
+    image_tokens = getattr(model, "image_tokens", 0)
+    return lambda samples, rng: collate_conversations(samples, tokenizer, stage.format, transform, limit, image_tokens, rng)
+
+
+class MicroBatches(Dataset):
+    """Item n is this rank's micro-batch n: number n % accumulate of step n // accumulate."""
+
+    def __init__(self, source: object, stage: Stage, seed: int, collate: Collate):
+        self.source, self.stage, self.seed, self.collate = source, stage, seed, collate
+        self.rank, self.world = distributed.rank(), distributed.world()
+        self.size = source.size(stage.view, "train")
+        if self.size == 0:
+            raise UserError(f"{source.name} has nothing to train stage {stage.name} on (view {stage.view!r}).")
+        if stage.batch_size % (self.world * stage.accumulate):
+            raise UserError(f"Stage {stage.name}: batch_size {stage.batch_size} cannot be shared evenly by {self.world} "
+                            f"processes and {stage.accumulate} micro-batches; make it a multiple of both.")
+
+    def __len__(self) -> int:
+        return self.stage.steps * self.stage.accumulate
+
+    def __getitem__(self, n: int) -> dict[str, Tensor]:
+        step, micro = divmod(n, self.stage.accumulate)
+        mine = self.indices(step)[self.rank::self.world]
+        share = len(mine) // self.stage.accumulate
+        rng = Random(f"{self.seed}/{self.stage.name}/{step}/{micro}/{self.rank}")
+        chosen = mine[micro * share:(micro + 1) * share]
+        return self.collate([self.source.sample(self.stage.view, "train", i) for i in chosen], rng)
+
+    def indices(self, step: int) -> list[int]:
+        """The samples of the whole global batch of `step`."""
+        first = step * self.stage.batch_size
+        places = range(first, first + self.stage.batch_size)
+        if self.size >= ENDLESS:
+            return [place % self.size for place in places]
+        return [_epoch(self.size, f"{self.seed}/{self.stage.name}/{place // self.size}")[place % self.size]
+                for place in places]
+
+
+@lru_cache(maxsize=4)  # a batch may lie across two epochs
+def _epoch(size: int, key: str) -> list[int]:
+    return torch.randperm(size, generator=torch.Generator().manual_seed(Random(key).getrandbits(63))).tolist()
+
+
+class _Carried(Dataset):
+    """A UserError becomes an item: raised in a worker process, it would arrive wrapped into a traceback."""
+
+    def __init__(self, batches: MicroBatches):
+        self.batches = batches
+
+    def __getitem__(self, n: int) -> object:
+        try:
+            return self.batches[n]
+        except UserError as error:
+            return error
+
+
+def stream(batches: MicroBatches, first_step: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
+    """Micro-batches from `first_step` on. On a GPU, worker processes draw and tokenise ahead of it."""
+    cuda = device.type == "cuda"
+    workers = max(1, min(8, (os.cpu_count() or 1) // distributed.world() - 1)) if cuda else 0
+    order = range(first_step * batches.stage.accumulate, len(batches))
+    # A generator of its own: the loader would otherwise draw from the global one and shift what a resumed run draws.
+    for item in DataLoader(_Carried(batches), batch_size=None, sampler=order, num_workers=workers, pin_memory=cuda,
+                           generator=torch.Generator()):
+        if isinstance(item, UserError):
+            raise item
+        yield item
+
+
+class MixedText:
+    """What the language model reads when a person brings data: every second text is one of the embedded world's.
+
+    A few thousand captions teach no language.
+    """
+
+    def __init__(self, own: object, world: object):
+        self.own, self.world, self.name = own, world, own.name
+
+    def size(self, view: str, split: str) -> int:
+        return self.world.size(view, split)
+
+    def sample(self, view: str, split: str, index: int) -> Sample:
+        half, odd = divmod(index, 2)
+        own = self.own.size(view, split)
+        return self.world.sample(view, split, half) if odd or not own else self.own.sample(view, split, half % own)

@@ -1,0 +1,122 @@
+"""Checkpoints: whatever happens while one is written, a whole one is on the disk.
+
+    state ──► last.pt.tmp ──► fsync ──► rename over last.pt        a kill, a full disk or a power cut leaves the old file
+
+A checkpoint holds tensors and plain containers only, so it is loaded with weights_only=True: opening a stranger's file
+can run no code. It holds all that the next step depends on: weights, optimiser, step, random states. The data need no
+position of their own: the batch of step s is a function of (seed, stage, s), see batches.py.
+"""
+
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nanovlm.errors import UserError
+
+TEMPORARY = ".tmp"
+
+
+class SaveFailed(Exception):
+    """A file could not be written, most often because the disk is full; what was there before is untouched."""
+
+
+@contextmanager
+def saving(path: Path) -> Iterator[None]:
+    """Turn what the system says about a failed write into one sentence."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides the disk's error behind its own
+        if not isinstance(cause, OSError):
+            raise
+        raise SaveFailed(f"{path} could not be written ({cause.strerror or cause}): free some space or choose another --out, "
+                         "then go on with --resume; what was saved before is untouched.") from error
+
+
+def save(path: Path, state: dict) -> None:
+    """Write beside, flush to the disk, rename."""
+    path = Path(path)
+    beside = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
+    try:
+        with saving(path):
+            with open(beside, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+            _sync_folder(path.parent)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """The rename itself is only safe from a power cut once the folder is flushed."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def load(path: Path) -> dict:
+    """A checkpoint on the CPU; UserError if it is none."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist.") from None
+    except Exception as error:  # torch raises half a dozen types for a broken file
+        raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__}); delete it, "
+                        "or start again with --overwrite.") from error
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Half-written files of a run that was killed while saving."""
+    for path in Path(folder).glob("*" + TEMPORARY):
+        path.unlink()
+
+
+def cpu_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The weights as they are now, on the CPU; a copy, so that further training does not change them."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}
+
+
+def random_states() -> dict:
+    """Every generator that training might draw from, as tensors and plain numbers."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    version, internal, gauss_next = random.getstate()
+    return {
+        "python": [version, list(internal), gauss_next],
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(gauss)],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_states(states: dict) -> None:
+    version, internal, gauss_next = states["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+    kind, keys, position, has_gauss, gauss = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+@contextmanager
+def undisturbed(model: torch.nn.Module) -> Iterator[None]:
+    """Look at the model between two steps (a sample, a check) without changing what the next step will do."""
+    states, modes = random_states(), [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        set_random_states(states)

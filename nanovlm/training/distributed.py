@@ -1,0 +1,100 @@
+"""Several processes, one training run. Everything here also works in a single process, without a process group.
+
+    torchrun --nproc-per-node 2 train_tiny.py --model llava        gloo on CPUs, nccl on GPUs
+
+        global batch   0  1  2  3  4  5  6  7
+        rank 0         0     2     4     6        forward, backward ┐
+        rank 1            1     3     5     7     forward, backward ┴ gradients averaged (DDP) → the same step on every rank
+
+Models know nothing of this: the loop wraps them, and hands `all_gather` to losses that need the whole batch.
+Every rank holds the same weights, so rank 0 alone writes files and prints.
+"""
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def start(device_type: str) -> None:
+    """Join the process group that torchrun set up; without torchrun do nothing."""
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        # Rank 0 evaluates and writes pictures while the others wait: give it time.
+        dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timedelta(hours=2))
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def wait() -> None:
+    if world() > 1:
+        dist.barrier()
+
+
+def all_sum(tensor: Tensor) -> Tensor:
+    """The sum over ranks, without gradient."""
+    tensor = tensor.detach().clone()
+    if world() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is up on any rank; all ranks get the same answer at the same step."""
+    return flag if world() == 1 else bool(all_sum(torch.tensor(float(flag), device=device)).item())
+
+
+def from_first(value: object) -> object:
+    """Rank 0's value on every rank: a decision that must not differ, such as the name of the run's folder."""
+    if world() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def wrap(module: nn.Module, device: torch.device) -> nn.Module:
+    """DDP, where there are several ranks and something learns."""
+    if world() == 1 or not any(p.requires_grad for p in module.parameters()):
+        return module
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(module, device_ids=ids)
+
+
+class _Gather(torch.autograd.Function):
+    """Every rank's rows, one rank after the other; each rank's gradient flows back to the rank that made the rows."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor) -> Tensor:
+        ctx.rows = len(rows)
+        parts = [torch.empty_like(rows) for _ in range(world())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        # My rows were candidates in everybody's loss: add up what all of them have to say.
+        total = all_sum(gradient.contiguous())
+        return total[rank() * ctx.rows:(rank() + 1) * ctx.rows]
+
+
+def all_gather(rows: Tensor) -> Tensor:
+    """(B, …) on each rank → (world · B, …) on all, with gradient for floats; every rank must bring as many rows."""
+    return rows if world() == 1 else _Gather.apply(rows)

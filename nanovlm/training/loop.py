@@ -1,0 +1,147 @@
+"""The training loop: the only one, for every model and every stage.
+
+    micro-batches ──► model.losses(batch) = {name: (sum, count)} ──► Σ sum / Σ count ──► backward ──► clip ──► AdamW
+                                            added up over micro-batches and ranks before anything is divided
+
+Why sums and counts: an answer has 1 to 300 trained tokens. A mean of means would let a rank that drew short answers shout;
+dividing once, by the number of trained tokens of the whole global batch, gives every token the same weight, and so
+two processes with half the batch each take exactly the step of one process with all of it.
+
+`train_stage` is a generator: it takes a step, then hands a `Report` to the caller, who writes logs and checkpoints
+between two steps. Nothing in this file prints, writes or knows of a run's folder.
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nanovlm.errors import UserError
+from nanovlm.recipes.stage import Stage
+from nanovlm.training import distributed
+from nanovlm.training.optim import lr_at, set_lr
+
+Batch = dict[str, object]
+
+
+class TrainingFailed(Exception):
+    """The loss or the gradient is no longer a number; `batches` are the micro-batches that did it."""
+
+    def __init__(self, message: str, batches: list[Batch]):
+        super().__init__(message)
+        self.batches = batches
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one optimiser step did; `step` counts from 1."""
+
+    step: int
+    losses: dict[str, float]
+    lr: float
+    grad_norm: float
+    seconds: float
+    batch: Batch  # the last micro-batch of this rank, for the vital signs
+
+
+class Losses(nn.Module):
+    """DDP watches over `forward`; the models' losses live in `losses`."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+        return self.model.losses(batch)
+
+
+def freeze(model: nn.Module, trains: tuple[str, ...]) -> list[str]:
+    """Everything but `trains` loses its gradient and goes to eval(); returns the trained parameters' names."""
+    model.eval()
+    trained = []
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(name == part or name.startswith(part + ".") for part in trains))
+        if parameter.requires_grad:
+            trained.append(name)
+    for part in trains:
+        if not any(name == part or name.startswith(part + ".") for name in trained):
+            raise ValueError(f"The stage trains {part!r}, but the model has no parameters of that name.")
+        if part not in trained:  # a module, not a parameter
+            model.get_submodule(part).train()
+    return trained
+
+
+def train_stage(model: nn.Module, stage: Stage, batches: Iterable[Batch], optimiser: torch.optim.Optimizer,
+                device: torch.device, first: int = 0) -> Iterator[Report]:
+    """Steps `first`, …, stage.steps - 1; `batches` yields stage.accumulate micro-batches for each, from step `first` on."""
+    if stage.accumulate > 1 and getattr(model, "needs_whole_batch", False):
+        raise UserError(f"Stage {stage.name} has accumulate={stage.accumulate}, but its loss compares every pair with the "
+                        "whole batch: set accumulate to 1 and, if memory is short, make batch_size smaller.")
+    if hasattr(model, "gather") and distributed.world() > 1:
+        model.gather = distributed.all_gather
+    wrapped = distributed.wrap(Losses(model), device)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    stream = iter(batches)
+    for step in range(first, stage.steps):
+        started = time.monotonic()
+        micro = [to_device(next(stream), device) for _ in range(stage.accumulate)]
+        lr = lr_at(step, stage)
+        set_lr(optimiser, lr)
+        optimiser.zero_grad(set_to_none=True)
+        losses = _backward(wrapped, micro, trained, device, stage)
+        norm = torch.nn.utils.clip_grad_norm_(trained, stage.clip or float("inf")).item()
+        _check_finite({**losses, "gradient norm": norm}, step, lr, stage, micro)  # before the weights are touched
+        optimiser.step()
+        yield Report(step + 1, losses, lr, norm, time.monotonic() - started, micro[-1])
+
+
+def _backward(wrapped: nn.Module, micro: list[Batch], trained: list[Tensor], device: torch.device,
+              stage: Stage) -> dict[str, float]:
+    """Leaves the gradient of Σ_names Σ sum / Σ count in the parameters, sums over micro-batches and ranks."""
+    world = distributed.world()
+    sums, counts = {}, {}
+    for i, batch in enumerate(micro):
+        last = i == len(micro) - 1
+        with nullcontext() if last or world == 1 else wrapped.no_sync():
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                losses = wrapped(batch)
+            if len(micro) > 1 and len(losses) > 1:
+                raise UserError(f"Stage {stage.name} has accumulate={stage.accumulate} and the losses {sorted(losses)}: they "
+                                "are divided by different counts, known only at the end; set accumulate to 1.")
+            for name, (total, count) in losses.items():
+                sums[name] = sums.get(name, 0.0) + total.detach().float()
+                counts[name] = counts.get(name, 0.0) + count.detach().float()
+            if len(micro) == 1:
+                whole = distributed.all_sum(torch.stack(list(counts.values()))).clamp(min=1)
+                # DDP takes the mean of the ranks' gradients; we want their sum.
+                loss = sum(total * (world / n) for (total, _), n in zip(losses.values(), whole, strict=True))
+            else:
+                loss = next(iter(losses.values()))[0]
+            loss.backward()
+    names = list(sums)
+    totals = distributed.all_sum(torch.stack([sums[n] for n in names] + [counts[n] for n in names]))
+    total, count = totals[:len(names)], totals[len(names):].clamp(min=1)
+    if len(micro) > 1:
+        for parameter in trained:
+            if parameter.grad is not None:
+                parameter.grad.mul_(world / count[0])
+    return dict(zip(names, (total / count).tolist(), strict=True))
+
+
+def _check_finite(values: dict[str, float], step: int, lr: float, stage: Stage, micro: list[Batch]) -> None:
+    for name, value in values.items():
+        if not abs(value) < float("inf"):  # also True for nan
+            raise TrainingFailed(f"The {name} became {value} at step {step + 1} of stage {stage.name} "
+                                 f"(learning rate {lr:.2g})", micro)
+
+
+def to_device(value: object, device: torch.device) -> object:
+    """A batch, or anything in it, on `device`."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return {key: to_device(v, device) for key, v in value.items()}
+    return [to_device(v, device) for v in value] if isinstance(value, (list, tuple)) else value

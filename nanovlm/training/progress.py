@@ -1,0 +1,49 @@
+"""What the person at the keyboard sees: a bar on a terminal, a plain line now and then in a log file."""
+
+import sys
+import time
+
+from tqdm import tqdm
+
+from nanovlm.training import distributed
+from nanovlm.training.loop import Report
+
+EVERY = 10.0  # seconds between two plain lines
+
+
+def say(text: str = "") -> None:
+    """One line from rank 0, without tearing the bar."""
+    if distributed.rank() == 0:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+
+def warn(text: str) -> None:
+    say(f"WARNING: {text}.")
+
+
+class Progress:
+    """One stage's bar, or its plain lines."""
+
+    def __init__(self, stage: str, first: int, steps: int, batch_size: int):
+        self.stage, self.first, self.steps, self.batch_size = stage, first, steps, batch_size
+        self.began = self.last = time.monotonic()
+        show = sys.stderr.isatty() and distributed.rank() == 0
+        self.bar = tqdm(total=steps, initial=first, desc=stage, leave=True, dynamic_ncols=True) if show else None
+
+    def step(self, report: Report) -> None:
+        losses = ", ".join(f"{name} {value:.3f}" for name, value in report.losses.items())
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"{losses}, {self.batch_size / report.seconds:.0f} samples/s", refresh=False)
+            self.bar.update()
+            return
+        now = time.monotonic()
+        if now - self.last < EVERY and report.step != self.steps:
+            return
+        self.last = now
+        left = (now - self.began) / (report.step - self.first) * (self.steps - report.step)
+        say(f"{self.stage} {report.step}/{self.steps}  {losses}  {self.batch_size / report.seconds:.0f} samples/s  {left:.0f} s left")
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()

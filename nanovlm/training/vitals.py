@@ -1,0 +1,87 @@
+"""Vital signs: the bugs that let the loss fall all the same.
+
+    at the first step     loss beside that of a blind guess     ln V for "lm", ln of the number of candidates for "itc"
+    at steps 1 to 3       a part that should learn has no gradient
+    at half time, end     the loss with the pictures exchanged = the loss with the right ones: the model ignores them
+    at the end            a frozen part changed                 sha256 of every part, before and after
+    always                a loss that is no number stops the run (loop.py)
+
+A far too high first loss means a wrong initialisation; far too low, that the answer leaks into the input.
+"""
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor, nn
+
+from nanovlm.training.checkpoint import undisturbed
+
+SAME = 0.002  # relative difference of two losses below which they count as equal
+
+
+def guess(name: str, batch: dict, vocab: int, world: int) -> float | None:
+    """The loss of a model that knows nothing, as it should be at a random initialisation; None where we cannot say."""
+    if name == "lm":
+        return math.log(vocab)
+    if name == "itc":
+        pairs = len(batch["images"]) * world
+        own = batch["negative_ids"].shape[1] if "negative_ids" in batch else 0
+        return (math.log(pairs) + math.log(pairs + own)) / 2  # text → images, and image → texts and its hard negatives
+    return None
+
+
+def without_gradient(model: nn.Module) -> set[str]:
+    """Names of trained parameters whose gradient is missing or exactly zero."""
+    return {name for name, p in model.named_parameters()
+            if p.requires_grad and (p.grad is None or not p.grad.any())}
+
+
+def gradient_warning(names: set[str], trained: int) -> str | None:
+    if not names:
+        return None
+    few = ", ".join(sorted(names)[:4]) + (", …" if len(names) > 4 else "")
+    return f"{len(names)} of {trained} parameters that should learn have no gradient: {few}"
+
+
+def image_use(model: nn.Module, batch: dict) -> tuple[float, float] | None:
+    """The loss with the right images and with every image in its neighbour's place; None without two images."""
+    images = batch.get("images")
+    if images is None or len(images) < 2:
+        return None
+    exchanged = {**batch, "images": torch.roll(images, 1, dims=0) if isinstance(images, Tensor) else images[1:] + images[:1]}
+    with undisturbed(model):
+        return _total(model.losses(batch)), _total(model.losses(exchanged))
+
+
+def _total(losses: dict[str, tuple[Tensor, Tensor]]) -> float:
+    return sum((total / count.clamp(min=1)).item() for total, count in losses.values())
+
+
+def image_warning(right: float, exchanged: float) -> str | None:
+    if abs(exchanged - right) > SAME * abs(right):
+        return None
+    return f"the loss with exchanged images ({exchanged:.4f}) equals that with the right ones ({right:.4f}): the model ignores them"
+
+
+def fingerprints(model: nn.Module) -> dict[str, str]:
+    """sha256 of every top-level part of the model, parameters and buffers, by name."""
+    hashes = {}
+    for name, tensor in model.state_dict().items():
+        part = hashes.setdefault(name.split(".")[0], hashlib.sha256())
+        part.update(name.encode())
+        part.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return {part: digest.hexdigest() for part, digest in hashes.items()}
+
+
+def compare(before: dict[str, str], after: dict[str, str], trains: tuple[str, ...]) -> tuple[dict, dict, list[str]]:
+    """→ frozen {part: [before, after]}, trained {part: [before, after]}, warnings."""
+    frozen, trained, warnings = {}, {}, []
+    learning = {name.split(".")[0] for name in trains}
+    for part, old in before.items():
+        (trained if part in learning else frozen)[part] = [old, after[part]]
+        if part in learning and old == after[part]:
+            warnings.append(f"{part} should learn but did not change")
+        if part not in learning and old != after[part]:
+            warnings.append(f"{part} is frozen but changed")
+    return frozen, trained, warnings

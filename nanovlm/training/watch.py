@@ -1,0 +1,138 @@
+"""What happens between two steps of one stage: log lines, vital signs, samples and pictures, checkpoints, Ctrl-C.
+
+    for report in train_stage(...):      ┌ every 10 steps   a line in metrics.jsonl
+        watch.after(report)  ────────────┤ every 30 seconds a held-out sample printed, samples.png and curves.png drawn anew
+                                         ├ every 60 seconds last.pt
+                                         └ Ctrl-C           last.pt, then stop
+All of it by the clock or the step, none of it with an effect on the next step.
+"""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from nanovlm.plots import save_curves, save_samples
+from nanovlm.recipes.stage import Stage
+from nanovlm.training import distributed, vitals
+from nanovlm.training.checkpoint import saving, undisturbed
+from nanovlm.training.folder import append_line
+from nanovlm.training.loop import Report
+from nanovlm.training.progress import Progress, say, warn
+
+LOG_STEPS = 10
+SAMPLE_SECONDS = 30.0
+SAVE_SECONDS = 60.0
+
+Rows = list[tuple[object, str, str, str]]  # picture, question, truth, prediction
+
+
+class Interrupt:
+    """Whether somebody asked to stop; see `interruptible`."""
+
+    def __init__(self):
+        self.asked = False
+        self.when = 0.0
+
+    def handle(self, number: int, frame: object) -> None:
+        # torchrun passes on what the terminal has sent already, so only a later Ctrl-C is a second one.
+        if self.asked and number == signal.SIGINT and time.monotonic() - self.when > 2:
+            raise KeyboardInterrupt
+        self.asked, self.when = True, self.when or time.monotonic()
+
+
+@contextmanager
+def interruptible() -> Iterator[Interrupt]:
+    """Ctrl-C and SIGTERM raise a flag in here, so that the step is finished first. A second Ctrl-C, later, insists."""
+    interrupt, old = Interrupt(), {}
+    if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+        old = {number: signal.signal(number, interrupt.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield interrupt
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+class Watch:
+    """One stage's observer. save: writes last.pt. samples: asks the model held-out questions; None where it cannot answer."""
+
+    def __init__(self, model: nn.Module, stage: Stage, folder: object, device: torch.device, first: int, vocab: int,
+                 save: Callable[[int], None], samples: Callable[[], Rows] | None):
+        self.model, self.stage, self.folder, self.device, self.vocab = model, stage, folder, device, vocab
+        self.save, self.samples, self.first = save, samples, first
+        self.progress = Progress(stage.name, first, stage.steps, stage.batch_size)
+        self.saved = self.sampled = time.monotonic()
+        self.shown = 0
+        self.dead: set[str] | None = None  # parameters that had no gradient at any step so far
+        self.warnings: list[str] = []
+
+    def after(self, report: Report) -> None:
+        self.progress.step(report)
+        last = report.step == self.stage.steps
+        if report.step == self.first + 1:
+            self.first_step(report)
+        if report.step <= 3:
+            self.check_gradients(report.step == min(3, self.stage.steps))
+        if last or report.step == self.stage.steps // 2:
+            self.check_images(report)
+        if distributed.rank() > 0:
+            return
+        if last or report.step % LOG_STEPS == 0 or report.step == 1:
+            self.log(report)
+        now = time.monotonic()
+        if now - self.sampled > SAMPLE_SECONDS or last:
+            self.show()
+            self.sampled = time.monotonic()
+        if now - self.saved > SAVE_SECONDS and not last:
+            self.save(report.step)
+            self.saved = time.monotonic()
+
+    def first_step(self, report: Report) -> None:
+        for name, value in report.losses.items():
+            blind = vitals.guess(name, report.batch, self.vocab, distributed.world())
+            if blind is not None and self.first == 0:
+                say(f"{self.stage.name}: first loss {name} {value:.3f}; a blind guess has {blind:.3f}")
+
+    def check_gradients(self, report_now: bool) -> None:
+        missing = vitals.without_gradient(self.model)
+        self.dead = missing if self.dead is None else self.dead & missing
+        trained = sum(p.requires_grad for p in self.model.parameters())
+        if report_now:
+            self.note(vitals.gradient_warning(self.dead, trained))
+
+    def check_images(self, report: Report) -> None:
+        losses = vitals.image_use(self.model, report.batch)
+        if losses is not None:
+            self.note(vitals.image_warning(*losses), keep=report.step == self.stage.steps)
+
+    def note(self, warning: str | None, keep: bool = True) -> None:
+        """Said at once; what is still true at the end of the stage is kept for the summary."""
+        if warning is not None:
+            warn(f"{self.stage.name}: {warning}")
+            self.warnings += [f"{self.stage.name}: {warning}"] if keep else []
+
+    def log(self, report: Report) -> None:
+        losses = {f"loss/{name}": value for name, value in report.losses.items()}
+        append_line(self.folder / "metrics.jsonl", {
+            "stage": self.stage.name, "step": report.step, **losses, "lr": report.lr, "grad_norm": report.grad_norm,
+            "samples_per_s": round(self.stage.batch_size / report.seconds, 2)})
+
+    def show(self) -> None:
+        """One sample in words, all of them and the curves as pictures."""
+        with saving(self.folder / "curves.png"):
+            save_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
+        if self.samples is None:
+            return
+        with undisturbed(self.model):
+            rows = self.samples()
+        if rows:
+            _, question, truth, prediction = rows[self.shown % len(rows)]
+            self.shown += 1
+            say(f"    {question!r}  truth: {truth!r}  model: {prediction!r}")
+            with saving(self.folder / "samples.png"):
+                save_samples(rows, self.folder / "samples.png")

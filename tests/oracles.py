@@ -1,0 +1,51 @@
+"""Tiny models of transformers, with weights that bite: what ours are held against."""
+
+import transformers
+from tools import bite
+from torch import nn
+
+from nanovlm.hub import from_hf
+
+transformers.logging.set_verbosity_error()
+
+# All sizes differ, so that no axis can be taken for another.
+CLIP = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 4, "num_attention_heads": 3, "image_size": 20,
+        "patch_size": 5}
+LLAMA = {"vocab_size": 53, "hidden_size": 36, "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 6,
+         "max_position_embeddings": 96, "rms_norm_eps": 1e-5, "rope_theta": 500.0,
+         "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+OPT = {"vocab_size": 53, "hidden_size": 36, "word_embed_proj_dim": 36, "ffn_dim": 44, "num_hidden_layers": 2,
+       "num_attention_heads": 6, "max_position_embeddings": 37, "dropout": 0.0,
+       "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+IMAGE_ID = 51
+
+
+def hf_clip_vision(seed: int, **changes) -> nn.Module:
+    return bite(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**{**CLIP, **changes})), seed)
+
+
+def hf_llama(seed: int, **changes) -> nn.Module:
+    return bite(transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**LLAMA, **changes})), seed)
+
+
+def hf_opt(seed: int, **changes) -> nn.Module:
+    return bite(transformers.OPTForCausalLM(transformers.OPTConfig(**{**OPT, **changes})), seed)
+
+
+def hf_llava(seed: int, **changes) -> nn.Module:
+    config = transformers.LlavaConfig(vision_config=transformers.CLIPVisionConfig(**CLIP), image_token_index=IMAGE_ID,
+                                      text_config=transformers.LlamaConfig(**LLAMA), image_seq_length=16, **changes)
+    return bite(transformers.LlavaForConditionalGeneration(config), seed)
+
+
+def hf_clip(seed: int) -> nn.Module:
+    text = {"vocab_size": 53, "hidden_size": 20, "intermediate_size": 44, "num_hidden_layers": 2,
+            "num_attention_heads": 5, "max_position_embeddings": 13,
+            "bos_token_id": 51, "eos_token_id": 52, "pad_token_id": 0}
+    config = transformers.CLIPConfig(text_config=text, vision_config=CLIP, projection_dim=7)
+    return bite(transformers.CLIPModel(config), seed)
+
+
+def ours(hf: nn.Module) -> nn.Module:
+    """Our model with the same weights, by the door that published checkpoints come through."""
+    return from_hf(hf.config.to_dict(), {name: tensor.clone() for name, tensor in hf.state_dict().items()}).eval()

@@ -1,0 +1,152 @@
+"""The command line: every wrong call is one sentence on stderr and exit code 2; Ctrl-C is 130; nothing is destroyed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import training_fakes as fakes
+from test_checkpoint import FAKES, stop_after
+
+import train_tiny
+from nanovlm import recipes
+from nanovlm.training import checkpoint, run
+
+
+@pytest.fixture
+def world(monkeypatch, tmp_path):
+    fakes.install(monkeypatch.setattr)
+    monkeypatch.setenv("NANOVLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def fails(capsys, code: int, *arguments: str) -> str:
+    """The one sentence with which the call fails."""
+    assert train_tiny.main(list(arguments)) == code
+    sentence = capsys.readouterr().err
+    assert sentence.startswith("train_tiny.py: ") and sentence.count("\n") == 1 and "Traceback" not in sentence
+    return sentence
+
+
+def test_an_unknown_value_is_answered_with_the_valid_ones(world, capsys):
+    sentence = fails(capsys, 2, "--model", "lava")
+    assert "'lava'" in sentence and all(f"'{name}'" in sentence for name in train_tiny.MODELS)
+    assert "llava" in train_tiny.MODELS and "clip" not in train_tiny.MODELS
+    sentence = fails(capsys, 2, "--recipe", "llava/huge")
+    assert "'llava/huge'" in sentence and "'llava/tiny'" in sentence
+    assert "'skip'" in fails(capsys, 2, "--model", "llava", "--on-missing", "ignore")
+    assert "'mps'" in fails(capsys, 2, "--model", "llava", "--device", "gpu")
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    ((), "--model"),
+    (("--model", "llava", "--recipe", "fake/tiny"), "Give one of"),
+    (("--recipe", "fake/tiny", "--stpes", "3"), "--stpes"),
+    (("--recipe", "fake/tiny", "--seed", "one"), "--seed"),
+    (("--recipe", "fake/tiny", "--steps", "0"), "--steps"),
+    (("--recipe", "fake/tiny", "--steps", "2.5"), "--steps"),
+    (("--recipe", "fake/tiny", "--data", "nowhere"), "nowhere"),
+    (("--recipe", "fake/tiny", "--resume", "--overwrite"), "--resume"),
+    (("--recipe", "fake/tiny", "--resume"), "runs/fake"),
+    (("--recipe", "fake/tiny", "--resume", "--out", "nowhere"), "nowhere"),
+])
+def test_bad_usage_is_one_sentence(world, capsys, arguments, words):
+    assert words in fails(capsys, 2, *arguments)
+    assert not (world / "runs").exists() and not (world / "nowhere").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_device_that_is_not_there(world, capsys):
+    assert "--device cuda" in fails(capsys, 2, "--recipe", "fake/tiny", "--device", "cuda")
+
+
+def test_help_has_an_example_of_each_use(capsys):
+    with pytest.raises(SystemExit) as end:
+        train_tiny.main(["--help"])
+    text = capsys.readouterr().out
+    assert end.value.code == 0
+    options = [action.option_strings[-1] for action in train_tiny.make_parser()._actions if action.dest != "help"]
+    examples = text[text.index("examples:"):]
+    assert [option for option in options if option not in examples] == []
+
+
+def test_runs_are_numbered_and_filled_folders_are_safe(world, capsys):
+    quick = ("--recipe", "fake/tiny", "--steps", "1")
+    assert [train_tiny.main([*quick, "--steps", "2"]) for _ in range(2)] == [0, 0]
+    assert sorted(os.listdir("runs")) == ["fake", "fake-2"]
+    assert train_tiny.main([*quick, "--steps", "2", "--resume"]) == 0, "without --out the last run is meant"
+    assert "runs/fake-2" in capsys.readouterr().out.splitlines()[-1]
+
+    os.mkdir("mine")
+    with open("mine/thesis.txt", "w") as file:
+        file.write("irreplaceable")
+    assert "not empty" in fails(capsys, 2, *quick, "--out", "mine")
+    assert "does not look like a run" in fails(capsys, 2, *quick, "--out", "mine", "--overwrite")
+    assert "no run" in fails(capsys, 2, *quick, "--out", "mine", "--resume")
+    assert "is a file" in fails(capsys, 2, *quick, "--out", "mine/thesis.txt")
+    assert os.listdir("mine") == ["thesis.txt"]
+
+    (world / "runs/fake/old.txt").write_text("x")
+    assert train_tiny.main([*quick, "--steps", "2", "--out", "runs/fake", "--overwrite"]) == 0
+    assert not (world / "runs/fake/old.txt").exists()
+
+
+def test_the_table_at_the_end_has_the_controls(world, capsys, monkeypatch):
+    asked = fakes.recipe()
+    monkeypatch.setattr(recipes, "RECIPES", {**recipes.RECIPES, "fake/tiny": run.Recipe(
+        asked.name, asked.build, asked.stages, asked.image_size, asked.vocab, evaluate=("vqa",))})
+    rows = [(None, "what colour?", "red", "blue")]
+    monkeypatch.setattr(run.evaluate, "examples", lambda *arguments: rows)
+    monkeypatch.setattr(run.evaluate, "evaluate", lambda *arguments: {
+        "vqa_accuracy": {"value": 0.875, "chance": 0.25, "shuffled": 0.3125, "n": 617}})
+    monkeypatch.setattr(run.evaluate, "notes", lambda *arguments: ["Twenty pictures are too few to judge by."])
+    assert train_tiny.main(["--recipe", "fake/tiny", "--out", "a"]) == 0
+    out = capsys.readouterr().out
+    [line] = [line for line in out.splitlines() if line.startswith("vqa_accuracy")]
+    assert line.split()[1:] == ["0.875", "0.250", "0.312", "617"]
+    assert "too few to judge by" in out and "'what colour?'  truth: 'red'  model: 'blue'" in out
+    assert (world / "a/samples.png").stat().st_size > 1000
+
+
+def test_a_loss_that_is_no_number_exits_with_1_and_keeps_the_batch(world, capsys, monkeypatch):
+    losses = fakes.FakeVLM.losses
+    calls = []
+
+    def broken(self, batch):
+        calls.extend([batch] * torch.is_grad_enabled())  # the vital signs look without gradient
+        [(total, count)] = losses(self, batch).values()
+        return {"lm": (total * float("nan") if len(calls) == 4 else total, count)}
+
+    monkeypatch.setattr(fakes.FakeVLM, "losses", broken)
+    sentence = fails(capsys, 1, "--recipe", "fake/tiny", "--out", "a", "--no-cache")
+    assert "nan" in sentence and "stage see" in sentence and "a/bad_batch.pt" in sentence
+    [batch] = checkpoint.load(world / "a/bad_batch.pt")["batches"]
+    assert any(torch.equal(batch["input_ids"], call["input_ids"]) for call in calls)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_exits_with_130_and_says_how_to_go_on(world, capsys, monkeypatch, number):
+    with monkeypatch.context() as patch:
+        stop_after(patch, "tune", 3, number)
+        sentence = fails(capsys, 130, "--recipe", "fake/tiny", "--out", "a")
+    assert "--resume" in sentence and checkpoint.load(world / "a/last.pt")["step"] == 3
+    assert train_tiny.main(["--recipe", "fake/tiny", "--out", "a", "--resume"]) == 0
+
+
+def test_ctrl_c_from_outside_ends_the_process_cleanly(world):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "SAVE_SECONDS": "-1"}
+    process = subprocess.Popen([sys.executable, str(FAKES), "--recipe", "fake/tiny", "--out", "a", "--steps", "100000"],
+                               env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for _ in range(600):
+        if os.path.exists("a/last.pt"):
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, sentence = process.communicate(timeout=60)
+    assert process.returncode == 130 and sentence.count("\n") == 1 and "--resume" in sentence
+    state = checkpoint.load(world / "a/last.pt")
+    assert state["stage"] == "see" and state["step"] >= 1

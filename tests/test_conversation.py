@@ -1,0 +1,280 @@
+"""Conversations: exactly the answers and stop tokens carry loss, whatever people write; batches keep what they hold."""
+
+from dataclasses import replace
+from random import Random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from nanovlm.data.conversation import (
+    FORMATS,
+    Sample,
+    Turn,
+    answer_ids,
+    collate_conversations,
+    collate_pairs,
+    collate_prompts,
+    collate_texts,
+    encode,
+    prompt,
+    stop_ids,
+)
+from nanovlm.data.transforms import Transform
+from nanovlm.errors import UserError
+from nanovlm.tokenizer import Tokenizer
+
+CORPUS = "USER: what colour is it? ASSISTANT: red\n### Human: how many?\n### Assistant: two ###[INST] 你好 [/INST]"
+TOKENIZER = Tokenizer.train([CORPUS] * 5, 340)
+BYTES = Tokenizer.train([], 260)  # no merges: "###" is three tokens, and an answer may hold two of them
+NAMES = sorted(FORMATS)
+# What each answer begins with and what closes it, written out here and not taken from the table under test.
+LEAD = {"plain": "", "v0": " ", "v1": " ", "llama_2": " ", "tiny": " "}
+CLOSE = {"plain": "\n", "v0": "\n###", "v1": "</s>", "llama_2": " </s>", "tiny": "</s>"}
+FORBIDDEN = {"plain": "\n", "v0": "###"}
+
+# Texts that try to break out of the template, beside any Unicode.
+SPITEFUL = st.sampled_from(["</s>", "<s>", "### Assistant:", " ASSISTANT: no", "[/INST]", "\n\n", " ", "#", "\n##"])
+TEXT = st.lists(st.one_of(st.text(max_size=12), SPITEFUL), max_size=4).map("".join)
+
+
+@st.composite
+def conversations(draw, name):
+    """Turns that the format can hold: 0-2 images in any question, no empty answer, no stop text in an answer."""
+    turns = []
+    for _ in range(1 if name == "plain" else draw(st.integers(1, 3))):
+        words = [draw(TEXT).replace("<image>", "") for _ in range(draw(st.integers(1, 3)))]
+        answer = draw(TEXT.filter(str.strip))
+        for forbidden in [FORBIDDEN[name]] if name in FORBIDDEN else []:
+            answer = answer.replace(forbidden, "") or "x"
+        turns.append(Turn("<image>".join(words), answer if answer.strip() else "x"))
+    return tuple(turns)
+
+
+def expected_trained(turns, name):
+    return "".join(LEAD[name] + turn.answer + CLOSE[name] for turn in turns)
+
+
+def trained(labels):
+    return [label for label in labels if label != -100]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(st.data())
+@settings(max_examples=40, deadline=None)
+def test_trained_tokens_are_exactly_answers_and_stops(name, data):
+    turns = data.draw(conversations(name))
+    system = data.draw(st.sampled_from([FORMATS[name].system, "", "be brief </s>"]))
+    ids, labels = encode(turns, TOKENIZER, replace(FORMATS[name], system=system))
+    assert all(label in (-100, i) for i, label in zip(ids, labels))
+    assert TOKENIZER.decode(trained(labels), specials=True) == expected_trained(turns, name)
+    # What is not trained holds no word of an answer: the rest decodes to the template and the questions.
+    rest = TOKENIZER.decode([i for i, label in zip(ids, labels) if label == -100], specials=True)
+    everything = TOKENIZER.decode(ids, specials=True)
+    assert len(rest) == len(everything) - len(expected_trained(turns, name))
+    assert ids.count(TOKENIZER.image_id) == sum(turn.question.count("<image>") for turn in turns)
+    assert ids.count(TOKENIZER.eos_id) == ("</s>" in CLOSE[name]) * len(turns)  # "</s>" that people write is no stop
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(st.data())
+@settings(max_examples=40, deadline=None)
+def test_truncation_keeps_a_prefix_and_never_cuts_an_image(name, data):
+    turns, image_tokens = data.draw(conversations(name)), data.draw(st.sampled_from([1, 7]))
+    ids, labels = encode(turns, TOKENIZER, name)
+    lengths = [image_tokens if i == TOKENIZER.image_id else 1 for i in ids]
+    limit = data.draw(st.integers(1, sum(lengths) + 3))
+    fitting = max(n for n in range(len(ids) + 1) if sum(lengths[:n]) <= limit)  # the slow and obvious way
+    cuts_image = TOKENIZER.image_id in ids[fitting:]
+    if cuts_image or not trained(labels[:fitting]):
+        with pytest.raises(UserError, match="record 7.*(image tokens|no answer is left)"):
+            encode(turns, TOKENIZER, name, limit, image_tokens, "record 7")
+    else:
+        assert encode(turns, TOKENIZER, name, limit, image_tokens) == (ids[:fitting], labels[:fitting])
+        kept = TOKENIZER.decode(trained(labels[:fitting]), specials=True).rstrip("\ufffd")
+        assert expected_trained(turns, name).startswith(kept)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(st.data())
+@settings(max_examples=40, deadline=None)
+def test_a_prompt_is_the_conversation_up_to_its_last_answer_and_generation_stops_right_behind_it(name, data):
+    turns, tokenizer = data.draw(conversations(name)), data.draw(st.sampled_from([TOKENIZER, BYTES]))
+    asked = (*turns[:-1], replace(turns[-1], answer=""))  # the answer to come is not looked at
+    ids, _ = encode(turns, tokenizer, name)
+    before = prompt(asked, tokenizer, name)
+    assert before + answer_ids(turns[-1].answer, tokenizer, name) == ids
+    stop, answer = stop_ids(name, tokenizer), ids[len(before):]
+    hits = [end for end in range(len(stop), len(answer) + 1) if answer[end - len(stop):end] == stop]
+    assert hits == [len(answer)], "generation would stop before the answer ends, or never"
+
+
+TWO_TURNS = (Turn("<image>\nwhat colour?", "red"), Turn("sure?", "yes"))
+Q1 = "<image>\nwhat colour?"
+LAYOUTS = {  # hand-written from the published templates, with the system text S
+    "v0": "<s>S\n\n### Human: <image>\nwhat colour?\n### Assistant: red\n### Human: sure?\n### Assistant: yes\n###",
+    "v1": "<s>S USER: <image>\nwhat colour? ASSISTANT: red</s>USER: sure? ASSISTANT: yes</s>",
+    "tiny": "<s>S USER: <image>\nwhat colour? ASSISTANT: red</s>USER: sure? ASSISTANT: yes</s>",
+    "llama_2": "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\n" + Q1 + " [/INST] red </s><s>[INST] sure? [/INST] yes </s>",
+}
+
+
+@pytest.mark.parametrize("name", sorted(LAYOUTS))
+def test_the_layout_is_the_published_one(name):
+    ids, _ = encode(TWO_TURNS, TOKENIZER, replace(FORMATS[name], system="S"))
+    assert TOKENIZER.decode(ids, specials=True) == LAYOUTS[name]
+    assert ids.count(TOKENIZER.image_id) == 1
+    assert ids.count(TOKENIZER.bos_id) == (2 if name == "llama_2" else 1)
+
+
+def test_an_empty_system_prompt_leaves_nothing_behind():
+    start = {"v0": "<s>### Human: ", "v1": "<s>USER: ", "tiny": "<s>USER: ", "llama_2": "<s>[INST] "}
+    for name, text in start.items():
+        ids, _ = encode(TWO_TURNS, TOKENIZER, replace(FORMATS[name], system=""))
+        assert TOKENIZER.decode(ids, specials=True).startswith(text + "<image>")
+
+
+def test_generation_stops_at_the_end_token_alone_or_else_at_the_closing_text():
+    for name in ("v1", "tiny", "llama_2"):  # llama_2 writes a blank before it, which a model may leave out
+        assert stop_ids(name, TOKENIZER) == [TOKENIZER.eos_id]
+    assert BYTES.decode(stop_ids("v0", BYTES)) == "\n###" and BYTES.decode(stop_ids("plain", BYTES)) == "\n"
+
+
+def test_plain_keeps_the_images_and_throws_the_question_away():
+    ids, labels = encode((Turn("describe it\n<image> and <image>", "a red hat"),), TOKENIZER, "plain")
+    assert TOKENIZER.decode(ids, specials=True) == "<s><image><image>a red hat\n"
+    assert TOKENIZER.decode(trained(labels), specials=True) == "a red hat\n"
+
+
+def test_an_answer_is_the_same_tokens_as_inside_a_sentence():
+    ids, labels = encode((Turn("what colour is it?", "red"),), TOKENIZER, "v1")
+    assert trained(labels) == [*TOKENIZER.encode(" red"), TOKENIZER.eos_id]
+    # template and question are cut into tokens as one text too: "USER: what" has no lone blank in the middle
+    before = TOKENIZER.encode("USER: what colour is it? ASSISTANT:")
+    assert ids[-len(before) - len(trained(labels)):-len(trained(labels))] == before
+
+
+@pytest.mark.parametrize(
+    ("turns", "name", "said"),
+    [
+        ((Turn("hi", " \n"),), "v1", "picture 3: the answer of turn 1 is empty"),
+        ((Turn("hi", "a"), Turn("hi", "")), "v1", "picture 3: the answer of turn 2 is empty"),
+        ((), "v1", "picture 3: it has no turns"),
+        ((Turn("hi", "use ### here"),), "v0", "picture 3: the answer of turn 1 holds '###'"),
+        ((Turn("<image>", "two\nlines"),), "plain", "holds '.n'"),
+        ((Turn("<image>", "a"), Turn("b", "c")), "plain", "picture 3: the format plain holds one caption, not 2 turns"),
+        ((Turn("hi", "a"),), "v9", "Unknown conversation format 'v9'.*plain, v0, v1, llama_2, tiny"),
+    ],
+)
+def test_what_cannot_be_encoded_is_said_in_one_sentence(turns, name, said):
+    with pytest.raises(UserError, match=said):
+        encode(turns, TOKENIZER, name, name="picture 3")
+
+
+def test_a_prompt_that_does_not_fit_is_an_error_and_counts_image_tokens():
+    turns = (Turn("<image>\nwhat?", ""),)
+    length = len(prompt(turns, TOKENIZER, "tiny")) + 12  # one id of it becomes 13 embeddings
+    assert prompt(turns, TOKENIZER, "tiny", length, 13)
+    with pytest.raises(UserError, match=f"record 7: the question does not fit into {length - 1} tokens"):
+        prompt(turns, TOKENIZER, "tiny", length - 1, 13, "record 7")
+
+
+# ---- batches
+
+
+def plain_picture(value: int) -> Image.Image:
+    return Image.new("RGB", (11, 11), (value, value, value))
+
+
+TRANSFORM = Transform(11, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+TWO_IMAGES = Sample("a", (plain_picture(10), plain_picture(20)), turns=(Turn("<image> or <image>?", "the first"),))
+NO_IMAGE = Sample("b", turns=(Turn("how are you?", "well, and ready for a longer answer"),))
+LATE_IMAGE = Sample("c", (plain_picture(30),), turns=(Turn("hi", "hello"), Turn("what is this <image>", "grey")))
+
+
+def test_a_batch_of_conversations_holds_all_images_in_the_order_of_their_marks():
+    samples = [TWO_IMAGES, NO_IMAGE, LATE_IMAGE]
+    batch = collate_conversations(samples, TOKENIZER, "v1", TRANSFORM, None, 5, Random(0))
+    assert batch["images"].shape == (3, 3, 11, 11)
+    assert [round(image.mean().item() * 255) for image in batch["images"]] == [10, 20, 30]
+    for row, sample in enumerate(samples):
+        ids, labels = encode(sample.turns, TOKENIZER, "v1")
+        mask = batch["attention_mask"][row]
+        assert mask.tolist() == [True] * len(ids) + [False] * (len(mask) - len(ids))  # right padding
+        assert batch["input_ids"][row, mask].tolist() == ids
+        assert batch["labels"][row, mask].tolist() == labels
+        assert (batch["labels"][row, ~mask] == -100).all()
+        assert (batch["input_ids"][row, ~mask] == TOKENIZER.pad_id).all()
+
+
+def test_a_batch_without_images_has_an_empty_stack_of_the_right_shape():
+    batch = collate_conversations([NO_IMAGE], TOKENIZER, "tiny", TRANSFORM, None, 5, Random(0))
+    assert batch["images"].shape == (0, 3, 11, 11)
+
+
+def test_marks_and_images_must_match():
+    for broken in (replace(TWO_IMAGES, images=TWO_IMAGES.images[:1]), replace(NO_IMAGE, images=TWO_IMAGES.images)):
+        with pytest.raises(UserError, match=f'^{broken.id}: (2|0) "<image>" marks in its questions but'):
+            collate_conversations([broken], TOKENIZER, "v1", TRANSFORM, None, 5, Random(0))
+
+
+def test_truncation_in_a_batch_counts_image_tokens_and_names_the_sample():
+    with pytest.raises(UserError, match="^c: cutting it to 40 tokens would cut image tokens"):
+        collate_conversations([NO_IMAGE, LATE_IMAGE], TOKENIZER, "tiny", TRANSFORM, 40, 200, Random(0))
+
+
+def test_texts_train_every_token_and_refuse_image_marks():
+    other = Sample("d", turns=(Turn("a red hat\nwhat is it?", "a hat"),))
+    batch = collate_texts([NO_IMAGE, other], TOKENIZER, "tiny")
+    mask = batch["attention_mask"]
+    assert torch.equal(batch["labels"][mask], batch["input_ids"][mask]) and (batch["labels"][~mask] == -100).all()
+    assert batch["input_ids"][1, mask[1]].tolist() == encode(other.turns, TOKENIZER, "tiny")[0]
+    with pytest.raises(UserError, match="^c: .*description"):
+        collate_texts([LATE_IMAGE], TOKENIZER, "tiny")
+
+
+def pair(name, caption, value, negatives=()):
+    return Sample(name, (plain_picture(value),), caption=caption, negatives=negatives)
+
+
+def test_pairs_know_which_texts_and_images_are_the_same():
+    samples = [pair("a", "red", 1), pair("b", "blue", 2), pair("c", "red", 3), pair("d", "green", 2)]
+    batch = collate_pairs(samples, TOKENIZER, TRANSFORM, 13, Random(0))
+    text, image = batch["text_group"].tolist(), batch["image_group"].tolist()
+    assert [[x == y for y in text] for x in text] == [[x == y for y in "rbrg"] for x in "rbrg"]
+    assert [[x == y for y in image] for x in image] == [[x == y for y in "1232"] for x in "1232"]
+    assert batch["text_group"].dtype == torch.int64 and "negative_ids" not in batch
+    for row, sample in enumerate(samples):
+        ids = batch["input_ids"][row, batch["attention_mask"][row]].tolist()
+        assert TOKENIZER.decode(ids, specials=True) == f"<s>{sample.caption}</s>"
+    again = collate_pairs(samples[:1], TOKENIZER, TRANSFORM, 13, Random(5))
+    assert again["text_group"][0] == text[0] and again["image_group"][0] == image[0]  # the same in any batch and run
+
+
+def test_negatives_are_as_many_as_every_sample_has_and_long_texts_keep_their_end_token():
+    three = ("blue", "green", "a very very very long negative caption")
+    samples = [pair("a", "red", 1, three), pair("b", "x", 2, ("y", "z"))]
+    batch = collate_pairs(samples, TOKENIZER, TRANSFORM, 9, Random(0))
+    assert batch["negative_ids"].shape == (2, 2, batch["input_ids"].shape[1])
+    assert batch["input_ids"].shape[1] <= 9
+    for row, sample in enumerate(samples):
+        texts = set()
+        for ids, mask in zip(batch["negative_ids"][row], batch["negative_mask"][row]):
+            assert ids[mask][-1] == TOKENIZER.eos_id and ids[mask][0] == TOKENIZER.bos_id
+            texts.add(TOKENIZER.decode(ids[mask].tolist()))
+        assert len(texts) == 2  # no negative twice
+        assert all(text and any(negative.startswith(text) for negative in sample.negatives) for text in texts)
+
+
+def test_pairs_need_an_image_and_a_text():
+    for broken in (Sample("e", (), caption="a hat"), Sample("e", (plain_picture(1),), caption=" ")):
+        with pytest.raises(UserError, match="^e: a pair needs one image and a caption"):
+            collate_pairs([broken], TOKENIZER, TRANSFORM, 9, Random(0))
+
+
+def test_prompts_are_padded_on_the_left():
+    ids, mask = collate_prompts([[5, 6, 7], [8]], pad_id=0)
+    assert ids.tolist() == [[5, 6, 7], [0, 0, 8]]
+    assert mask.tolist() == [[True, True, True], [False, False, True]]

@@ -1,0 +1,82 @@
+"""Full-size models have the published numbers of parameters, to the unit; nothing is allocated (meta device)."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from nanovlm import recipes
+from nanovlm.decoder import OPT_2_7B, OPT_6_7B, VICUNA_7B, VICUNA_13B, Decoder, DecoderConfig
+from nanovlm.training.loop import freeze
+from nanovlm.vit import CLIP_L_14, CLIP_L_14_336, EVA_CLIP_G_14, VIT_B_16, VIT_L_16, ViT
+
+
+def count(module: nn.Module | None) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def on_meta(kind: type, config: object) -> nn.Module:
+    with torch.device("meta"):
+        return kind(config)
+
+
+# llava.md §0: total, projector, language model
+LLAVA = {"llava/7b": (7_045_793_792, 4_198_400, 6_738_415_616),
+         "llava/13b": (13_324_292_096, 5_248_000, 13_015_864_320)}
+
+
+@pytest.mark.parametrize("name", LLAVA)
+def test_llava(name):
+    """With CLIP's unused last block and final norm, as the checkpoints have it."""
+    total, projector, language = LLAVA[name]
+    model = recipes.build(name)
+    assert (count(model), count(model.projector), count(model.language)) == (total, projector, language)
+    assert count(model.vision) == 303_179_776
+    assert model.image_tokens == 256
+
+
+@pytest.mark.parametrize(("name", "stage", "learns"), [
+    ("llava/7b", "align", 4_198_400), ("llava/7b", "tune", 6_742_614_016),
+    ("llava/13b", "align", 5_248_000), ("llava/13b", "tune", 13_021_112_320)])
+def test_what_learns_in_each_stage(name, stage, learns):
+    model = recipes.build(name, stage=stage)
+    trains = next(s.trains for s in recipes.get(name).stages if s.name == stage)
+    freeze(model, trains)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == learns
+
+
+def test_clip_and_the_part_of_it_that_llava_reads():
+    clip = on_meta(ViT, CLIP_L_14)
+    assert count(clip) == 303_179_776
+    assert (count(clip.blocks[-1]), count(clip.norm)) == (12_596_224, 2_048)  # after feature layer −2: never read
+    assert count(on_meta(ViT, replace(CLIP_L_14, layers=23, final_norm=False))) == 290_581_504  # BLIP-2 leaves them out
+    assert count(on_meta(ViT, CLIP_L_14_336)) - count(clip) == (24**2 - 16**2) * 1024  # more positions, nothing else
+
+
+def test_eva_clip():
+    """The published count holds a key bias for each of the 39 blocks, which is always zero: ours has none."""
+    published, key_biases = 985_952_256, 39 * 1408
+    eva = replace(EVA_CLIP_G_14, layers=39)
+    ours = count(on_meta(ViT, eva))
+    print(f"EVA-CLIP g/14: ours {ours:,}, published {published:,} = ours + {key_biases:,} zeros that nobody trains")
+    assert ours == published - key_biases == 985_897_344
+    assert count(on_meta(ViT, replace(eva, final_norm=False))) == 985_949_440 - key_biases
+
+
+@pytest.mark.parametrize(("config", "published"), [
+    (VIT_B_16, 85_798_656), (VIT_L_16, 303_301_632),
+    (replace(VIT_B_16, image_size=384), 86_090_496), (replace(VIT_L_16, image_size=384), 303_690_752)])
+def test_imagenet_vit(config, published):
+    assert count(on_meta(ViT, config)) == published
+
+
+@pytest.mark.parametrize(("config", "published"), [
+    (OPT_2_7B, 2_651_596_800), (OPT_6_7B, 6_658_473_984), (VICUNA_7B, 6_738_415_616), (VICUNA_13B, 13_015_864_320)])
+def test_language_models(config: DecoderConfig, published: int):
+    """OPT's head is its embedding and is counted once; LLaMA's is its own."""
+    assert count(on_meta(Decoder, config)) == published
+
+
+def test_nothing_of_the_published_sizes_is_allocated():
+    assert all(p.is_meta for p in recipes.build("llava/13b").parameters())

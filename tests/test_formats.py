@@ -1,0 +1,261 @@
+"""Readers on literal records in each format's documented shape, on all that can be wrong, and on the real sets."""
+
+import json
+from pathlib import Path
+
+import pytest
+from data_files import LLAVA, draw, everything, llava_set, write
+from PIL import Image
+
+from nanovlm.data.conversation import Turn
+from nanovlm.data.formats import read, scan
+from nanovlm.errors import UserError
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+# ---- the formats, each as its documentation shows it
+
+
+def test_a_folder_with_a_text_beside_each_picture(tmp_path):
+    for i in range(20):
+        draw(tmp_path, f"{i}.png")
+        write(tmp_path / f"{i}.txt", f"  picture\nnumber {i}\n")
+    source = read(tmp_path)
+    assert source.name == tmp_path.name and source.few
+    assert (source.size("pairs", "train"), source.size("pairs", "val")) == (18, 2)
+    found = {sample.id: sample.caption for sample in everything(source, "pairs")}
+    assert found == {f"{i}.png": f"picture number {i}" for i in range(20)}
+    assert source.labels == ()
+
+
+JSONL = (  # the two lines are those of the README of the sets in ../shared/data
+    '{"image": "images/noto/1f43c.png", "caption": "panda", "caption_zh": "熊猫", "keywords": ["animal", "bamboo"], '
+    '"group": "animals & nature", "artist": "noto", "split": "train"}\n\n'
+    '{"image": "images/train/0000.jpg", "caption": "a photo of a pair of shorts", "label": "shorts", "split": "val"}\n'
+)
+
+
+@pytest.mark.parametrize("name", ["captions.jsonl", "mine.jsonl"])
+def test_jsonl_by_folder_and_by_file(tmp_path, name):
+    draw(tmp_path, "images/noto/1f43c.png", "images/train/0000.jpg")
+    write(tmp_path / name, JSONL)
+    for path in (tmp_path, tmp_path / name):
+        source = read(path)
+        panda, shorts = source.sample("pairs", "train", 0), source.sample("pairs", "val", 0)
+        assert (panda.id, panda.caption, panda.label) == (f"{name} line 1", "panda", "")
+        assert (shorts.id, shorts.caption, shorts.label) == (f"{name} line 3", "a photo of a pair of shorts", "shorts")
+        assert source.references(panda) == ("panda",)
+        assert panda.images[0].mode == "RGB" and not panda.turns
+
+
+COCO = {  # layout of captions_val2014.json
+    "info": {"description": "COCO 2014 Dataset", "version": "1.0", "year": 2014},
+    "licenses": [{"id": 5, "name": "Attribution License"}],
+    "images": [
+        {"license": 5, "file_name": "COCO_val2014_000000391895.jpg", "height": 360, "width": 640, "id": 391895},
+        {"license": 5, "file_name": "COCO_val2014_000000060623.jpg", "height": 427, "width": 640, "id": 60623},
+        {"license": 5, "file_name": "COCO_val2014_000000000001.jpg", "height": 427, "width": 640, "id": 1},
+    ],
+    "annotations": [
+        {"image_id": 391895, "id": 770337, "caption": "A man with a red helmet on a small moped on a dirt road. "},
+        {"image_id": 391895, "id": 771687, "caption": "Man riding a motor bike on a dirt road\non the countryside."},
+        {"image_id": 60623, "id": 787, "caption": "A young girl inhales with the intent of blowing out a candle."},
+    ],
+}
+
+
+@pytest.mark.parametrize("where", ["beside", "images", "val2014", "annotations"])
+def test_coco_captions_wherever_its_pictures_usually_lie(tmp_path, where):
+    folder = {"beside": "", "annotations": "val2014/"}.get(where, f"{where}/")
+    draw(tmp_path, *(f"{folder}{image['file_name']}" for image in COCO["images"]))
+    file = write(tmp_path / ("annotations/" if where == "annotations" else "") / "captions_val2014.json", COCO)
+    source = read(file)
+    texts = {
+        "captions_val2014.json image 391895": (
+            "A man with a red helmet on a small moped on a dirt road.",
+            "Man riding a motor bike on a dirt road on the countryside.",
+        ),
+        "captions_val2014.json image 60623": ("A young girl inhales with the intent of blowing out a candle.",),
+    }
+    for sample in everything(source, "captions"):
+        assert source.references(sample) == texts[sample.id]
+        assert sample.turns == (Turn("<image>", sample.caption, "caption"),)
+    # on the train side every caption is met once an epoch; a held-out picture is asked about once
+    for split in ("train", "val"):
+        met = [source.sample("pairs", split, i) for i in range(source.size("pairs", split))]
+        several = met[0].references if split == "train" else met[0].references[:1]
+        assert [sample.caption for sample in met] == list(several)
+
+
+def test_llava_conversations(tmp_path):
+    source = read(llava_set(tmp_path))
+    seen = {sample.id.split("(id ")[1][:-1]: sample for sample in everything(source, "instruct")}
+    assert set(seen) == {LLAVA[0]["id"], "text", "7", "c"}
+    assert seen["7"].turns == (Turn("<image>\nwhat is it?", "a hat"), Turn("and <image>?", "a shoe"))
+    assert [image.getpixel((0, 0)) for image in seen["7"].images] == [
+        Image.open(tmp_path / name).getpixel((0, 0)) for name in ("a.png", "b.png")
+    ]
+    assert seen["text"].images == () and seen["c"].turns[0].question == "what?\n<image>"
+    # pairs and captions hold one picture each; the caption of a conversation is its first answer's first sentence
+    pairs = {sample.caption for sample in everything(source, "pairs")}
+    assert pairs == {"a beautiful painting of chernobyl by nekro.", "a shoe"}
+    assert pairs == {sample.turns[0].answer for sample in everything(source, "captions")}
+    # to the language model, a caption stands where the picture would
+    told = {sample.turns[0].question for sample in everything(source, "text")}
+    assert {"2 + 2?", "a hat\nwhat is it?", "what?\na shoe"} < told
+    assert not any(sample.images for sample in everything(source, "text"))
+    assert not any("<image>" in turn.question for sample in everything(source, "text") for turn in sample.turns)
+
+
+# ---- what is wrong with one record
+
+
+def conversation(*values, first="human"):
+    speakers = ["human", "gpt"] if first == "human" else ["gpt", "human"]
+    return [{"from": speakers[i % 2], "value": value} for i, value in enumerate(values)]
+
+
+GOOD = {"image": "a.png", "caption": "fine"}
+BAD_RECORDS = {
+    "caption missing": ({"image": "a.png"}, 'line 2: field "caption" is missing'),
+    "image missing": ({"caption": "x"}, 'line 2: field "image" is missing'),
+    "caption empty": ({"image": "a.png", "caption": " "}, 'line 2: field "caption" is empty'),
+    "caption a number": ({"image": "a.png", "caption": 3}, 'line 2: field "caption" is empty or no text'),
+    "split unknown": ({"image": "a.png", "caption": "x", "split": "dev"}, "line 2: field \"split\" is 'dev'"),
+    "no object": (["a.png", "x"], "line 2: the record is no JSON object"),
+    "picture missing": ({"image": "b.png", "caption": "x"}, 'line 2: field "image": the picture b.png is missing'),
+    "starts with the assistant": (
+        {"id": 4, "conversations": conversation("hello", "hi", first="gpt")},
+        r'line 2 ?.*: the conversation starts with the assistant: field "conversations"\[0\] is from "gpt"',
+    ),
+    "speaks twice": (
+        {"conversations": [*conversation("a", "b"), *conversation("c", first="gpt")]},
+        r'line 2: field "conversations"\[2\] is from "gpt" but must be from "human"',
+    ),
+    "empty answer": ({"conversations": conversation("hi", "a", "hi", "")}, r'"conversations"\[3\]: the answer is empt'),
+    "no answer": ({"conversations": conversation("hi", "a", "hi")}, r'"conversations"\[2\]: the last question has no'),
+    "no turns": ({"conversations": []}, 'field "conversations" must be a list'),
+    "no value": ({"conversations": [{"from": "human"}]}, r'"conversations"\[0\] must be'),
+    "too few marks": (
+        {"image": ["a.png", "a.png"], "conversations": conversation("<image>?", "a")},
+        'line 2: 1 "<image>" marks in field "conversations" but 2 pictures in field "image"',
+    ),
+    "too many marks": (
+        {"conversations": conversation("<image>?", "a")}, 'line 2: 1 "<image>" marks .* but 0 pictures'
+    ),
+    "image no path": ({"image": 3, "conversations": conversation("<image>?", "a")}, 'field "image" must be a path'),
+}
+
+
+@pytest.mark.parametrize("case", BAD_RECORDS)
+def test_a_bad_record_is_one_sentence_with_file_record_and_field(tmp_path, case):
+    row, said = BAD_RECORDS[case]
+    draw(tmp_path, "a.png", "c.png")
+    rows = [GOOD, row, {"image": "c.png", "caption": "good too"}, row]
+    file = write(tmp_path / "captions.jsonl", "\n".join(json.dumps(row) for row in rows))
+    with pytest.raises(UserError, match=f"captions.jsonl.*{said}") as caught:
+        read(tmp_path)
+    assert "\n" not in str(caught.value) and f"1 more: python -m nanovlm.data.check {tmp_path}" in str(caught.value)
+    assert len(scan(file).problems) == 2
+    if case != "picture missing":  # skipping is for pictures; a record that is wrong in itself stays an error
+        with pytest.raises(UserError, match=said):
+            read(tmp_path, on_missing="skip")
+
+
+def test_a_line_that_is_no_json_is_named(tmp_path):
+    draw(tmp_path, "a.png")
+    write(tmp_path / "captions.jsonl", json.dumps(GOOD) + '\n{"image": "a.png", ')
+    with pytest.raises(UserError, match=r"captions.jsonl line 2: this is no JSON \(.*\); write one object per line"):
+        read(tmp_path)
+
+
+def test_coco_tables_that_do_not_fit_together(tmp_path):
+    table = {
+        "images": [{"id": 1, "file_name": "a.png"}, {"id": 2}],
+        "annotations": [
+            {"image_id": 9, "caption": "x"}, {"image_id": 1}, {"caption": "x"}, {"image_id": 1, "caption": ""}
+        ],
+    }
+    draw(tmp_path, "a.png")
+    problems = [str(problem) for problem in scan(write(tmp_path / "coco.json", table)).problems]
+    assert problems == [
+        'coco.json annotations[1]: field "caption" is missing or empty',
+        'coco.json annotations[2]: field "image_id" is missing or empty',
+        'coco.json annotations[3]: field "caption" is missing or empty',
+        'coco.json images[1]: field "id" or "file_name" is missing',
+        'coco.json: field "image_id" is 9, which "images" does not list',
+    ]
+
+
+# ---- what is wrong with the path
+
+
+def test_unusable_paths(tmp_path):
+    write(tmp_path / "notes.md", "hello")
+    write(tmp_path / "odd.json", {"images": 3})
+    write(tmp_path / "broken.json", "[{")
+    write(tmp_path / "empty.jsonl", "")
+    draw(tmp_path, "textless/a.png", "alone/a.png")
+    write(tmp_path / "alone" / "a.txt", "only one")
+    write(tmp_path / "bytes" / "captions.jsonl", "")
+    (tmp_path / "bytes" / "captions.jsonl").write_bytes(b'{"caption": "\xff"}')
+    for name in ("nothing", "several"):
+        (tmp_path / name).mkdir()
+    write(tmp_path / "several" / "a.json", [])
+    write(tmp_path / "several" / "b.json", [])
+    for name, said in {
+        "absent": "there is no such file or folder",
+        "nothing": "the folder holds no pictures with texts",
+        "several": "it holds 2 tables",
+        "textless": r"it holds pictures \(a.png\) but no text for any",
+        "notes.md": "neither a folder nor a .json or .jsonl file",
+        "odd.json": 'neither a list of records nor an object with "images" and "annotations"',
+        "broken.json": "cannot be read as JSON",
+        "bytes": "cannot be read as UTF-8",
+        "empty.jsonl": "it has 0 usable records",
+        "alone": "it has 1 usable records; at least two",
+    }.items():
+        with pytest.raises(UserError, match=f"{Path(name).stem}.*{said}"):
+            read(tmp_path / name)
+
+
+def test_on_missing_has_two_values(tmp_path):
+    with pytest.raises(UserError, match="on_missing is 'ignore'; it must be error or skip"):
+        read(tmp_path, on_missing="ignore")
+
+
+def test_a_folder_in_which_halves_are_missing(tmp_path):
+    draw(tmp_path, "a.png", "b.png", "c.png")
+    write(tmp_path / "a.txt", "a hat")
+    write(tmp_path / "b.txt", "a shoe")
+    write(tmp_path / "d.txt", "a ghost")
+    with pytest.raises(UserError, match="c.png: no text c.txt beside it"):
+        read(tmp_path)
+    source = read(tmp_path, on_missing="skip")
+    assert {sample.caption for sample in everything(source, "pairs")} == {"a hat", "a shoe"}
+    assert [record for record, _ in source.skipped] == ["c.png", "d.txt"]
+    write(tmp_path / "b.txt", "\n")
+    with pytest.raises(UserError, match="b.txt: the text is empty"):
+        read(tmp_path, on_missing="skip")
+
+
+# ---- the real sets
+
+
+@pytest.mark.skipif(not (SHARED / "clothes").is_dir(), reason="../shared/data/clothes is not on this machine")
+def test_clothes():
+    source = read(SHARED / "clothes")
+    assert (source.size("pairs", "train"), source.size("pairs", "val")) == (3068, 341)
+    assert len(source.labels) == 10 and "a photo of a t-shirt" in source.labels and not source.few
+    assert sum(source.sample("text", "val", i).caption == "a photo of a t-shirt" for i in range(341)) == 81
+
+
+@pytest.mark.skipif(not (SHARED / "emoji").is_dir(), reason="../shared/data/emoji is not on this machine")
+def test_emoji():
+    source = read(SHARED / "emoji")
+    assert (source.size("captions", "train"), source.size("captions", "val")) == (4236, 450)
+    assert source.labels == () and not source.few and source.skipped == []
+    captions = [{source.sample("text", split, i).caption for i in range(source.size("text", split))}
+                for split in ("train", "val")]
+    assert [len(names) for names in captions] == [1412, 150] and not captions[0] & captions[1]

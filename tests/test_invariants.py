@@ -1,0 +1,347 @@
+"""What must hold for every model, whatever it is made of. A further model adds one entry to CASES.
+
+An example is a text with its pictures; a case knows how to build its model and what its logits are. All else is the
+same for all: who sees what, padding, caches, learning ten examples by heart, frozen parts, two processes.
+"""
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from tools import bite, close, randn
+from torch import Tensor, nn
+
+from nanovlm import generation
+from nanovlm.decoder import clip_text, llama, opt
+from nanovlm.papers.clip import CLIP, CLIPConfig
+from nanovlm.papers.language_model import LanguageModel
+from nanovlm.papers.llava import LLaVA, LLaVAConfig
+from nanovlm.recipes.stage import Stage
+from nanovlm.training import distributed
+from nanovlm.training.loop import freeze, train_stage
+from nanovlm.training.optim import make_optimiser
+from nanovlm.vit import clip_vit
+
+PAD, STOP, IMAGE, V = 0, 2, 3, 29
+SIZE, N = 12, 9  # pictures of 3 × 3 patches
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    build: Callable[[], nn.Module]
+    stages: tuple[tuple[str, ...], ...]  # what learns, stage by stage; in the last enough to learn by heart
+    inputs: tuple[str, ...]  # the names of a batch that `forward` and `generate` take
+    image_places: int  # positions that a picture takes in the text; 0: the model reads no pictures
+    logits: Callable[[nn.Module, dict, str], tuple[Tensor, Tensor]]  # of a batch: (B, L, V), and which are real (B, L)
+
+
+def build_llava() -> nn.Module:
+    vision = clip_vit(image_size=SIZE, patch=4, width=26, layers=3, heads=2)
+    return LLaVA(LLaVAConfig(vision, llama(V, width=40, layers=2, heads=5, ffn=44), image_token_id=IMAGE))
+
+
+def llava_logits(model: nn.Module, batch: dict, side: str) -> tuple[Tensor, Tensor]:
+    images, ids, mask = batch["images"], batch["input_ids"], batch["attention_mask"]
+    return model(images, ids, mask, pad=side).logits, model.splice(ids, mask, images, pad=side)[1]
+
+
+def text_logits(model: nn.Module, batch: dict, side: str) -> tuple[Tensor, Tensor]:
+    return model(batch["input_ids"], batch["attention_mask"]).logits, batch["attention_mask"]
+
+
+TEXT = ("input_ids", "attention_mask")
+CASES = [
+    Case("llava", build_llava, (("projector",), ("projector", "language")), ("images", *TEXT), N, llava_logits),
+    Case("llama", lambda: LanguageModel(llama(V, 40, 2, 5, 44)), (("language",),), TEXT, 0, text_logits),
+    Case("opt", lambda: LanguageModel(opt(V, 40, 2, 5, 44)), (("language",),), TEXT, 0, text_logits),
+]
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+image_cases = pytest.mark.parametrize("case", [case for case in CASES if case.image_places], ids=lambda case: case.name)
+
+
+# --- examples and batches ---
+
+@dataclass(frozen=True)
+class Example:
+    ids: tuple[int, ...]  # IMAGE where a picture stands
+    images: Tensor  # (number of pictures, 3, SIZE, SIZE)
+    answer: tuple[int, ...]  # what is learned; its last token is STOP
+
+
+def examples(case: Case, count: int = 10, seed: int = 0) -> list[Example]:
+    """Six that ask the same and differ by the picture alone; then, in turn, two pictures and none."""
+    g = torch.Generator().manual_seed(seed)
+
+    def words(n: int) -> tuple[int, ...]:
+        return tuple(torch.randint(4, V, (n,), generator=g).tolist())
+
+    first, second, third = words(3)
+    made = []
+    for i in range(count):
+        ids = words(3 + i % 4)
+        if case.image_places and i < 6:
+            ids = (first, IMAGE, second, third)
+        elif case.image_places and i % 2 == 0:
+            ids = (ids[0], IMAGE, *ids[1:], IMAGE, first)
+        images = torch.randn(ids.count(IMAGE), 3, SIZE, SIZE, generator=g)
+        made.append(Example(ids, images, (*words(1 + i % 4), STOP)))
+    return made
+
+
+def collate(rows: list[Example], side: str) -> dict:
+    """Prompts and answers, padded on one side; only answers are learned."""
+    longest = max(len(row.ids) + len(row.answer) for row in rows)
+    ids, labels = torch.full((len(rows), longest), PAD), torch.full((len(rows), longest), -100)
+    mask = torch.zeros(len(rows), longest, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        text = torch.tensor(row.ids + row.answer)
+        place = slice(0, len(text)) if side == "right" else slice(longest - len(text), longest)
+        ids[i, place], mask[i, place] = text, True
+        labels[i, place] = text.masked_fill(torch.arange(len(text)) < len(row.ids), -100)
+    images = torch.cat([row.images for row in rows])
+    return {"images": images, "input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def prompts(rows: list[Example]) -> list[Example]:
+    return [replace(row, answer=()) for row in rows]
+
+
+def generate(case: Case, model: nn.Module, rows: list[Example], new: int, stop: list[int], **how) -> list[list[int]]:
+    batch = collate(prompts(rows), "left")
+    return model.generate(**{name: batch[name] for name in case.inputs}, max_new_tokens=new, stop=stop, **how).tolist()
+
+
+def sharp(case: Case, seed: int = 0) -> nn.Module:
+    return bite(case.build(), seed, std=0.3)
+
+
+# --- who sees what ---
+
+def perturbations(case: Case, rows: list[Example], side: str) -> Iterator[tuple[str, dict, int, int]]:
+    """(what, changed batch, row, first token of the row that may notice; none if −1)."""
+    batch = collate(rows, side)
+    for row in (0, 7):
+        for t in (0, 2, len(rows[row].ids)):
+            if t < len(rows[row].ids) and rows[row].ids[t] == IMAGE:
+                continue
+            changed = {**batch, "input_ids": batch["input_ids"].clone()}
+            column = batch["attention_mask"][row].nonzero()[t]
+            changed["input_ids"][row, column] = 4 + (changed["input_ids"][row, column] - 3) % (V - 4)
+            yield f"word {t} of row {row}", changed, row, t
+    for row in (2, 6, 8) if case.image_places else ():
+        before = sum(len(other.images) for other in rows[:row])
+        for k in range(len(rows[row].images)):
+            changed = {**batch, "images": batch["images"].clone()}
+            changed["images"][before + k] += randn(3, SIZE, SIZE, seed=row)
+            t = [i for i, token in enumerate(rows[row].ids) if token == IMAGE][k]
+            yield f"picture {k} of row {row}", changed, row, t
+    padding = {**batch, "input_ids": batch["input_ids"].masked_fill(~batch["attention_mask"], 17)}
+    yield "padding", padding, 0, -1
+
+
+@every_case
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_what_may_not_be_seen_changes_no_bit_and_what_may_be_seen_does(case, side):
+    model, rows = sharp(case), examples(case)
+    seen = 0
+    with torch.no_grad():
+        logits, real = case.logits(model, collate(rows, side), side)
+        for what, changed, row, t in perturbations(case, rows, side):
+            moved = (case.logits(model, changed, side)[0] - logits).abs().amax(dim=-1)
+            may = torch.zeros_like(real)
+            if t >= 0:
+                place = t + (case.image_places - 1) * rows[row].ids[:t].count(IMAGE)
+                may[row, real[row].nonzero()[place:, 0]] = True
+            assert not moved[real & ~may].any(), f"{what} shows where it should not"
+            assert (moved[may] > 1e-5).all(), f"{what} does not show where it should"
+            seen += int(may.any())
+    assert seen >= 6
+
+
+@image_cases
+def test_the_image_matters(case):
+    """Another picture moves the answer's probabilities more than rounding could, by far."""
+    model, rows = sharp(case), examples(case)
+    batch = collate(rows, "right")
+    with torch.no_grad():
+        right = model.losses(batch)["lm"][0]
+        exchanged = model.losses({**batch, "images": batch["images"].roll(1, dims=0)})["lm"][0]
+    assert abs(exchanged - right) > 0.01 * right
+
+
+@every_case
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_batch_equals_single(case, side):
+    model, rows = sharp(case, 1), examples(case, seed=1)
+    with torch.no_grad():
+        together, real = case.logits(model, collate(rows, side), side)
+        for i, row in enumerate(rows):
+            alone, all_real = case.logits(model, collate([row], side), side)
+            assert all_real.all()
+            close(together[i][real[i]], alone[0])
+    said = generate(case, model, rows, 5, [])
+    assert said == [generate(case, model, [row], 5, [])[0] for row in rows]
+    assert len(set(map(tuple, said))) > 5
+
+
+# --- generation ---
+
+@every_case
+def test_cache_equals_no_cache(case):
+    """Token by token with the cache = the whole text anew for every token; rows that stop are filled up."""
+    model, rows = sharp(case, 2), examples(case, seed=2)
+    grown = prompts(rows)
+    with torch.no_grad():
+        for _ in range(6):
+            best = case.logits(model, collate(grown, "left"), "left")[0][:, -1].argmax(dim=-1)
+            grown = [replace(row, answer=(*row.answer, int(token))) for row, token in zip(grown, best, strict=True)]
+    assert generate(case, model, rows, 6, []) == [list(row.answer) for row in grown]
+    stop = grown[0].answer[2]
+    cut = [row.answer[:row.answer.index(stop) + 1] if stop in row.answer else row.answer for row in grown]
+    longest = max(map(len, cut))
+    assert len(set(map(len, cut))) > 1
+    assert generate(case, model, rows, 6, [stop]) == [[*text, *[PAD] * (longest - len(text))] for text in cut]
+
+
+@every_case
+def test_a_beam_of_one_is_greedy(case, monkeypatch):
+    model, rows = sharp(case, 3), examples(case, seed=3)
+    greedy = generate(case, model, rows, 6, [])
+    assert generate(case, model, rows, 6, [], beams=1) == greedy
+    assert generate(case, model, rows, 6, [], beams=3) != greedy
+
+    def one_beam(prefill, step, max_new_tokens, stop, **how):
+        return generation.beam_search(prefill, step, max_new_tokens, stop, PAD, beams=1)
+
+    monkeypatch.setattr(generation, "generate", torch.no_grad()(one_beam))
+    assert generate(case, model, rows, 6, []) == greedy
+
+
+# --- learning ---
+
+def train(model: nn.Module, trains: tuple[str, ...], batches: list[dict], lr: float) -> list[float]:
+    """Through the package's one loop; → the losses."""
+    freeze(model, trains)
+    stage = Stage("heart", trains, "instruct", steps=len(batches), batch_size=10, lr=lr)
+    reports = train_stage(model, stage, batches, make_optimiser(model, stage), CPU)
+    return [report.losses["lm"] for report in reports]
+
+
+@every_case
+def test_learns_ten_examples_by_heart(case):
+    """Greedy answers exact; where the same is asked of six pictures, the pictures alone tell the answers apart."""
+    torch.manual_seed(0)
+    model, rows = case.build(), examples(case)
+    losses = train(model, case.stages[-1], [collate(rows, "right")] * 120, lr=5e-3)
+    assert losses[-1] < 0.02 < losses[0]
+    model.eval()
+    longest = max(len(row.answer) for row in rows)
+    answers = [[*row.answer, *[PAD] * (longest - len(row.answer))] for row in rows]
+    assert generate(case, model, rows, 8, [STOP]) == answers
+    if case.image_places:
+        wrong = [replace(row, images=other.images) for row, other in zip(rows[:6], rows[1:6] + rows[:1], strict=True)]
+        assert generate(case, model, wrong, 8, [STOP]) == [answers[(i + 1) % 6][:longest] for i in range(6)]
+
+
+@every_case
+def test_frozen_stays_frozen(case):
+    """To the bit, in every stage; whatever learns has a gradient, and moves (where its last block is read at all)."""
+    torch.manual_seed(1)
+    model = case.build()
+    for trains in case.stages:
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        train(model, trains, [collate(examples(case), "right")] * 3, lr=1e-2)
+        for name, p in model.named_parameters():
+            learns = name.startswith(trains)
+            assert p.requires_grad == learns, name
+            assert model.get_submodule(name.rpartition(".")[0]).training == learns, name
+            assert torch.equal(p, before[name]) != learns, name
+
+
+# --- two processes ---
+
+def build_clip() -> nn.Module:
+    return CLIP(CLIPConfig(clip_vit(SIZE, 4, 26, 2, 2), clip_text(V, 18, 2, 3, max_positions=19), 14))
+
+
+def clip_batch(rows: list[int]) -> dict:
+    """Pairs by number; 1 and 4 share a text, 2 and 3 a picture, so that positives lie on different ranks."""
+    texts, images = [0, 1, 2, 3, 1, 5], [0, 1, 2, 2, 4, 5]
+    tokens = [torch.randint(4, V, (7,), generator=torch.Generator().manual_seed(texts[row])) for row in rows]
+    return {"images": torch.stack([randn(3, SIZE, SIZE, seed=images[row]) for row in rows]),
+            "input_ids": torch.stack(tokens), "attention_mask": torch.ones(len(rows), 7, dtype=torch.bool),
+            "negative_ids": torch.stack([t.roll(k) for t in tokens for k in (1, 2)]).view(-1, 2, 7),
+            "negative_mask": torch.ones(len(rows), 2, 7, dtype=torch.bool),
+            "text_group": torch.tensor([texts[row] for row in rows]),
+            "image_group": torch.tensor([images[row] for row in rows])}
+
+
+def share(case: Case | None, rank: int, world: int) -> tuple[nn.Module, tuple[str, ...], list[dict]]:
+    """(model, what learns, this rank's batches of three steps); None is CLIP, whose pairs meet across ranks."""
+    torch.manual_seed(4)
+    if case is None:
+        model = build_clip()
+        return model, ("vision", "text", "image_projection", "text_projection", "temperature"), [
+            clip_batch(list(range(6))[rank::world])] * 3
+    # the even ones have pictures and long answers, the odd ones none: rank 1 of 2 reads text only
+    rows = examples(case, 12, seed=4)
+    mixed = [row for pair in zip(rows[0:6:2], rows[7:12:2], strict=True) for row in pair]
+    return case.build(), case.stages[-1], [collate(mixed[rank::world], "right")] * 3
+
+
+def trained(case: Case | None, rank: int, world: int) -> tuple[dict, list[dict]]:
+    model, trains, batches = share(case, rank, world)
+    bite(model, 5)
+    freeze(model, trains)
+    stage = Stage("both", trains, "instruct", steps=3, batch_size=6, lr=0.3, clip=1.0)
+    # not AdamW: it takes a step of full size where a gradient is nothing but rounding
+    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    reports = list(train_stage(model, stage, batches, optimiser, CPU))
+    return model.state_dict(), [report.losses for report in reports]
+
+
+def worker(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", RANK=str(rank))
+    distributed.start("cpu")
+    torch.save([trained(case, rank, 2) for case in (*CASES, None)], Path(folder) / f"{rank}.pt")
+    distributed.stop()
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory) -> list[list]:
+    folder = tmp_path_factory.mktemp("two")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(worker, (port, str(folder)), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("case", [*CASES, None], ids=lambda case: case.name if case else "clip")
+def test_two_processes_equal_one(case, two_processes):
+    """Same losses, same weights, though one rank has only text and the other longer answers."""
+    weights, losses = trained(case, 0, 1)
+    start = bite(share(case, 0, 1)[0], 5).state_dict()
+    assert max((weights[name] - start[name]).abs().max() for name in weights) > 1e-2  # they learned something
+    for results in two_processes:
+        theirs, their_losses = results[[*CASES, None].index(case)]
+        for mine, other in zip(losses, their_losses, strict=True):
+            assert other == pytest.approx(mine, rel=1e-5)
+        for name, tensor in weights.items():
+            close(theirs[name], tensor, 3e-6)
+
+
+@image_cases
+def test_one_rank_has_only_text(case):
+    shares = [share(case, rank, 2)[2][0] for rank in (0, 1)]
+    assert [len(batch["images"]) for batch in shares] == [3, 0]
+    counts = [int((batch["labels"] != -100).sum()) for batch in shares]
+    assert counts[0] != counts[1]  # else a mean of means would pass too

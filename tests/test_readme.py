@@ -1,0 +1,111 @@
+"""The README, the notebooks and .ci/run say what is there, and what they say can be done."""
+
+import re
+from pathlib import Path
+
+import pytest
+from oracles import hf_llava
+from source import MODULES, NOTEBOOKS, ROOT, closure, code_cells, read, relative
+
+README = read(ROOT / "README.md")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```(?:{language})\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+# --- the tree ---
+
+def listed(block: str) -> dict[str, str]:
+    """{path: sentence} of a drawn tree: folders end with "/", indentation says what lies in what."""
+    found, above = {}, []  # above: (column, path) of the folders around
+    for line in block.rstrip().split("\n"):
+        match = re.match(r"([\s│├└─]*)(\S+)(?:\s+(?:#\s*)?(.*))?$", line)
+        column = len(match[1])
+        above = [(c, folder) for c, folder in above if c < column]
+        path = (above[-1][1] if above else "") + match[2]
+        found[path] = match[3] or ""
+        if path.endswith("/"):
+            above.append((column, path))
+    return found
+
+
+def test_the_tree_in_the_readme_is_the_tree():
+    trees = [block for block in blocks("text") if block.startswith("nanovlm/")]
+    assert len(trees) == 1, "the README needs one ```text block whose first line begins with nanovlm/"
+    said = listed(trees[0])
+    for path, sentence in said.items():
+        assert (ROOT / path).is_dir() if path.endswith("/") else (ROOT / path).is_file(), f"{path} does not exist"
+        assert len(sentence.split()) >= 2, f"{path}: say in a few words what it is"
+    there = {relative(path) for path in [*(p for p in MODULES if p.name != "__init__.py"), *NOTEBOOKS]}
+    there |= {relative(path) for path in [*ROOT.glob("*.py"), *(ROOT / "experiments").glob("*.py")]}
+    assert not there - set(said), "missing in the tree of the README"
+
+
+def test_nothing_is_left_to_fill_in():
+    assert not re.findall(r"@@\w*|TODO|FIXME|XXX", README)
+
+
+@pytest.mark.parametrize("block", [
+    "nanovlm/        # the package\n  a.py        # first\n  papers/\n    b.py      # second\ntests/  # third\n",
+    "nanovlm/      the package\n├── a.py      first\n├── papers/\n│   └── b.py  second\ntests/        third\n",
+])
+def test_trees_are_read_right(block: str):
+    assert listed(block) == {"nanovlm/": "the package", "nanovlm/a.py": "first", "nanovlm/papers/": "",
+                             "nanovlm/papers/b.py": "second", "tests/": "third"}
+
+
+# --- the commands ---
+
+def commands() -> list[list[str]]:
+    """The shell commands of the README, word by word; && joins several, NAME=value before is dropped."""
+    lines = [re.sub(r"(^|\s)#.*", "", line) for block in blocks("bash|sh|shell|console")
+             for line in block.replace("\\\n", " ").split("\n")]
+    parts = [part.split() for line in lines for part in re.split(r"&&|;", line.removeprefix("$ "))]
+    return [words[next(i for i, word in enumerate(words) if "=" not in word):] for words in parts if words]
+
+
+def test_the_commands_in_the_readme_exist():
+    assert len(commands()) >= 3
+    for words in commands():
+        said = " ".join(words)
+        for flag, file in zip(words, words[1:]):
+            assert flag != "-r" or (ROOT / file).is_file(), f"{said}: there is no {file}"
+        if words[0] in ("python", "torchrun") and words[1:]:
+            at = words.index("-m") + 1 if "-m" in words else next(i for i, w in enumerate(words) if w.endswith(".py"))
+            source = ROOT / (words[at].replace(".", "/") + ".py" if "-m" in words else words[at])
+            assert source.is_file(), f"{said}: there is no {relative(source)}"
+            text = "".join(read(path) for path in closure(source))
+            unknown = [w for w in words[at + 1:] if w.startswith("--") and f'"{w.split("=")[0]}"' not in text]
+            assert not unknown, f"{said}: unknown options {unknown}"
+
+
+def test_continuous_integration_does_what_the_readme_says():
+    script = read(ROOT / ".ci" / "run").split("\n")
+    tests = {" ".join(words) for words in commands() if "pytest" in words}
+    installs = {" ".join(words) for words in commands() if words[:2] == ["pip", "install"] and "-dev" in words[-1]}
+    assert len(tests) == 1 and tests <= set(script), f"{tests} is not a line of .ci/run"
+    assert len(installs) == 1 and installs <= {line.replace(" -q", "") for line in script}
+
+
+def test_the_python_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    """In a folder where a (tiny) checkpoint has the name of the published one; what is printed is what is said."""
+    hf_llava(seed=0).save_pretrained(tmp_path / "llava-1.5-7b-hf")
+    monkeypatch.chdir(tmp_path)
+    assert blocks("python")
+    for snippet in blocks("python"):
+        capsys.readouterr()
+        exec(compile(snippet, "README.md", "exec"), {"__name__": "readme"})
+        printed = re.findall(r"^print\(.*\)\s+# (\S+?)[,.]?(?:\s|$)", snippet, re.MULTILINE)
+        assert capsys.readouterr().out.split() == printed
+
+
+# --- notebooks ---
+
+def test_notebooks_are_stored_as_they_ran():
+    for path in NOTEBOOKS:
+        name, cells = relative(path), code_cells(path)
+        assert path.stat().st_size < 1_000_000, f"{name} is larger than 1 MB"
+        numbered = [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+        assert numbered and any(cell["outputs"] for cell in cells), f"python .ci/notebooks.py --save {name}"
+        assert not [o for cell in cells for o in cell["outputs"] if o["output_type"] == "error"], f"{name}: an error"

@@ -1,0 +1,146 @@
+"""Records from files: what is held out, what happens to missing and broken pictures, what each view shows."""
+
+import json
+
+import pytest
+from data_files import draw, everything, llava_set, write
+from PIL import Image
+
+from nanovlm.data import records
+from nanovlm.data.conversation import Sample
+from nanovlm.data.formats import read
+from nanovlm.errors import UserError
+
+
+@pytest.fixture
+def llava(tmp_path):
+    return llava_set(tmp_path)
+
+
+# ---- what is held out
+
+
+def test_records_that_share_a_picture_stay_on_one_side(tmp_path):
+    draw(tmp_path, *(f"{i}.png" for i in range(40)))
+    turns = [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "yes"}]
+    rows = [{"image": f"{i % 20}.png", "conversations": turns} for i in range(60)]
+    two = [{**turns[0], "value": "<image><image>?"}, turns[1]]
+    rows += [{"image": [f"{i}.png", f"{i + 20}.png"], "conversations": two} for i in range(20)]
+    for i in (*range(10), *range(20, 30)):  # a copy under another name
+        (tmp_path / f"{i + 10}.png").write_bytes((tmp_path / f"{i}.png").read_bytes())
+    source = read(write(tmp_path / "chat.json", rows))
+    sides = [{image.getpixel((0, 0)) for i in range(source.size("instruct", split))
+              for image in source.sample("instruct", split, i).images} for split in ("train", "val")]
+    assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 20
+    # i, its copy i + 10, and i + 20, i + 30 through the records of two pictures: ten groups of eight records
+    assert (source.size("instruct", "train"), source.size("instruct", "val")) == (72, 8)
+
+
+def test_the_split_does_not_depend_on_the_order_of_the_lines(tmp_path):
+    draw(tmp_path, *(f"{i}.png" for i in range(30)))
+    rows = [Sample(f"record {i}", (tmp_path / f"{i}.png",), f"caption {i}") for i in range(30)]
+    held_out = []
+    for order in (rows, rows[::-1]):
+        sides = records.split_records("x", order, [""] * 30, {})
+        held_out.append({sample.id for sample, side in zip(order, sides) if side == "val"})
+    assert held_out[0] == held_out[1] and len(held_out[0]) == 3
+
+
+# ---- missing and broken pictures
+
+
+@pytest.fixture(params=["in memory", "on disk"])
+def ten(tmp_path, request, monkeypatch):
+    """Ten records; picture 3 is missing, 5 is text, 7 breaks off, 8 is a PNG that is called .jpg."""
+    if request.param == "on disk":
+        monkeypatch.setattr(records, "KEPT_PICTURES", 3)
+    draw(tmp_path, *(f"{i}.png" for i in range(10)))
+    (tmp_path / "3.png").unlink()
+    (tmp_path / "5.png").write_text("I am no picture")
+    (tmp_path / "7.png").write_bytes((tmp_path / "7.png").read_bytes()[:50])
+    (tmp_path / "8.png").rename(tmp_path / "8.jpg")
+    rows = [{"image": f"{i}.{'jpg' if i == 8 else 'png'}", "caption": f"number {i}"} for i in range(10)]
+    write(tmp_path / "captions.jsonl", "\n".join(json.dumps(row) for row in rows))
+    return tmp_path
+
+
+def test_missing_pictures_are_an_error(ten):
+    with pytest.raises(UserError, match='captions.jsonl line 4: field "image": the picture 3.png is missing'):
+        read(ten)
+    draw(ten, "3.png")
+    with pytest.raises(UserError, match="5.png: the picture cannot be read .its content is no known picture format"):
+        everything(read(ten), "pairs")
+
+
+def test_missing_pictures_are_skipped_and_counted(ten):
+    source = read(ten, on_missing="skip")
+    samples = everything(source, "pairs")
+    assert {sample.caption for sample in samples} == {f"number {i}" for i in (0, 1, 2, 4, 6, 8, 9)}
+    assert {record.split()[-1] for record, _ in source.skipped} == {"4", "6", "8"}  # lines
+    assert len(source.skipped) == 3  # each is counted once, however often it is asked for
+    assert [sample.caption for sample in everything(source, "pairs")] == [sample.caption for sample in samples]
+    assert len(source.skipped) == 3
+
+
+def test_pictures_are_kept_small_and_whole(tmp_path):
+    for i in range(3):
+        Image.new("RGB", (300, 150), (i, 0, 0)).save(tmp_path / f"{i}.png")
+        write(tmp_path / f"{i}.txt", f"number {i}")
+    assert {sample.images[0].size for sample in everything(read(tmp_path, cache_side=50), "pairs")} == {(100, 50)}
+
+
+# ---- the views of captioned pictures
+
+
+@pytest.fixture
+def classes(tmp_path):
+    draw(tmp_path, *(f"{i:02}.png" for i in range(30)))
+    rows = [{"image": f"{i:02}.png", "caption": ["a hat", "a shoe", "a shirt"][i % 3]} for i in range(30)]
+    write(tmp_path / "captions.jsonl", "\n".join(json.dumps(row) for row in rows))
+    return read(tmp_path)
+
+
+def test_few_captions_for_many_pictures_are_classes(classes):
+    assert classes.labels == ("a hat", "a shirt", "a shoe")
+    assert classes.few
+
+
+def test_each_view_says_the_same_in_its_own_way(classes):
+    for i in range(classes.size("instruct", "train")):
+        shown, told = classes.sample("instruct", "train", i), classes.sample("text", "train", i)
+        assert len(shown.images) == 1 and told.images == ()
+        assert shown.turns[0].question.startswith("<image>\n") and shown.turns[0].answer == shown.caption
+        assert told.turns[0].question == shown.turns[0].question.replace("<image>", shown.caption)
+        assert classes.sample("instruct", "train", i).turns == shown.turns  # deterministic
+    assert len({sample.turns[0].question for sample in everything(classes, "instruct")}) > 1
+    assert not set(classes.texts()) - {"a hat", "a shoe", "a shirt", *records.QUESTIONS}
+
+
+def test_the_tokenizers_texts_hold_nothing_of_the_held_out_side(llava):
+    source = read(llava)
+    held_out = source.sample("instruct", "val", 0)
+    kept = {turn.answer for i in range(source.size("instruct", "train"))
+            for turn in source.sample("instruct", "train", i).turns}
+    assert kept <= set(source.texts())
+    assert {turn.answer for turn in held_out.turns} - kept
+    assert not ({turn.answer for turn in held_out.turns} - kept) & set(source.texts())
+
+
+def test_the_exam_cuts_conversations_and_their_pictures_alike(llava):
+    rows = json.loads(llava.read_text())
+    write(llava, [{**row, "split": "val" if row["id"] in (7, "c") else "train"} for row in rows])
+    source = read(llava)
+    assert source.size("instruct", "val") == 2
+    for sample in source.exam(5):
+        assert len(sample.images) == sum(turn.question.count("<image>") for turn in sample.turns)
+    assert len(source.exam(1)) == 1 and len(source.exam(5)) == 2
+
+
+def test_unknown_views_and_empty_ones(llava):
+    source = read(llava)
+    with pytest.raises(UserError, match="no view 'videos' of split 'train'.*pairs, captions, instruct, text"):
+        source.size("videos", "train")
+    rows = [row for row in json.loads(llava.read_text()) if row["id"] in (7, "text")]
+    write(llava, rows + [{**rows[0], "id": "more"}])
+    with pytest.raises(UserError, match="no usable record of split train fits the view pairs"):
+        read(llava).sample("pairs", "train", 0)

@@ -1,0 +1,144 @@
+"""The shape comments of the package are checked while tiny models run; all dimensions differ, so a swap cannot hide."""
+
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+from PIL import Image
+from shape_checker import ShapeChecker, shape_comments
+
+import nanovlm
+from nanovlm import metrics, plots
+from nanovlm.attention import Attention, KVCache
+from nanovlm.data.conversation import Sample, collate_pairs
+from nanovlm.data.transforms import Transform
+from nanovlm.decoder import clip_text, llama, opt
+from nanovlm.papers.clip import CLIP, CLIPConfig
+from nanovlm.papers.language_model import LanguageModel
+from nanovlm.papers.llava import LLaVA, LLaVAConfig
+from nanovlm.tokenizer import Tokenizer
+from nanovlm.vit import clip_vit, imagenet_vit
+
+PACKAGE = Path(nanovlm.__file__).parent
+B, T, K, VOCAB = 3, 11, 5, 43
+VISION = clip_vit(image_size=28, patch=4, width=26, layers=3, heads=2)  # 49 image tokens
+WIDE = torch.zeros(2, 3, 20, 36)  # another resolution: 5 × 9 patches
+
+
+def ids(*shape: int) -> torch.Tensor:
+    return torch.randint(4, VOCAB, shape)
+
+
+def run_clip() -> None:
+    model = CLIP(CLIPConfig(VISION, clip_text(VOCAB, width=34, layers=2, heads=2, max_positions=19), embedding=17))
+    mask = torch.ones(B, T, dtype=torch.bool)
+    batch = {"images": torch.randn(B, 3, 28, 28), "input_ids": ids(B, T), "attention_mask": mask,
+             "text_group": torch.arange(B), "image_group": torch.arange(B), "negative_ids": ids(B, K, T),
+             "negative_mask": torch.ones(B, K, T, dtype=torch.bool)}
+    model.losses(batch)
+    model.score(batch["images"], ids(7, T), torch.ones(7, T, dtype=torch.bool))
+    CLIP(CLIPConfig(imagenet_vit(28, 4, 26, 1, 2), model.config.text, 17)).vision(WIDE, maps=[])
+
+
+def run_language_model() -> None:
+    for config in (llama(VOCAB, width=30, layers=2, heads=3, ffn=37, max_positions=64), opt(VOCAB, 30, 2, 3, 37, 64)):
+        model = LanguageModel(config)
+        mask = torch.ones(B, T, dtype=torch.bool)
+        mask[0, :4] = False
+        model(ids(B, T), mask, labels=ids(B, T)).loss.backward()
+        model.losses({"input_ids": ids(B, T), "attention_mask": mask, "labels": ids(B, T)})
+        model.generate(ids(B, T), mask, max_new_tokens=4, stop=[2], beams=7)
+        model.score(ids(B, T), mask, [[5], [6, 7, 8]])
+
+
+def run_llava() -> None:
+    language = llama(VOCAB, width=30, layers=2, heads=3, ffn=37, max_positions=256)
+    model = LLaVA(LLaVAConfig(VISION, language, image_token_id=3, projector_layers=2))
+    input_ids, mask = ids(B, T), torch.ones(B, T, dtype=torch.bool)
+    input_ids[0, 2] = input_ids[0, 5] = input_ids[2, 7] = input_ids[2, 9] = 3
+    mask[1, 6:] = False
+    batch = {"images": torch.randn(4, 3, 28, 28), "input_ids": input_ids, "attention_mask": mask}
+    labels = torch.where(mask, input_ids, -100)
+    model(**batch, labels=labels, maps=[]).loss.backward()
+    model.losses(batch | {"labels": labels})
+    model.generate(**batch, max_new_tokens=5, stop=[2], temperature=0.7, top_k=13, top_p=0.9)
+    model.score(**batch, candidates=[[5], [6, 7, 8]])
+
+
+def run_the_rest() -> None:
+    tokenizer = Tokenizer.train(["a red cat", "a blue dog"], vocab_size=270)
+    picture = Image.new("RGB", (31, 17), "red")
+    pairs = [Sample("one", (picture,), caption="a red cat", negatives=("a blue cat", "a red dog"))] * 3
+    collate_pairs(pairs, tokenizer, Transform(13), max_length=30, rng=Random(0))
+    metrics.recall_at_k(torch.randn(5, 7), torch.rand(5, 7) > 0.5, k=2)
+    figure, ax = plt.subplots()
+    plots.attention_over_image(ax, picture, torch.rand(6), (2, 3))
+    plt.close(figure)
+
+
+@pytest.fixture(scope="module")
+def checker() -> ShapeChecker:
+    with ShapeChecker(sorted(PACKAGE.rglob("*.py"))) as checker:
+        run_clip()
+        run_language_model()
+        run_llava()
+        run_the_rest()
+    return checker
+
+
+def test_shape_comments_are_right(checker: ShapeChecker):
+    assert not checker.wrong, "\n" + "\n".join(sorted(checker.wrong))
+
+
+def test_shape_comments_are_executed(checker: ShapeChecker):
+    every = {(path, s.first) for path, statements in checker.comments.items() for s in statements.values()}
+    print(f"{len(checker.executed)} of {len(every)} shape comments executed")
+    assert len(checker.executed) >= 60
+    assert checker.executed == every, f"not reached by the models above: {sorted(every - checker.executed)}"
+
+
+# --- the checker itself, on mistakes made on purpose ---
+
+def mistakes(dims: list[str]) -> Iterator[list[str]]:
+    """A shape comment with two neighbours exchanged, and with its last dimension lost."""
+    for i in range(len(dims) - 1):
+        yield dims[:i] + [dims[i + 1], dims[i]] + dims[i + 2:]
+    yield dims[:-1]
+
+
+def test_wrong_comments_in_attention_are_caught():
+    """Each comment of Attention.forward in turn, made wrong in every way of `mistakes`, is reported at its line."""
+    path = PACKAGE / "attention.py"
+    attention, x, mask = Attention(6, 3, head_dim=10), torch.randn(5, 7, 6), torch.ones(5, 7, 11, dtype=torch.bool)
+    source, first = inspect.getsourcelines(Attention.forward)
+    lines = [line for line in shape_comments(path) if first <= line < first + len(source)]
+    assert len(lines) >= 6
+    for line in lines:
+        for dims in mistakes(shape_comments(path)[line].dims):
+            attention(x[:, :4], cache=(cache := KVCache()[0]))  # four keys that were there before: S = 11, T = 7
+            with ShapeChecker([path]) as checker:
+                checker.comments[str(path)][line].dims = dims
+                attention(x, mask=mask, cache=cache)
+            assert any(f"attention.py:{line}:" in sentence for sentence in checker.wrong), f"line {line} as {dims}"
+
+
+@pytest.mark.parametrize("comment, right", [
+    ("# (B, T * 2, D)", True), ("# (B, 2T, D)", True), ("# (B, T·2, D), and a word on it", True),
+    ("# (B, T + 1, D)", False), ("# (B, T, D)", False), ("# (T, 2T, D)", False), ("# (B, 2T)", False),
+    ("# (B, 2W, D)", True), ("# (B, 2W + 1, D)", False), ("# (B, X, X)", False), ("# (B, rows·columns, D)", True),
+])
+def test_comments_are_understood(tmp_path: Path, comment: str, right: bool):
+    source = ("def double(x):\n    B, T, D = x.shape\n    for _ in range(2):\n"
+              f"        y = x.repeat(\n            1, 2, 1)  {comment}\n    return y  # (B, 2T, D)\n")
+    path = tmp_path / "double.py"
+    path.write_text(source, encoding="utf-8")
+    scope: dict = {}
+    exec(compile(source, str(path), "exec"), scope)
+    with ShapeChecker([path]) as checker:
+        scope["double"](torch.zeros(3, 5, 7))
+    assert len(checker.executed) == 2
+    assert (not checker.wrong) == right, checker.wrong

@@ -1,0 +1,215 @@
+"""What the design promises about the source, held to it by reading the source: floors, packages, one of each, sizes."""
+
+import ast
+import copy
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from source import (MODULES, NOTEBOOKS, PACKAGE, ROOT, SCRIPTS, TESTS, closure, code_lines, file_of, imports,
+                    notebook_tree, own_imports, read, relative, tree)
+
+SIX = {"numpy": "numpy", "torch": "torch", "tqdm": "tqdm", "pillow": "PIL", "matplotlib": "matplotlib",
+       "pytest": "pytest"}
+OPTIONAL = {"safetensors"}  # imported inside the function that needs it, never at the top of a module
+
+# The house: floor → the modules of nanovlm on it. Imports go down only.
+FLOORS = {
+    0: ["attention", "feedforward", "masks", "tokenizer", "lm_loss", "generation", "metrics", "plots", "errors"],
+    1: ["vit", "nfnet", "bert", "qformer", "perceiver_resampler", "gated_xattn", "projector", "tiling", "decoder", "t5",
+        "contrastive", "matching"],
+    2: ["papers"],
+    3: ["recipes"],
+    4: ["training", "evaluate", "fewshot", "capfilt", "chat", "hub"],
+}
+FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
+WING = "data"  # imports floor 0 only; floors 3 and up may use it
+NEIGHBOURS = {("qformer", "bert")}  # who may import whom on floor 1
+PAPERS = ["clip", "language_model", "blip", "flamingo", "blip2", "llava", "instructblip", "llava15"]  # use earlier ones
+
+
+def allowed(importer: Sequence[str], imported: Sequence[str]) -> bool:
+    """May a module import another? Both as names under nanovlm: ["papers", "clip"]."""
+    if importer[0] == WING:
+        return imported[0] == WING or FLOOR[imported[0]] == 0
+    if importer[0] == "hub":  # the mapping of published weights knows models, neither data nor recipes
+        return imported[0] == "hub" or FLOOR.get(imported[0], 9) <= 2
+    if imported[0] == WING:
+        return FLOOR[importer[0]] >= 3
+    above, below = FLOOR[importer[0]], FLOOR[imported[0]]
+    if above != below:
+        return below < above
+    if above == 1:
+        return (importer[0], imported[0]) in NEIGHBOURS
+    if above == 2:
+        return PAPERS.index(imported[1]) < PAPERS.index(importer[1])
+    return True
+
+
+def name_of(path: Path) -> list[str]:
+    return [part for part in path.relative_to(PACKAGE).with_suffix("").parts if part != "__init__"]
+
+
+def test_imports_go_down():
+    wrong = []
+    for path in MODULES:
+        importer = name_of(path)
+        if not importer:  # nanovlm/__init__.py, which everybody imports
+            wrong += [f"nanovlm imports {'.'.join(name)}" for name in own_imports(path)]
+            continue
+        for imported in own_imports(path):
+            homeless = [name[0] for name in (importer, imported) if name[0] not in FLOOR and name[0] != WING]
+            if homeless:
+                wrong.append(f"{homeless[0]} stands on no floor: give it one in FLOORS")
+            elif not allowed(importer, imported):
+                wrong.append(f"{'.'.join(importer)} may not import {'.'.join(imported)}")
+    assert not wrong
+
+
+def test_the_rules_forbid_what_they_should():
+    forbidden = [("masks", "vit"), ("vit", "decoder"), ("decoder", "papers.llava"), ("papers.llava", "data.scenes"),
+                 ("papers.llava", "recipes.llava"), ("papers.blip", "papers.llava"), ("data.scenes", "vit"),
+                 ("recipes.llava", "hub.names"), ("recipes.llava", "training.loop"), ("hub.names", "recipes.stage"),
+                 ("hub", "training.loop"), ("hub", "data.transforms")]
+    permitted = [("generation", "attention"), ("qformer", "bert"), ("papers.llava15", "papers.llava"),
+                 ("data.scenes", "errors"), ("training.run", "data.scenes"), ("hub.names", "papers.llava"),
+                 ("evaluate", "metrics"), ("training.weights", "hub")]
+    for pairs, verdict in ((forbidden, False), (permitted, True)):
+        for importer, imported in pairs:
+            assert allowed(importer.split("."), imported.split(".")) is verdict, (importer, imported)
+
+
+def test_no_module_needs_itself():
+    """Two modules that import each other are one concept in two files."""
+    for path in MODULES:
+        for name in own_imports(path):
+            if file_of(name) != PACKAGE.joinpath(*name_of(path), "__init__.py"):  # a part may import its own package
+                assert path not in closure(file_of(name)), f"{relative(path)} and {'.'.join(name)} import each other"
+
+
+# --- packages ---
+
+def test_requirements_are_the_six():
+    lines = read(ROOT / "requirements.txt").split("\n")
+    assert [re.match(r"[\w-]+", line)[0] for line in lines if line.strip()] == list(SIX)
+
+
+def test_only_the_six_are_imported():
+    for path in [*MODULES, ROOT / "train_tiny.py"]:
+        inside = [node for node in ast.walk(tree(path)) if isinstance(node, ast.FunctionDef)]
+        late = {name.split(".")[0] for node in inside for name in imports(node)}
+        every = {name.split(".")[0] for name in imports(tree(path))}
+        strangers = every - {"nanovlm", *SIX.values(), *sys.stdlib_module_names}
+        assert strangers <= OPTIONAL, f"{relative(path)} imports {strangers}"
+        at_top = {name for node in tree(path).body if isinstance(node, (ast.Import, ast.ImportFrom))
+                  for name in imports(node)}
+        assert not strangers & at_top and strangers <= late, f"{relative(path)}: import {strangers} where it is needed"
+
+
+# --- one of each ---
+
+class Anonymous(ast.NodeTransformer):
+    """Local names by number and no docstrings, so that a copy with other names is still a copy."""
+
+    def __init__(self):
+        self.numbers: dict[str, str] = {}
+
+    def number(self, name: str) -> str:
+        return self.numbers.setdefault(name, f"name{len(self.numbers)}")
+
+    def visit_Name(self, node: ast.Name) -> ast.Name:
+        node.id = self.number(node.id)
+        return node
+
+    def visit_arg(self, node: ast.arg) -> ast.arg:
+        node.arg, node.annotation = self.number(node.arg), None
+        return node
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
+        node.body, node.returns, node.name = without_docstring(node), None, self.number(node.name)
+        return self.generic_visit(node)
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.ClassDef:
+        node.body, node.name = without_docstring(node), self.number(node.name)
+        return self.generic_visit(node)
+
+
+def without_docstring(node: ast.FunctionDef | ast.ClassDef) -> list[ast.stmt]:
+    return node.body[1:] if ast.get_docstring(node, clean=False) is not None else node.body
+
+
+def twins(sources: dict[str, ast.Module]) -> list[list[str]]:
+    """Groups of functions and classes of four statements or more that do the same, named file:name."""
+    places = defaultdict(list)
+    for file, module in sources.items():
+        for node in ast.walk(module):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                body = without_docstring(node)
+                if sum(isinstance(child, ast.stmt) for part in body for child in ast.walk(part)) >= 4:
+                    places[ast.dump(Anonymous().visit(copy.deepcopy(node)))].append(f"{file}:{node.name}")
+    return [same for same in places.values() if len(same) > 1]
+
+
+def test_nothing_is_defined_twice():
+    sources = {relative(path): tree(path) for path in MODULES + SCRIPTS}
+    notebooks = {relative(path): notebook_tree(path) for path in NOTEBOOKS}
+    assert not twins(sources | notebooks)
+    ours = {node.name for module in sources.values() for node in ast.walk(module) if isinstance(node, ast.ClassDef)}
+    for path, module in notebooks.items():
+        again = {node.name for node in ast.walk(module) if isinstance(node, ast.ClassDef)} & ours
+        assert not again, f"{path} defines {again}, which the package has: show its source instead"
+
+
+def test_a_copy_under_other_names_is_found():
+    original = "def f(a, b):\n    '''Add.'''\n    c = a + b\n    d = c * 2\n    e = d - a\n    return e\n"
+    renamed = "def g(x: int, y: int) -> int:\n    z = x + y\n    u = z * 2\n    v = u - x\n    return v\n"
+    other = renamed.replace("u - x", "u - y")
+    assert twins({"one": ast.parse(original), "two": ast.parse(renamed)}) == [["one:f", "two:g"]]
+    assert not twins({"one": ast.parse(original), "two": ast.parse(other)})
+
+
+# --- sizes ---
+
+def test_code_lines_are_counted_right():
+    assert code_lines('"""Doc\nstring."""\n\n# note\nx = f(\n    1,  # one\n)\n') == 3
+    assert code_lines('def f(a):\n    """Doc."""\n\n    return a  # note\n') == 2
+
+
+def test_the_package_can_be_read_in_a_weekend():
+    counts = {path: code_lines(read(path)) for path in MODULES}
+    print(f"nanovlm: {sum(counts.values())} lines of code in {len(counts)} files")
+    assert sum(counts.values()) <= 5000
+    for paper in sorted((PACKAGE / "papers").glob("[a-z]*.py")):
+        files = closure(paper)
+        print(f"{paper.stem}: {sum(counts[file] for file in files)} lines in {len(files)} files")
+        assert len(files) <= 14 and sum(counts[file] for file in files) <= 1200
+
+
+def test_files_and_functions_are_short():
+    for path in MODULES + SCRIPTS + TESTS:
+        limit = 120 if path.name == "train_tiny.py" else 450 if path in TESTS else 350
+        assert read(path).count("\n") <= limit, f"{relative(path)} has more than {limit} lines"
+        long = [node.name for node in ast.walk(tree(path))
+                if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 60]
+        assert not long, f"{relative(path)}: functions of more than 60 lines: {long}"
+
+
+def test_a_module_says_what_it_is():
+    """A concept in three lines or more; the machinery of training and the marker files in one."""
+    for path in MODULES + SCRIPTS + TESTS:
+        lines = [line for line in (ast.get_docstring(tree(path)) or "").split("\n") if line.strip()]
+        concept = path in MODULES and path.name not in ("__init__.py", "errors.py") and name_of(path)[0] != "training"
+        assert len(lines) >= (3 if concept else 1) or not read(path), f"{relative(path)}: say what it is"
+
+
+# --- no trace of the machine that it was written on ---
+
+def test_no_path_of_a_machine():
+    pattern = re.compile(r"(?<![\w.~])/(?:home|root|opt|work|tmp|Users|mnt)/[\w./-]+")
+    texts = [ROOT / "README.md", *(ROOT / ".ci").iterdir(), *ROOT.glob("*.t*"), *(ROOT / "experiments").rglob("*.*")]
+    for path in {*MODULES, *SCRIPTS, *TESTS, *NOTEBOOKS, *texts}:
+        if path.suffix not in (".png", ".pyc"):
+            assert not pattern.findall(read(path)), relative(path)
+    assert pattern.search("see " + "/home/" + "me/nanovlm")

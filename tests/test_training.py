@@ -1,0 +1,371 @@
+"""The loop and what it stands on: every token weighs the same, frozen stays frozen, a batch is a function of its step."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import training_fakes as fakes
+from torch import nn
+
+from nanovlm import recipes
+from nanovlm.errors import UserError
+from nanovlm.recipes.stage import Stage, resolve
+from nanovlm.tokenizer import Tokenizer
+from nanovlm.training import cache, checkpoint, vitals, weights
+from nanovlm.training.batches import MicroBatches, MixedText, make_collate, stream
+from nanovlm.training.loop import TrainingFailed, freeze, train_stage
+from nanovlm.training.optim import lr_at, make_optimiser
+from nanovlm.training.run import Options, run
+
+CPU = torch.device("cpu")
+TOKENIZER = Tokenizer.train(fakes.FakeScenes().texts(), fakes.VOCAB)
+
+
+def micro_batches(stage: Stage, model: nn.Module, source=None) -> list[dict]:
+    batches = MicroBatches(source or fakes.FakeScenes(), stage, 0, make_collate(fakes.recipe(), stage, TOKENIZER, model))
+    return [batches[n] for n in range(len(batches))]
+
+
+def train(stage: Stage, model: nn.Module, source=None) -> list:
+    freeze(model, stage.trains)
+    return list(train_stage(model, stage, micro_batches(stage, model, source), make_optimiser(model, stage), CPU))
+
+
+def fresh(seed: int = 3) -> fakes.FakeVLM:
+    torch.manual_seed(seed)
+    return fakes.FakeVLM()
+
+
+@pytest.fixture
+def world(monkeypatch, tmp_path):
+    """The fakes in place of the real recipes, an empty cache, and the folder for runs."""
+    fakes.install(monkeypatch.setattr)
+    monkeypatch.setenv("NANOVLM_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+# ---- learning rate and optimiser
+
+
+def test_the_schedule_has_the_values_worked_out_by_hand():
+    s = fakes.stage(steps=12, lr=0.8, warmup=0.25, min_lr=0.5)  # 3 steps of warm-up, then 9 from 1 down to 1/2
+    rates = [lr_at(step, s) / 0.8 for step in range(12)]
+    assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    assert rates[7] == pytest.approx(0.75)  # half way down the cosine: cos(π/2) = 0
+    assert rates[5] == pytest.approx(0.5 + 0.25 * (1 + math.sqrt(0.5)))  # a quarter of it: cos(π/4)
+    assert rates[11] == pytest.approx(0.5)
+    assert rates[3:] == sorted(rates[3:], reverse=True)
+
+
+def test_a_constant_schedule_stays_where_the_warm_up_ends():
+    s = fakes.stage(steps=10, lr=0.3, warmup=0.2, schedule="constant")
+    assert [lr_at(step, s) for step in range(10)] == pytest.approx([0.1, 0.2] + [0.3] * 8)
+
+
+def test_only_matrices_decay_and_frozen_parameters_have_no_state():
+    model = fresh()
+    freeze(model, ("bridge", "language.norm"))
+    optimiser = make_optimiser(model, fakes.stage(weight_decay=0.1))
+    decay = {id(p): group["weight_decay"] for group in optimiser.param_groups for p in group["params"]}
+    assert decay == {id(model.bridge.weight): 0.1, id(model.bridge.bias): 0.0,
+                     id(model.language["norm"].weight): 0.0, id(model.language["norm"].bias): 0.0}
+
+
+# ---- the loop
+
+
+def test_accumulated_micro_batches_make_the_step_of_one_big_batch():
+    whole, parts = fakes.stage(steps=3, batch_size=6), fakes.stage(steps=3, batch_size=6, accumulate=3)
+    one, three = fresh(), fresh()
+    counts = [int((batch["labels"] != -100).sum()) for batch in micro_batches(parts, three)]
+    assert len(set(counts[:3])) > 1, "the micro-batches must be uneven, or a mean of means would pass"
+    big, small = train(whole, one), train(parts, three)
+    for a, b in zip(big, small):
+        assert a.losses["lm"] == pytest.approx(b.losses["lm"], abs=1e-6)
+        assert a.grad_norm == pytest.approx(b.grad_norm, abs=1e-6)
+    for name, tensor in one.state_dict().items():
+        assert torch.allclose(tensor, three.state_dict()[name], rtol=0, atol=1e-6), name
+
+
+def test_the_gradient_is_that_of_the_mean_over_trained_tokens():
+    model, s = fresh(), fakes.stage(steps=1, lr=1e-9, clip=0)
+    batch = micro_batches(s, model)[0]
+    total, count = model.losses(batch)["lm"]
+    expected = torch.autograd.grad(total / count, model.language["head"].weight)[0]
+    train(s, model)
+    assert torch.allclose(model.language["head"].weight.grad, expected, atol=1e-7)
+
+
+def test_the_gradient_is_clipped_to_its_global_norm():
+    model, s = fresh(), fakes.stage(steps=1, clip=0.01)
+    [report] = train(s, model)
+    norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+    assert report.grad_norm > 0.1 and norm.item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_accumulation_is_refused_where_it_would_change_the_loss():
+    model = fresh()
+    model.needs_whole_batch = True
+    with pytest.raises(UserError, match="accumulate=2.*whole batch"):
+        train(fakes.stage(accumulate=2), model)
+    model = fresh()
+    losses = model.losses
+    model.losses = lambda batch: {**losses(batch), "other": losses(batch)["lm"]}
+    with pytest.raises(UserError, match="accumulate=2.*'lm', 'other'"):
+        train(fakes.stage(accumulate=2), model)
+
+
+def test_several_losses_are_each_divided_by_their_own_count():
+    model = fresh()
+    losses = model.losses
+    model.losses = lambda batch: {**losses(batch), "four": (model.bridge.bias.sum() * 0 + 20.0, torch.tensor(5))}
+    [report] = train(fakes.stage(steps=1), model)
+    assert report.losses["four"] == pytest.approx(4.0)
+
+
+def test_what_is_frozen_stays_frozen_and_in_eval_mode():
+    model = fresh()
+    before = vitals.fingerprints(model)
+    train(fakes.stage(trains=("bridge", "language.head"), steps=4), model)
+    changed = {part for part, old in before.items() if vitals.fingerprints(model)[part] != old}
+    assert changed == {"bridge", "language"}
+    untouched = fresh()
+    for name in ("embedding", "norm"):
+        assert all(map(torch.equal, model.language[name].parameters(), untouched.language[name].parameters()))
+    assert model.bridge.training and not model.eyes.training and not model.language["dropout"].training
+
+
+def test_a_stage_that_trains_what_does_not_exist_is_a_mistake():
+    with pytest.raises(ValueError, match="'brigde'"):
+        freeze(fresh(), ("brigde",))
+
+
+def test_a_loss_that_is_no_number_stops_before_the_weights_are_touched():
+    model, s = fresh(), fakes.stage(steps=2)
+    batches = micro_batches(s, model)
+    batches[1]["images"][:] = float("nan")
+    freeze(model, s.trains)
+    steps = train_stage(model, s, batches, make_optimiser(model, s), CPU)
+    next(steps)
+    before = checkpoint.cpu_state(model)
+    with pytest.raises(TrainingFailed, match="lm became nan at step 2 of stage tune") as failure:
+        next(steps)
+    assert torch.isnan(failure.value.batches[0]["images"]).all()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+# ---- batches
+
+
+def test_every_epoch_shows_every_sample_once_in_another_order():
+    s = fakes.stage(batch_size=6, steps=7)
+    batches = MicroBatches(fakes.FakeScenes(count=14), s, 5, None)
+    order = [i for step in range(7) for i in batches.indices(step)]  # 42 places: three epochs of 14
+    epochs = [order[start:start + 14] for start in (0, 14, 28)]
+    assert all(sorted(epoch) == list(range(14)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    other = MicroBatches(fakes.FakeScenes(count=14), s, 6, None)
+    assert other.indices(0) != batches.indices(0)
+
+
+def test_a_batch_depends_on_its_step_alone():
+    s, model = replace(fakes.stage(accumulate=3, steps=4), augment=True), fresh()
+    collate = make_collate(fakes.recipe(), s, TOKENIZER, model)
+    straight = [MicroBatches(fakes.FakeScenes(), s, 0, collate)[n] for n in range(12)]
+    again = MicroBatches(fakes.FakeScenes(), s, 0, collate)[7]
+    assert all(torch.equal(again[key], straight[7][key]) for key in again)
+
+
+def test_ranks_and_micro_batches_share_the_global_batch_without_overlap():
+    s, seen = fakes.stage(batch_size=12, accumulate=2, steps=1), []
+    for rank in range(3):
+        batches = MicroBatches(fakes.FakeScenes(), s, 0, lambda samples, rng: [sample.id for sample in samples])
+        batches.rank, batches.world = rank, 3
+        seen += batches[0] + batches[1]
+    assert sorted(seen) == sorted(f"instruct/{i}" for i in range(12))
+    with pytest.raises(UserError, match="batch_size 7"):
+        MicroBatches(fakes.FakeScenes(), fakes.stage(batch_size=7, accumulate=2), 0, None)
+
+
+def test_the_stream_starts_at_any_step_and_draws_no_random_numbers_of_ours():
+    s, model = fakes.stage(accumulate=2, steps=4), fresh()
+    batches = MicroBatches(fakes.FakeScenes(), s, 0, make_collate(fakes.recipe(), s, TOKENIZER, model))
+    before = torch.get_rng_state()
+    late = list(stream(batches, 3, CPU))
+    assert torch.equal(before, torch.get_rng_state())
+    assert [torch.equal(a["input_ids"], batches[n]["input_ids"]) for a, n in zip(late, (6, 7), strict=True)] == [True, True]
+
+
+def test_a_broken_sample_stops_the_stream_with_its_own_sentence():
+    s = fakes.stage(steps=2, batch_size=4)
+
+    def collate(samples, rng):
+        raise UserError(f"{samples[0].id} is broken.")
+
+    with pytest.raises(UserError, match="^instruct/0 is broken.$"):
+        next(stream(MicroBatches(fakes.FakeScenes(), s, 0, collate), 0, CPU))
+
+
+def test_half_of_the_texts_are_the_worlds():
+    own, world = fakes.FakeScenes(seed=1, count=3), fakes.FakeScenes(seed=2)
+    mixed = MixedText(own, world)
+    samples = [mixed.sample("text", "train", i) for i in range(8)]
+    assert samples[1::2] == [world.sample("text", "train", i) for i in range(4)]
+    assert samples[::2] == [own.sample("text", "train", i) for i in (0, 1, 2, 0)]
+
+
+# ---- recipes
+
+
+def test_steps_on_the_command_line_and_changes_for_real_data():
+    recipe = fakes.recipe(stages=(fakes.stage(steps=50, on_data=(("augment", True), ("steps", 80))),))
+    assert resolve(recipe, real=False).stages[0] == replace(recipe.stages[0], on_data=())
+    real = resolve(recipe, real=True).stages[0]
+    assert (real.augment, real.steps) == (True, 80)
+    assert [resolve(recipe, True, steps).stages[0].steps for steps in (0.25, 1, 7, 0.001)] == [20, 80, 7, 1]
+    for wrong in (0, -3, 2.5):
+        with pytest.raises(UserError, match="--steps"):
+            resolve(recipe, False, wrong)
+
+
+def test_published_weights_that_are_not_there_are_asked_for(monkeypatch):
+    monkeypatch.delenv("NANOVLM_WEIGHTS", raising=False)
+    with pytest.raises(UserError, match="org/name.*NANOVLM_WEIGHTS"):
+        weights.load_published(fresh(), "eyes", "org/name")
+
+
+# ---- vital signs
+
+
+def test_a_part_without_gradient_is_named():
+    model, s = fresh(), fakes.stage(view="text", format="tiny", steps=1)  # no image: nothing reaches the bridge
+    train(s, model)
+    assert vitals.without_gradient(model) == {"bridge.weight", "bridge.bias"}
+    assert "2 of 7" in vitals.gradient_warning({"bridge.weight", "bridge.bias"}, 7)
+
+
+def test_a_model_that_ignores_its_images_is_told_from_one_that_looks():
+    s = fakes.stage("align", view="captions", format="plain", steps=1, batch_size=8)
+    seeing, blind = fresh(), fresh()
+    nn.init.normal_(seeing.bridge.weight, std=30)
+    nn.init.zeros_(blind.bridge.weight)
+    batch = micro_batches(s, seeing)[0]
+    assert vitals.image_warning(*vitals.image_use(seeing, batch)) is None
+    assert "ignores" in vitals.image_warning(*vitals.image_use(blind, batch))
+    assert vitals.image_use(seeing, {**batch, "images": batch["images"][:1]}) is None
+
+
+def test_a_blind_guess():
+    assert vitals.guess("lm", {}, 270, 1) == pytest.approx(math.log(270))
+    pairs = {"images": torch.zeros(5, 3, 2, 2), "negative_ids": torch.zeros(5, 3, 7)}
+    assert vitals.guess("itc", pairs, 270, 2) == pytest.approx((math.log(10) + math.log(13)) / 2)
+    assert vitals.guess("unheard of", pairs, 270, 2) is None
+
+
+def test_a_frozen_part_that_changed_is_a_warning():
+    frozen, trained, warnings = vitals.compare({"a": "1", "b": "2", "c": "3"}, {"a": "9", "b": "8", "c": "3"}, ("b", "c.x"))
+    assert frozen == {"a": ["1", "9"]} and trained == {"b": ["2", "8"], "c": ["3", "3"]}
+    assert warnings == ["a is frozen but changed", "c should learn but did not change"]
+
+
+def test_looking_at_the_model_leaves_no_trace():
+    model = fakes.FakeVLM(dropout=0.5)
+    freeze(model, ("language",))
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    with checkpoint.undisturbed(model):
+        assert not model.language.training
+        torch.rand(5)
+    assert torch.equal(torch.rand(3), expected) and model.language.training and not model.eyes.training
+
+
+# ---- whole runs, and the cache of backbones
+
+
+def test_a_run_leaves_what_the_design_promises(world):
+    summary = run("fake/tiny", Options(out=str(world / "a")))
+    written = json.loads((world / "a/summary.json").read_text())
+    assert written == summary
+    assert [stage["name"] for stage in summary["stages"]] == ["see", "align", "tune"]
+    see, tune = (torch.load(world / f"a/{name}.pt", weights_only=True) for name in ("see", "tune"))
+    assert torch.equal(see["eyes.weight"], tune["eyes.weight"]), "init must take the backbone's eyes"
+    second, third = summary["stages"][1:]
+    assert set(second["frozen"]) == {"eyes", "language"} and set(third["frozen"]) == {"eyes"}
+    assert all(before == after for stage in (second, third) for before, after in stage["frozen"].values())
+    assert third["trained"]["bridge"][0] == second["trained"]["bridge"][1], "tune goes on where align ended"
+    assert summary["params"] == {"total": 4126, "trained": 4106}
+    lines = [json.loads(line) for line in (world / "a/metrics.jsonl").read_text().splitlines()]
+    assert [(e["stage"], e["step"]) for e in lines] == [
+        ("see", 1), ("see", 5), ("align", 1), ("align", 4), ("tune", 1), ("tune", 10), ("tune", 20)]
+    assert set(lines[0]) == {"stage", "step", "loss/lm", "lr", "grad_norm", "samples_per_s"}
+
+
+def test_a_cached_backbone_gives_the_same_bits(world):
+    first = run("fake/tiny", Options(out=str(world / "a")))
+    second = run("fake/tiny", Options(out=str(world / "b")))
+    third = run("fake/tiny", Options(out=str(world / "c"), cache=False))
+    assert [s["stages"][0]["cached"] for s in (first, second, third)] == [False, True, False]
+    for name in ("see", "align", "tune"):
+        a, b, c = (checkpoint.load(world / folder / f"{name}.pt") for folder in "abc")
+        assert all(torch.equal(a[key], b[key]) and torch.equal(a[key], c[key]) for key in a), name
+    assert first["stages"][2]["trained"] == second["stages"][2]["trained"]
+
+
+def test_without_the_cache_nothing_is_written_to_it(world):
+    run("fake/tiny", Options(out=str(world / "a"), cache=False))
+    assert not (world / "cache").exists()
+
+
+def test_the_cache_knows_everything_that_made_the_backbone(world, monkeypatch):
+    def was_cached(folder, **options):
+        return run("fake/tiny", Options(out=str(world / folder), **options))["stages"][0]["cached"]
+
+    assert not was_cached("a") and was_cached("b")
+    assert not was_cached("seed", seed=1)
+    assert not was_cached("steps", steps=2)
+    slower = replace(fakes.EYES, stages=(replace(fakes.EYES.stages[0], lr=1e-4),))
+    with monkeypatch.context() as patch:
+        patch.setattr(recipes, "RECIPES", {**recipes.RECIPES, "eyes/tiny": slower})
+        assert not was_cached("lr")
+    with monkeypatch.context() as patch:
+        patch.setattr(fakes.FakeScenes, "texts", lambda self: ["aaaa bbbb"] * 9)
+        assert not was_cached("tokenizer")
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "source_text", lambda *modules: "edited")
+        assert not was_cached("source")
+    assert was_cached("c")
+
+
+def test_a_broken_cache_entry_is_trained_anew(world, capsys):
+    first = run("fake/tiny", Options(out=str(world / "a")))
+    [entry] = (world / "cache").glob("*.pt")
+    entry.write_bytes(entry.read_bytes()[:-700])
+    second = run("fake/tiny", Options(out=str(world / "b")))
+    assert "broken" in capsys.readouterr().err
+    assert not second["stages"][0]["cached"] and second["stages"][0]["trained"] == first["stages"][0]["trained"]
+    assert checkpoint.load(entry)["model"]
+
+
+def test_the_key_covers_imports_of_imports(monkeypatch, tmp_path):
+    monkeypatch.setattr(cache, "PACKAGE", tmp_path)
+    (tmp_path / "a.py").write_text("import os\nfrom nanovlm import b\n")
+    (tmp_path / "b.py").write_text("from nanovlm.c import thing\n")
+    (tmp_path / "c.py").write_text("thing = 1\n")
+    (tmp_path / "d.py").write_text("unrelated = 1\n")
+    before = cache.source_text("nanovlm.a")
+    (tmp_path / "d.py").write_text("unrelated = 2\n")
+    assert cache.source_text("nanovlm.a") == before
+    (tmp_path / "c.py").write_text("thing = 2\n")
+    assert cache.source_text("nanovlm.a") != before
+
+
+def test_the_identity_of_data_follows_texts_and_pictures():
+    def identity(**changes):
+        source = fakes.FakeScenes(**{"seed": 1, "count": 4, **changes})
+        return cache.data_identity(source)
+
+    assert identity() == identity()
+    assert len({identity(), identity(seed=2), identity(count=5), identity(size=5)}) == 4

@@ -1,0 +1,130 @@
+"""A model, a world and recipes so small that a whole run takes a second; run as a script it is train_tiny.py with these.
+
+The fake has every part that the loop cares about: something frozen, a bridge, a language model with dropout (so that
+random states matter), uneven token counts, batches without images, and a backbone recipe to take weights from.
+"""
+
+import os
+import sys
+from functools import partial
+from pathlib import Path
+from random import Random
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+
+from nanovlm import recipes
+from nanovlm.data.conversation import Sample, Turn
+from nanovlm.recipes.stage import Recipe, Stage
+from nanovlm.training import checkpoint, run, watch
+
+VOCAB = 270
+WORDS = ("red", "green", "blue", "big", "small", "square", "circle")
+
+
+class FakeVLM(nn.Module):
+    """eyes: mean colour → 5; bridge: 5 → 7; language: embeddings plus picture → logits."""
+
+    image_tokens = 1
+
+    def __init__(self, dropout: float = 0.0):
+        super().__init__()
+        self.eyes = nn.Linear(3, 5)
+        self.bridge = nn.Linear(5, 7)
+        self.language = nn.ModuleDict({"embedding": nn.Embedding(VOCAB, 7), "norm": nn.LayerNorm(7),
+                                       "dropout": nn.Dropout(dropout), "head": nn.Linear(7, VOCAB)})
+
+    def losses(self, batch):
+        ids, labels = batch["input_ids"], batch["labels"]
+        hidden = self.language["embedding"](ids.clamp(max=VOCAB - 1))  # (B, T, 7)
+        images = batch.get("images", torch.zeros(0, 3, 2, 2))
+        seen = self.bridge(self.eyes(images.mean((2, 3))))  # (n, 7)
+        rows = torch.arange(len(ids)).repeat_interleave((ids == 3).sum(1))
+        hidden = hidden + torch.zeros(len(ids), 7).index_add(0, rows, seen)[:, None]
+        logits = self.language["head"](self.language["dropout"](self.language["norm"](hidden)))
+        targets = labels[:, 1:].reshape(-1)
+        total = F.cross_entropy(logits[:, :-1].reshape(-1, VOCAB), targets, ignore_index=-100, reduction="sum")
+        return {"lm": (total, (targets != -100).sum())}
+
+
+class FakeScenes:
+    """Pictures of one colour; a third of the conversations has no picture, and answers have 1 to 6 words."""
+
+    name = "scenes"
+
+    def __init__(self, seed=0, size=4, count=1_000_000):
+        self.seed, self.image_size, self.count = seed, size, count
+
+    def size(self, view, split):
+        return self.count
+
+    def texts(self):
+        return [" ".join(WORDS)] * 3
+
+    def sample(self, view, split, index):
+        rng = Random(f"{self.seed}/{view}/{split}/{index}")
+        picture = Image.new("RGB", (self.image_size, self.image_size), tuple(rng.randrange(256) for _ in range(3)))
+        answer = " ".join(rng.choices(WORDS, k=rng.randint(1, 6)))
+        if view == "text" or (view == "instruct" and index % 3 == 0):
+            return Sample(f"{view}/{index}", (), answer, turns=(Turn("what?", answer),))
+        return Sample(f"{view}/{index}", (picture,), answer, turns=(Turn("<image>\nwhat?", answer),))
+
+    def references(self, sample):
+        return (sample.caption,)
+
+
+def build(dropout: float, stage: str) -> FakeVLM:
+    return FakeVLM(dropout)
+
+
+def stage(name="tune", trains=("bridge", "language"), view="instruct", format="tiny", steps=20, batch_size=6, lr=1e-2, **more):
+    return Stage(name, trains, view, steps, batch_size, lr, format=format, **more)
+
+
+def recipe(name="fake/tiny", stages=None, dropout=0.1):
+    stages = stages or (stage("align", ("bridge",), "captions", "plain", steps=4, init=(("eyes", "eyes/tiny:eyes"),)), stage())
+    return Recipe(name, partial(build, dropout), stages, image_size=4, vocab=VOCAB)
+
+
+EYES = recipe("eyes/tiny", (stage("see", ("eyes", "language"), "captions", "plain", steps=5),))
+
+
+def install(patch=setattr):
+    """Put the fakes where a run looks for the real ones; `patch` may be a monkeypatch's setattr."""
+    patch(recipes, "RECIPES", {**recipes.RECIPES, "eyes/tiny": EYES, "fake/tiny": recipe()})
+    patch(run, "Scenes", FakeScenes)
+    patch(run, "template_texts", list)  # they would take all of so small a vocabulary
+    patch(watch, "save_curves", lambda *paths: None)  # drawing takes longer than all else here
+
+
+def kill_in_save(number: int) -> None:
+    """kill -9 in the middle of writing last.pt for the number-th time."""
+    real, seen = torch.save, []
+
+    def save(state, file):
+        seen.append(file.name)
+        if sum("last.pt" in name for name in seen) == number and "last.pt" in file.name:
+            file.write(b"half a checkpoint")
+            file.flush()
+            os.kill(os.getpid(), 9)
+        real(state, file)
+
+    checkpoint.torch.save = save
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    install()
+    watch.SAVE_SECONDS = float(os.environ.get("SAVE_SECONDS", "60"))
+    if "KILL_IN_SAVE" in os.environ:
+        kill_in_save(int(os.environ["KILL_IN_SAVE"]))
+    if "FILE_LIMIT" in os.environ:
+        import resource
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ["FILE_LIMIT"]),) * 2)
+    import train_tiny
+
+    sys.exit(train_tiny.main())

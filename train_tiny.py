@@ -1,0 +1,87 @@
+"""Train a tiny vision-language model from nothing: its eyes, its language model, then the paper's own stages.
+
+    python train_tiny.py --model llava
+"""
+
+import argparse
+import errno
+import sys
+
+from nanovlm import recipes
+from nanovlm.errors import UserError
+from nanovlm.training.checkpoint import SaveFailed
+from nanovlm.training.loop import TrainingFailed
+from nanovlm.training.run import Options, run
+
+MODELS = [name.removesuffix("/tiny") for name in recipes.names()
+          if name.endswith("/tiny") and recipes.get(name) not in recipes.backbones.RECIPES]
+
+EXAMPLES = """examples:
+  python train_tiny.py --model llava                                the whole of it, on the embedded world
+  python train_tiny.py --model llava --steps 0.05                   a quick look: a twentieth of the steps
+  python train_tiny.py --model llava --data photos/                 your own pictures, a .txt beside each
+  python train_tiny.py --model llava --data a.jsonl --on-missing skip   leave out records whose picture is broken
+  python train_tiny.py --model llava --out runs/a --resume          go on after Ctrl-C, a crash or a full disk
+  python train_tiny.py --model llava --out runs/a --overwrite       delete that run and start again
+  python train_tiny.py --model llava --device cuda --seed 7         another device, other random numbers
+  python train_tiny.py --model llava --no-cache                     train the backbones anew, for an honest timing
+  python train_tiny.py --recipe clip/tiny                           any recipe by name, here a backbone alone
+  torchrun --nproc-per-node 2 train_tiny.py --model llava           two processes, one run
+exit codes: 0 done, 1 training failed or a file could not be written, 2 bad usage or input, 130 Ctrl-C (checkpoint saved)"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="train_tiny.py", description=__doc__.splitlines()[0], epilog=EXAMPLES,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.error = complain  # one sentence, like all other bad input
+    parser.add_argument("--model", choices=MODELS, help="which paper's tiny model to train")
+    parser.add_argument("--recipe", choices=recipes.names(), metavar="NAME", help="a recipe by its full name, instead of --model")
+    parser.add_argument("--data", metavar="PATH", help="folder of pictures with .txt, .jsonl, COCO or LLaVA .json; "
+                        "default: the embedded world, which needs no download")
+    parser.add_argument("--on-missing", choices=("error", "skip"), default="error",
+                        help="what to do about a missing or broken picture (default: error)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: CUDA, else CPU")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
+    parser.add_argument("--out", metavar="FOLDER", help="where the run is written (default: the next free of "
+                        "runs/MODEL, runs/MODEL-2, ...)")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out (default: the last runs/MODEL)")
+    parser.add_argument("--overwrite", action="store_true", help="delete the run in --out first")
+    parser.add_argument("--no-cache", action="store_true", help="neither read nor write cached backbones")
+    parser.add_argument("--steps", type=float, metavar="X", help="up to 1: this fraction of every stage's steps; "
+                        "above 1: this number of steps in every stage")
+    return parser
+
+
+def complain(message: str) -> None:
+    raise UserError(f"{message}; --help shows examples.")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train, and return the exit code."""
+    try:
+        options = make_parser().parse_args(arguments)
+        if bool(options.model) == bool(options.recipe):
+            raise UserError(f"Give one of --model ({', '.join(MODELS)}) and --recipe, for example --model {MODELS[0]}.")
+        run(options.recipe or f"{options.model}/tiny", Options(
+            data=options.data, on_missing=options.on_missing, device=options.device, seed=options.seed, out=options.out,
+            resume=options.resume, overwrite=options.overwrite, cache=not options.no_cache, steps=options.steps))
+        return 0
+    except UserError as error:
+        return stop(2, f"{error}")
+    except (TrainingFailed, SaveFailed) as error:
+        return stop(1, f"{error}")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        return stop(1, f"The disk is full ({error}): free some space, then go on with --resume.")
+    except KeyboardInterrupt as error:
+        return stop(130, f"Interrupted: {error or 'go on with --resume'}.")
+
+
+def stop(code: int, sentence: str) -> int:
+    print(f"train_tiny.py: {sentence}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
