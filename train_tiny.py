@@ -27,7 +27,7 @@ EXAMPLES = """examples:
   python train_tiny.py --model llava --no-cache                     train the backbones anew, for an honest timing
   python train_tiny.py --recipe clip/tiny                           any recipe by name, here a backbone alone
   torchrun --nproc-per-node 2 train_tiny.py --model llava           two processes, one run
-exit codes: 0 done, 1 training failed or a file could not be written, 2 bad usage or input, 130 Ctrl-C (checkpoint saved)"""
+exit codes: 0 done, 1 training failed or the disk is full, 2 bad usage or input, 130 Ctrl-C (checkpoint saved)"""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -35,7 +35,8 @@ def make_parser() -> argparse.ArgumentParser:
                                      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = complain  # one sentence, like all other bad input
     parser.add_argument("--model", choices=MODELS, help="which paper's tiny model to train")
-    parser.add_argument("--recipe", choices=recipes.names(), metavar="NAME", help="a recipe by its full name, instead of --model")
+    parser.add_argument("--recipe", choices=recipes.names(), metavar="NAME",
+                        help="a recipe by its full name, instead of --model")
     parser.add_argument("--data", metavar="PATH", help="folder of pictures with .txt, .jsonl, COCO or LLaVA .json; "
                         "default: the embedded world, which needs no download")
     parser.add_argument("--on-missing", choices=("error", "skip"), default="error",
@@ -44,7 +45,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
     parser.add_argument("--out", metavar="FOLDER", help="where the run is written (default: the next free of "
                         "runs/MODEL, runs/MODEL-2, ...)")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out (default: the last runs/MODEL)")
+    parser.add_argument("--resume", action="store_true",
+                        help="go on with the run in --out (default: the last runs/MODEL)")
     parser.add_argument("--overwrite", action="store_true", help="delete the run in --out first")
     parser.add_argument("--no-cache", action="store_true", help="neither read nor write cached backbones")
     parser.add_argument("--steps", type=float, metavar="X", help="up to 1: this fraction of every stage's steps; "

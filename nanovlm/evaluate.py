@@ -61,7 +61,8 @@ class Examinee:
             if ids[end:end + len(stop)] == stop:
                 ids = ids[:end]
                 break
-        return self.tokenizer.decode(ids).strip()
+        # A small set of texts may fill only a part of the model's vocabulary; an untrained model says the rest too.
+        return self.tokenizer.decode([i for i in ids if i < len(self.tokenizer)]).strip()
 
     def choose(self, samples: Sequence[Sample], candidates: Sequence[str]) -> list[str]:
         """Of the candidate answers the most likely one, for each sample."""

@@ -100,7 +100,8 @@ class ShapeChecker:
                 for name in running.names:
                     self.check(frame, running, name, frame.f_locals, letters)
             elif event == "return":
-                self.check(frame, running, "returned", {"returned": value}, letters)
+                for returned in value if isinstance(value, tuple) else [value]:
+                    self.check(frame, running, "returned", {"returned": returned}, letters)
             running = None
         if event == "line":
             running = running or self.comments[code.co_filename].get(frame.f_lineno)

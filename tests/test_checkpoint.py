@@ -160,7 +160,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_no_rest(tmp_path, monkeypatch
     def full(*arguments):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint.os if where == "fsync" else checkpoint.torch, "fsync" if where == "fsync" else "save", full)
+    monkeypatch.setattr(*((checkpoint.os, "fsync") if where == "fsync" else (checkpoint.torch, "save")), full)
     with pytest.raises(SaveFailed, match=r"last.pt could not be written \(No space left on device\).*untouched"):
         checkpoint.save(path, {"step": 2})
     monkeypatch.undo()

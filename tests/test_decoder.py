@@ -128,6 +128,23 @@ def test_generated_tokens(build, beams, seed):
 
 
 @BOTH
+@pytest.mark.parametrize("beams", [2, 4])
+def test_beams_where_many_stop(build, beams):
+    """Forty texts, and the stop is what they say most: beams finish, are replaced from the reserve and outlive others."""
+    hf, rows, new = build(12), 40, 8
+    ids = random_ids(rows, 5, 12)
+    shared = {"do_sample": False, "num_beams": beams, "max_new_tokens": new, "pad_token_id": 0}
+    said = hf.generate(ids, attention_mask=torch.ones_like(ids), eos_token_id=None, **shared)[:, 5:]
+    stop = int(said.flatten().bincount().argmax())
+    want = hf.generate(ids, attention_mask=torch.ones_like(ids), eos_token_id=stop, **shared)[:, 5:]
+    got = ours(hf).generate(ids, torch.ones_like(ids, dtype=torch.bool), new, [stop], beams=beams)
+    lengths = 1 + (want != stop).sum(dim=1)
+    assert [row[:n].tolist() for row, n in zip(got, lengths, strict=True)] == [
+        row[:n].tolist() for row, n in zip(want, lengths, strict=True)]
+    assert len(set(lengths.tolist())) >= 4
+
+
+@BOTH
 def test_beams_differ_from_greedy(build):
     """Else the beam tests above would be greedy tests."""
     assert any(not torch.equal(generate_both(build, seed, 1)[0], generate_both(build, seed, 3)[0]) for seed in range(3))

@@ -41,7 +41,8 @@ class Contrast(torch.nn.Module):
         text = (self.text(batch["input_ids"]) * (batch["input_ids"] > 3)[:, :, None]).sum(1)  # (B, 5)
         own, everyone = self.gather(batch["text_group"]), self.gather(text)
         target = (batch["text_group"][:, None] == own).float()
-        loss = torch.nn.functional.cross_entropy(image @ everyone.T, target / target.sum(1, keepdim=True), reduction="sum")
+        target = target / target.sum(1, keepdim=True)
+        loss = torch.nn.functional.cross_entropy(image @ everyone.T, target, reduction="sum")
         return {"itc": (loss, torch.tensor(len(image)))}
 
 
@@ -49,7 +50,8 @@ CASES = {
     "mixed": (fakes.stage(steps=5, batch_size=8), fakes.FakeScenes, None),
     "text only on one rank": (fakes.stage(steps=5, batch_size=8), TextOnOddRanks, None),
     "accumulated": (fakes.stage(steps=4, batch_size=8, accumulate=2), TextOnOddRanks, None),
-    "contrastive": (fakes.stage("pairs", ("image", "text"), "pairs", steps=5, batch_size=8, lr=0.1), fakes.FakeScenes, Contrast),
+    "contrastive": (fakes.stage("pairs", ("image", "text"), "pairs", steps=5, batch_size=8, lr=0.1), fakes.FakeScenes,
+                    Contrast),
 }
 
 
@@ -66,7 +68,8 @@ def train(case: str) -> tuple[dict, list[tuple[float, float]]]:
 
 def worker(rank: int, ports: list[int], folder: str) -> None:
     torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(ports[0]), WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(ports[0]), WORLD_SIZE="2", RANK=str(rank),
+                      LOCAL_RANK=str(rank))
     distributed.start("cpu")
     results = {case: train(case) for case in CASES}
     rows = torch.full((2, 3), float(rank + 1), requires_grad=True)
@@ -140,4 +143,5 @@ def test_a_whole_run_of_two_processes_writes_one_folder(two):
 def test_one_process_needs_no_group():
     assert (distributed.world(), distributed.rank()) == (1, 0)
     rows = torch.rand(2, 3)
-    assert distributed.all_gather(rows) is rows and distributed.any_rank(True, CPU) and not distributed.any_rank(False, CPU)
+    assert distributed.all_gather(rows) is rows
+    assert distributed.any_rank(True, CPU) and not distributed.any_rank(False, CPU)

@@ -126,6 +126,21 @@ def test_two_beams_are_a_loop():
     assert got != generate(fake.prefill, fake.step, 5, [], PAD).tolist()  # a beam was overtaken: caches changed rows
 
 
+class Fork(Fake):
+    """First 1 (0.4), 2 (0.35) or the stop 3 (0.25), then any of eight tokens alike: every longer text has a worse mean."""
+
+    def logits(self, text: tuple[int, ...]) -> torch.Tensor:
+        first = torch.tensor([1e-9, 0.4, 0.35, 0.25, 1e-9, 1e-9, 1e-9, 1e-9])
+        return first.log() if len(text) == 1 else torch.zeros(8)
+
+
+def test_only_the_best_w_candidates_may_finish():
+    """As in transformers: with two beams the stop, third, is not taken though its mean is the best; with three it is."""
+    fork = Fork([0])
+    assert beam_search(fork.prefill, fork.step, 2, [3], PAD, beams=2)[0, 0] == 1
+    assert beam_search(fork.prefill, fork.step, 2, [3], PAD, beams=3).tolist() == [[3]]
+
+
 def test_one_beam_is_greedy():
     fake = Fake([0, 1, 2])
     greedy = generate(fake.prefill, fake.step, 6, [], PAD)

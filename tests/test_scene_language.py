@@ -7,9 +7,9 @@ from random import Random
 import pytest
 from scene_oracle import HELD_OUT_NAMES, check_conversation, facts, read
 
-from nanovlm.data.scene_language import captions, description, negatives, say, wordings
+from nanovlm.data.scene_language import captions, description, negatives, say, vaguer, wordings
 from nanovlm.data.scene_questions import KINDS, ask, conversation
-from nanovlm.data.scene_world import PAIRS, SEEN, Object, Scene, random_scene
+from nanovlm.data.scene_world import COLOURS, PAIRS, SEEN, SHAPES, SIZES, Object, Scene, random_scene
 
 
 def test_captions_state_the_whole_truth_and_only_it():
@@ -22,7 +22,7 @@ def test_captions_state_the_whole_truth_and_only_it():
         assert read(description(scene, rng)) == facts(scene)
         if len(facts(scene)) == 3:
             assert max(len(re.findall(r"\w+|[.,]", text)) for text in every) <= 28
-        styles.update(style for style, _ in wordings(scene))
+        styles.update(wording.style for wording in wordings(scene))
     assert set(styles) == {"thing first", "cell first", "headline", "relation"}
 
 
@@ -55,7 +55,23 @@ def test_negatives_are_false_in_one_fact():
             assert len(set(objects)) == len(objects), "no scene has such twins: the look of it would give it away"
             changes[difference(facts(scene), read(text))] += 1
     assert set(changes) == {"colour", "shape", "size", "text", "cell", "swapped colour", "swapped cells"}
-    assert min(changes.values()) > 0.04 * changes.total()
+    assert min(changes.values()) > 0.02 * changes.total()
+
+
+def test_a_vaguer_wording_leaves_facts_out_and_its_negatives_are_false_all_the_same():
+    """What is left out is not told of any object; a negative differs in what is told, in one fact."""
+    rng, left_out = Random(3), Counter()
+    for _ in range(600):
+        scene = random_scene(rng, SEEN)
+        wording = vaguer(rng.choice(wordings(scene)), rng)
+        true = say(scene, wording)
+        left_out[len(wording.left_out)] += 1
+        for field, words in (("colour", COLOURS), ("shape", SHAPES), ("size", SIZES)):
+            assert any(re.search(rf"\b{word}\b", true) for word in words) == (field not in wording.left_out)
+        false = negatives(scene, wording, rng, k=3, pairs=SEEN)
+        assert len({true, *false}) == 4
+        assert all(len(text.split()) == len(true.split()) for text in false if wording.style != "relation")
+    assert set(left_out) == {0, 1, 2} and min(left_out.values()) > 0.2 * left_out.total()  # expected: 0.3, 0.3, 0.4
 
 
 def difference(truth: dict, told: dict) -> str:

@@ -21,6 +21,7 @@ from nanovlm.data.scene_world import (
     COLOURS,
     DIGITS,
     HELD_OUT,
+    NAMELESS,
     PAIRS,
     SHAPES,
     SIZES,
@@ -93,7 +94,7 @@ def test_no_held_out_pair_in_any_training_picture(monkeypatch):
             assert not any(name in text for text in texts for name in HELD_OUT_NAMES)
     assert len(drawn) == 6000
     shown = {(thing.colour, thing.shape) for scene in drawn for thing in scene.objects}
-    assert shown == set(product(COLOURS, SHAPES)) - set(HELD_OUT)
+    assert shown == set(product([*COLOURS, *NAMELESS], SHAPES)) - set(HELD_OUT)
     assert sorted(c for c, _ in HELD_OUT) == sorted(COLOURS) and sorted(s for _, s in HELD_OUT) == sorted(SHAPES)
 
 
@@ -131,12 +132,13 @@ def test_image_views_have_the_shape_that_training_expects():
     for split, index in product(("train", "val"), range(100)):
         pair, told, talk = (source.sample(view, split, index) for view in IMAGE_VIEWS)
         assert pair.id == f"scenes/{split}/{index}" and pair.images[0].size == (40, 40)
-        assert pair.caption in source.references(pair) and len(pair.negatives) == 3 and pair.turns == ()
+        assert split == "train" or pair.caption in source.references(pair)  # in training it may leave facts out
+        assert len(pair.negatives) == 3 and pair.turns == ()
         assert [turn.question for turn in told.turns] == ["<image>"] and told.turns[0].answer == told.caption
         assert told.caption in told.references
         first, *others = talk.turns
         assert first.question.startswith("<image>\n") and not any("<image>" in turn.question for turn in others)
-        assert len(talk.turns) == 5
+        assert len(talk.turns) == (3 if any(turn.kind == "caption" for turn in talk.turns) else 4)
         first = type(first)(first.question.removeprefix("<image>\n"), first.answer, first.kind)
         check_conversation([first, *others], read(talk.references[0]))
 

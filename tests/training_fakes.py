@@ -1,4 +1,4 @@
-"""A model, a world and recipes so small that a whole run takes a second; run as a script it is train_tiny.py with these.
+"""A model, a world and recipes so small that a whole run takes a second; as a script it is train_tiny.py with these.
 
 The fake has every part that the loop cares about: something frozen, a bridge, a language model with dropout (so that
 random states matter), uneven token counts, batches without images, and a backbone recipe to take weights from.
@@ -81,12 +81,14 @@ def build(dropout: float, stage: str) -> FakeVLM:
     return FakeVLM(dropout)
 
 
-def stage(name="tune", trains=("bridge", "language"), view="instruct", format="tiny", steps=20, batch_size=6, lr=1e-2, **more):
+def stage(name="tune", trains=("bridge", "language"), view="instruct", format="tiny", steps=20, batch_size=6, lr=1e-2,
+          **more):
     return Stage(name, trains, view, steps, batch_size, lr, format=format, **more)
 
 
 def recipe(name="fake/tiny", stages=None, dropout=0.1):
-    stages = stages or (stage("align", ("bridge",), "captions", "plain", steps=4, init=(("eyes", "eyes/tiny:eyes"),)), stage())
+    align = stage("align", ("bridge",), "captions", "plain", steps=4, init=(("eyes", "eyes/tiny:eyes"),))
+    stages = stages or (align, stage())
     return Recipe(name, partial(build, dropout), stages, image_size=4, vocab=VOCAB)
 
 

@@ -94,11 +94,11 @@ def follow_up(scene: Scene, rng: Random, before: Asked) -> Asked | None:
     return Asked(Turn(FOLLOW_UP[field], getattr(it, field), "follow_up"), (it.pair,), it, before.told | {field})
 
 
-def conversation(scene: Scene, rng: Random, turns: int = 5, pairs: tuple = PAIRS) -> tuple[Turn, ...]:
+def conversation(scene: Scene, rng: Random, turns: int = 4, pairs: tuple = PAIRS) -> tuple[Turn, ...]:
     """Up to `turns` questions of different kinds in random order; three times in ten one of them asks for a caption."""
     talk: list[Turn] = []
     describe = rng.random() < 0.3
-    room = turns - describe
+    room = turns - 2 * describe  # a caption is as long as two turns
     # Weighted order without replacement (Efraimidis and Spirakis, 2006).
     for kind in sorted(WEIGHTS, key=lambda kind: rng.random() ** (1 / WEIGHTS[kind]), reverse=True):
         asked = ask(scene, rng, kind, pairs) if len(talk) < room else None

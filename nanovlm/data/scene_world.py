@@ -106,9 +106,9 @@ class Scene:
 
 def random_scene(rng: Random, pairs: tuple = SEEN, including: tuple = ()) -> Scene:
     """A scene whose objects are drawn from `pairs`, one of them from `including` if that is given."""
-    cells = rng.sample(CELLS, rng.choices((1, 2, 3, 4), (15, 35, 30, 20))[0])
+    cells = rng.sample(CELLS, rng.choices((1, 2, 3, 4), (30, 35, 20, 15))[0])
     sign = None
-    if len(cells) > 1 and rng.random() < 0.41:  # 0.41 * 0.85 = 35 % of all scenes
+    if len(cells) > 1 and rng.random() < 0.5:  # 35 % of all scenes
         sign = Sign(rng.choice(DIGITS + WORDS), cells.pop(), _jitter(rng))
 
     chosen = [rng.choice(including or pairs)]

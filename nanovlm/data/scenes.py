@@ -95,20 +95,24 @@ class Scenes:
         if view == "text":
             return Sample(name, turns=_document(scene, rng), references=captions(scene))
 
+        if view == "pairs":
+            return self._pair(name, scene, rng, pairs, split)
         images = (render(scene, self.image_size),)
         if view == "instruct":
             turns = _put_before(conversation(scene, rng, pairs=pairs), "<image>")
             return Sample(name, images, references=captions(scene), turns=turns)
-        wording = rng.choice(wordings(scene))
-        if view == "captions":
-            true = say(scene, wording)
-            turns = (Turn("<image>", true, "caption"),)
-            return Sample(name, images, caption=true, references=captions(scene), turns=turns)
+        true = caption(scene, rng)
+        turns = (Turn("<image>", true, "caption"),)
+        return Sample(name, images, caption=true, references=captions(scene), turns=turns)
+
+    def _pair(self, name: str, scene: Scene, rng: Random, pairs: tuple, split: str) -> Sample:
+        """A picture and what is said of it; in training, facts are left out of the text now and then."""
+        wording, shown = rng.choice(wordings(scene)), scene
         if split == "train":
             wording = vaguer(wording, rng)
-            if "colour" in wording.left_out:
-                images = (render(recoloured(scene, rng), self.image_size),)
+            shown = recoloured(scene, rng) if "colour" in wording.left_out else scene
         false = negatives(scene, wording, rng, pairs=pairs)
+        images = (render(shown, self.image_size),)
         return Sample(name, images, caption=say(scene, wording), references=captions(scene), negatives=false)
 
     def references(self, sample: Sample) -> tuple[str, ...]:

@@ -40,7 +40,7 @@ CLIP_TINY = Recipe(
     build=partial(build_clip, CLIPConfig(TINY_VISION, clip_text(TINY_VOCAB, 96, 2, 4, max_positions=64), 96)),
     image_size=48,
     vocab=TINY_VOCAB,
-    stages=(Stage("clip", CLIP_PARTS, "pairs", steps=1200, batch_size=64, lr=1e-3, weight_decay=0.05,
+    stages=(Stage("clip", CLIP_PARTS, "pairs", steps=600, batch_size=64, lr=1e-3, weight_decay=0.05,
                   betas=(0.9, 0.98), max_length=64,
                   on_data=(("augment", True), ("steps", 1500), ("weight_decay", 0.1))),),
 )
@@ -50,7 +50,7 @@ LM_TINY = Recipe(
     build=partial(build_language_model, TINY_LANGUAGE),
     image_size=48,
     vocab=TINY_VOCAB,
-    stages=(Stage("lm", ("language",), "text", format="tiny", steps=600, batch_size=32, lr=2e-3, weight_decay=0.05,
+    stages=(Stage("lm", ("language",), "text", format="tiny", steps=1000, batch_size=16, lr=2e-3, weight_decay=0.05,
                   betas=(0.9, 0.98), max_length=256, on_data=(("steps", 400),)),),
 )
 

@@ -36,9 +36,9 @@ TINY = Recipe(
     vocab=backbones.TINY_VOCAB,
     evaluate=("vqa", "caption", "class"),
     stages=(
-        Stage("align", ("projector",), "captions", format="plain", steps=200, batch_size=32, lr=4e-3, max_length=256,
+        Stage("align", ("projector",), "captions", format="plain", steps=150, batch_size=16, lr=4e-3, max_length=256,
               init=(("vision", "clip/tiny:vision"), ("language", "lm/tiny:language"))),
-        Stage("tune", ("projector", "language"), "instruct", format="tiny", steps=900, batch_size=32, lr=1.5e-3,
+        Stage("tune", ("projector", "language"), "instruct", format="tiny", steps=1600, batch_size=16, lr=1.5e-3,
               max_length=256),
     ),
 )

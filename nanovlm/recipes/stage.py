@@ -1,10 +1,10 @@
-"""A recipe is a model and a list of stages; a stage is what learns, on which data, for how long. Data only, no training here.
+"""A recipe is a model and a list of stages; a stage is what learns, on which data, for how long. Data, no loop.
 
     Recipe "llava/tiny"
       ├ Stage "align"   trains projector              view captions    init vision ← clip/tiny, language ← lm/tiny
       └ Stage "tune"    trains projector, language    view instruct    goes on from "align"
 
-The same sentence for all six papers: what is frozen, what learns, on which data. The one loop (training/loop.py) reads it.
+The same sentence for all six papers: what is frozen, what learns, on which data; training/loop.py reads it.
 `init` names where weights come from before the stage starts:
     ("vision", "clip/tiny:vision")            module `vision` of the trained backbone recipe clip/tiny
     ("vision", "published:openai/clip-…")     published weights in the folder $NANOVLM_WEIGHTS/openai/clip-…
@@ -52,7 +52,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A model's sizes and its stages; the tiny ones train on the spot, the published ones are for reading and building."""
+    """A model's sizes and its stages; the tiny ones train on the spot, the published ones are to be read and built."""
 
     name: str
     build: Callable[[str], nn.Module]  # stage name → model

@@ -39,7 +39,8 @@ def make_collate(recipe: Recipe, stage: Stage, tokenizer: Tokenizer, model: nn.M
     if stage.view == "text":
         return lambda samples, rng: collate_texts(samples, tokenizer, stage.format, limit)
     image_tokens = getattr(model, "image_tokens", 0)
-    return lambda samples, rng: collate_conversations(samples, tokenizer, stage.format, transform, limit, image_tokens, rng)
+    return lambda samples, rng: collate_conversations(samples, tokenizer, stage.format, transform, limit, image_tokens,
+                                                      rng)
 
 
 class MicroBatches(Dataset):
@@ -52,8 +53,8 @@ class MicroBatches(Dataset):
         if self.size == 0:
             raise UserError(f"{source.name} has nothing to train stage {stage.name} on (view {stage.view!r}).")
         if stage.batch_size % (self.world * stage.accumulate):
-            raise UserError(f"Stage {stage.name}: batch_size {stage.batch_size} cannot be shared evenly by {self.world} "
-                            f"processes and {stage.accumulate} micro-batches; make it a multiple of both.")
+            raise UserError(f"Stage {stage.name}: batch_size {stage.batch_size} cannot be shared evenly by "
+                            f"{self.world} processes and {stage.accumulate} micro-batches; make it a multiple of both.")
 
     def __len__(self) -> int:
         return self.stage.steps * self.stage.accumulate

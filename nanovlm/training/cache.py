@@ -2,9 +2,9 @@
 
     key = sha256(recipe, stage, data, seed, tokenizer, keys of its own backbones, source text, torch version)
 
-Whatever could change a single bit of the weights is part of the key, so nothing needs to be invalidated by hand, and a run
-with the cache equals one without (random states are set anew at every stage). "Source text" is the text of every file
-of nanovlm that the training of this backbone imports, directly or through others.
+Whatever could change a single bit of the weights is part of the key, so nothing needs to be invalidated by hand, and a
+run with the cache equals one without (random states are set anew at every stage). "Source text" is the text of every
+file of nanovlm that the training of this backbone imports, directly or through others.
 """
 
 import ast

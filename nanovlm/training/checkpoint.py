@@ -1,6 +1,6 @@
 """Checkpoints: whatever happens while one is written, a whole one is on the disk.
 
-    state ──► last.pt.tmp ──► fsync ──► rename over last.pt        a kill, a full disk or a power cut leaves the old file
+    state ──► last.pt.tmp ──► fsync ──► rename over last.pt      a kill, a full disk or a power cut leaves the old file
 
 A checkpoint holds tensors and plain containers only, so it is loaded with weights_only=True: opening a stranger's file
 can run no code. It holds all that the next step depends on: weights, optimiser, step, random states. The data need no
@@ -31,11 +31,12 @@ def saving(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides the disk's error behind its own
+        # torch.save hides the disk's error behind one of its own.
+        cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
-        raise SaveFailed(f"{path} could not be written ({cause.strerror or cause}): free some space or choose another --out, "
-                         "then go on with --resume; what was saved before is untouched.") from error
+        raise SaveFailed(f"{path} could not be written ({cause.strerror or cause}): free some space, then go on with "
+                         "--resume; what was saved before is untouched.") from error
 
 
 def save(path: Path, state: dict) -> None:

@@ -4,7 +4,7 @@
 
         global batch   0  1  2  3  4  5  6  7
         rank 0         0     2     4     6        forward, backward ┐
-        rank 1            1     3     5     7     forward, backward ┴ gradients averaged (DDP) → the same step on every rank
+        rank 1            1     3     5     7     forward, backward ┴ gradients averaged (DDP) → the same step on each
 
 Models know nothing of this: the loop wraps them, and hands `all_gather` to losses that need the whole batch.
 Every rank holds the same weights, so rank 0 alone writes files and prints.

@@ -1,8 +1,8 @@
 """A run's folder: which one it is, what may be overwritten, and the text files in it.
 
-    runs/llava/   config.json    what was asked for, resolved        metrics.jsonl   one line per logged step
-                  summary.json   what came out                       curves.png, samples.png
-                  last.pt        where to go on                      clip.pt, lm.pt, align.pt, tune.pt: weights of each stage
+    runs/llava/   config.json    what was asked for, resolved      metrics.jsonl   one line per logged step
+                  summary.json   what came out                     curves.png, samples.png
+                  last.pt        where to go on                    clip.pt, lm.pt, align.pt, tune.pt: weights by stage
 """
 
 import json
@@ -27,11 +27,12 @@ def choose(out: str | None, name: str, resume: bool, overwrite: bool) -> Path:
     if resume and not is_run(folder):
         raise UserError(f"--resume: {folder} holds no run (no config.json of ours); leave --resume out to start one.")
     if filled and not resume and not overwrite:
-        raise UserError(f"--out {folder} is not empty: give --resume to go on with it, --overwrite to delete it, or another name.")
+        raise UserError(f"--out {folder} is not empty: give --resume to go on with it, --overwrite to delete it, "
+                        "or another name.")
     if filled and overwrite:
         if not is_run(folder):
-            raise UserError(f"--overwrite: {folder} does not look like a run (no config.json of ours), so it is not deleted; "
-                            "choose another --out.")
+            raise UserError(f"--overwrite: {folder} does not look like a run (no config.json of ours), "
+                            "so it is not deleted; choose another --out.")
         shutil.rmtree(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,8 +77,8 @@ def check_config(folder: Path, config: dict) -> None:
     new = _flat(config)
     for field in sorted(old.keys() | new.keys()):
         if not field.startswith("machine.") and old.get(field) != new.get(field):
-            raise UserError(f"--resume: {folder} was started with {field} = {old.get(field)!r}, now it is {new.get(field)!r}; "
-                            "use the same settings, or another --out for a new run.")
+            raise UserError(f"--resume: {folder} was started with {field} = {old.get(field)!r}, now it is "
+                            f"{new.get(field)!r}; use the same settings, or another --out for a new run.")
 
 
 def _flat(value: object, name: str = "") -> dict[str, object]:

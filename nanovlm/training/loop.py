@@ -3,9 +3,9 @@
     micro-batches ──► model.losses(batch) = {name: (sum, count)} ──► Σ sum / Σ count ──► backward ──► clip ──► AdamW
                                             added up over micro-batches and ranks before anything is divided
 
-Why sums and counts: an answer has 1 to 300 trained tokens. A mean of means would let a rank that drew short answers shout;
-dividing once, by the number of trained tokens of the whole global batch, gives every token the same weight, and so
-two processes with half the batch each take exactly the step of one process with all of it.
+Why sums and counts: an answer has 1 to 300 trained tokens. A mean of means would let a rank that drew short answers
+shout; dividing once, by the number of trained tokens of the whole global batch, gives every token the same weight, and
+so two processes with half the batch each take exactly the step of one process with all of it.
 
 `train_stage` is a generator: it takes a step, then hands a `Report` to the caller, who writes logs and checkpoints
 between two steps. Nothing in this file prints, writes or knows of a run's folder.
@@ -76,10 +76,10 @@ def freeze(model: nn.Module, trains: tuple[str, ...]) -> list[str]:
 
 def train_stage(model: nn.Module, stage: Stage, batches: Iterable[Batch], optimiser: torch.optim.Optimizer,
                 device: torch.device, first: int = 0) -> Iterator[Report]:
-    """Steps `first`, …, stage.steps - 1; `batches` yields stage.accumulate micro-batches for each, from step `first` on."""
+    """Steps `first`, …, stage.steps - 1; `batches` yields stage.accumulate micro-batches for each of them."""
     if stage.accumulate > 1 and getattr(model, "needs_whole_batch", False):
-        raise UserError(f"Stage {stage.name} has accumulate={stage.accumulate}, but its loss compares every pair with the "
-                        "whole batch: set accumulate to 1 and, if memory is short, make batch_size smaller.")
+        raise UserError(f"Stage {stage.name} has accumulate={stage.accumulate}, but its loss compares every pair with "
+                        "the whole batch: set accumulate to 1 and, if memory is short, make batch_size smaller.")
     if hasattr(model, "gather") and distributed.world() > 1:
         model.gather = distributed.all_gather
     wrapped = distributed.wrap(Losses(model), device)
@@ -109,8 +109,9 @@ def _backward(wrapped: nn.Module, micro: list[Batch], trained: list[Tensor], dev
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 losses = wrapped(batch)
             if len(micro) > 1 and len(losses) > 1:
-                raise UserError(f"Stage {stage.name} has accumulate={stage.accumulate} and the losses {sorted(losses)}: they "
-                                "are divided by different counts, known only at the end; set accumulate to 1.")
+                raise UserError(f"Stage {stage.name} has accumulate={stage.accumulate} and the losses "
+                                f"{sorted(losses)}: they are divided by different counts, known only at the end; "
+                                "set accumulate to 1.")
             for name, (total, count) in losses.items():
                 sums[name] = sums.get(name, 0.0) + total.detach().float()
                 counts[name] = counts.get(name, 0.0) + count.detach().float()

@@ -1,8 +1,8 @@
 """AdamW and the learning rate of every step.
 
-    lr                          AdamW (arXiv:1711.05101, Alg. 2) shrinks the weights beside the gradient step, not through
-     │    ╭──╮                  it. Only matrices shrink: a norm's gain or a bias pulled towards 0 would change what the
-     │   ╱    ╲                 layer computes, not how large its weights are.
+    lr                      AdamW (arXiv:1711.05101, Alg. 2) shrinks the weights beside the gradient step, not
+     │    ╭──╮              through it. Only matrices shrink: a norm's gain or a bias pulled towards 0 would
+     │   ╱    ╲             change what the layer computes, not how large its weights are.
      │  ╱      ╲___
      │ ╱           ╲____ min_lr · lr
      └──────────────────── step

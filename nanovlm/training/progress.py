@@ -2,6 +2,7 @@
 
 import sys
 import time
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -42,8 +43,22 @@ class Progress:
             return
         self.last = now
         left = (now - self.began) / (report.step - self.first) * (self.steps - report.step)
-        say(f"{self.stage} {report.step}/{self.steps}  {losses}  {self.batch_size / report.seconds:.0f} samples/s  {left:.0f} s left")
+        speed = self.batch_size / report.seconds
+        say(f"{self.stage} {report.step}/{self.steps}  {losses}  {speed:.0f} samples/s  {left:.0f} s left")
 
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+def report(summary: dict, path: Path) -> None:
+    """The table at the end."""
+    if summary["eval"]:
+        say(f"\n{'held-out':<28}{'value':>8}{'chance':>8}{'shuffled':>10}{'n':>7}")
+    for name, result in summary["eval"].items():
+        say(f"{name:<28}{result['value']:>8.3f}{result['chance']:>8.3f}{result['shuffled']:>10.3f}{result['n']:>7}")
+    for note in summary["notes"]:
+        say(note)
+    for warning in (w for stage in summary["stages"] for w in stage.get("warnings", [])):
+        warn(warning)
+    say(f"{summary['recipe']}: {summary['seconds']:.0f} s; everything is in {path}")

@@ -26,7 +26,7 @@ from nanovlm.training import cache, checkpoint, distributed, folder, vitals
 from nanovlm.training.batches import MicroBatches, MixedText, make_collate, stream
 from nanovlm.training.loop import TrainingFailed, freeze, train_stage
 from nanovlm.training.optim import make_optimiser
-from nanovlm.training.progress import say, warn
+from nanovlm.training.progress import report, say
 from nanovlm.training.watch import Watch, interruptible
 from nanovlm.training.weights import State, initial_model, needed_backbones
 
@@ -125,7 +125,8 @@ class Run:
         backbones = {job.recipe.name: as_config(job.recipe) for job in self.jobs if not job.final}
         return {
             "what": folder.OURS, "recipe": as_config(self.recipe), "backbones": list(backbones.values()),
-            "seed": self.options.seed, "data": str(Path(self.options.data).resolve()) if self.options.data else "scenes",
+            "seed": self.options.seed,
+            "data": str(Path(self.options.data).resolve()) if self.options.data else "scenes",
             "on_missing": self.options.on_missing,
             "machine": {"device": str(self.device), "processes": distributed.world(), **versions()},
         }
@@ -260,7 +261,8 @@ class Run:
         """The loop itself, with what ends it early: Ctrl-C and numbers that are none."""
         try:
             with interruptible() as interrupt:
-                for report in train_stage(model, stage, stream(batches, first, self.device), optimiser, self.device, first):
+                micro = stream(batches, first, self.device)
+                for report in train_stage(model, stage, micro, optimiser, self.device, first):
                     watch.after(report)
                     if distributed.any_rank(interrupt.asked, self.device):
                         watch.save(report.step)
@@ -336,16 +338,3 @@ class Run:
 
 def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "torch": str(torch.__version__), "nanovlm": nanovlm.__version__}
-
-
-def report(summary: dict, path: Path) -> None:
-    """The table at the end."""
-    if summary["eval"]:
-        say(f"\n{'held-out':<28}{'value':>8}{'chance':>8}{'shuffled':>10}{'n':>7}")
-    for name, result in summary["eval"].items():
-        say(f"{name:<28}{result['value']:>8.3f}{result['chance']:>8.3f}{result['shuffled']:>10.3f}{result['n']:>7}")
-    for note in summary["notes"]:
-        say(note)
-    for warning in (w for stage in summary["stages"] for w in stage.get("warnings", [])):
-        warn(warning)
-    say(f"{summary['recipe']}: {summary['seconds']:.0f} s; everything is in {path}")

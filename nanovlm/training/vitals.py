@@ -49,7 +49,8 @@ def image_use(model: nn.Module, batch: dict) -> tuple[float, float] | None:
     images = batch.get("images")
     if images is None or len(images) < 2:
         return None
-    exchanged = {**batch, "images": torch.roll(images, 1, dims=0) if isinstance(images, Tensor) else images[1:] + images[:1]}
+    moved = torch.roll(images, 1, dims=0) if isinstance(images, Tensor) else images[1:] + images[:1]
+    exchanged = {**batch, "images": moved}
     with undisturbed(model):
         return _total(model.losses(batch)), _total(model.losses(exchanged))
 
@@ -61,7 +62,8 @@ def _total(losses: dict[str, tuple[Tensor, Tensor]]) -> float:
 def image_warning(right: float, exchanged: float) -> str | None:
     if abs(exchanged - right) > SAME * abs(right):
         return None
-    return f"the loss with exchanged images ({exchanged:.4f}) equals that with the right ones ({right:.4f}): the model ignores them"
+    return (f"the loss with exchanged images ({exchanged:.4f}) equals that with the right ones ({right:.4f}): "
+            "the model ignores them")
 
 
 def fingerprints(model: nn.Module) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """What happens between two steps of one stage: log lines, vital signs, samples and pictures, checkpoints, Ctrl-C.
 
     for report in train_stage(...):      ┌ every 10 steps   a line in metrics.jsonl
-        watch.after(report)  ────────────┤ every 30 seconds a held-out sample printed, samples.png and curves.png drawn anew
+        watch.after(report)  ────────────┤ every 30 seconds a held-out sample printed, samples.png and curves.png drawn
                                          ├ every 60 seconds last.pt
                                          └ Ctrl-C           last.pt, then stop
 All of it by the clock or the step, none of it with an effect on the next step.
@@ -59,7 +59,7 @@ def interruptible() -> Iterator[Interrupt]:
 
 
 class Watch:
-    """One stage's observer. save: writes last.pt. samples: asks the model held-out questions; None where it cannot answer."""
+    """One stage's observer. save: writes last.pt. samples: asks held-out questions; None if the model cannot answer."""
 
     def __init__(self, model: nn.Module, stage: Stage, folder: object, device: torch.device, first: int, vocab: int,
                  save: Callable[[int], None], samples: Callable[[], Rows] | None):

@@ -21,7 +21,7 @@ State = dict[str, Tensor]
 
 
 def seed_all(*parts: object) -> None:
-    """Every stage starts from random states of its own, so that it does not matter whether the ones before were cached."""
+    """Every stage starts from random states of its own: whether the ones before were cached does not matter."""
     seed = int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:4], "big")
     random.seed(seed)
     np.random.seed(seed)
@@ -68,8 +68,8 @@ def load_published(model: nn.Module, module: str, name: str) -> None:
     """From $NANOVLM_WEIGHTS/ORG/NAME; the checkpoint is that module alone, or a model that has one of that name."""
     home = os.environ.get("NANOVLM_WEIGHTS")
     if not home or not (Path(home) / name).is_dir():
-        raise UserError(f"The published weights {name} are needed for {module}: put their folder at {name} below a folder of "
-                        f"your choice and set NANOVLM_WEIGHTS to the latter (now {home or 'not set'}).")
+        raise UserError(f"The published weights {name} are needed for {module}: put their folder at {name} below a "
+                        f"folder of your choice and set NANOVLM_WEIGHTS to the latter (now {home or 'not set'}).")
     # Imported here, because hub knows every paper: editing one of them must not invalidate all cached backbones.
     from nanovlm import hub
 
