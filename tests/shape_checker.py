@@ -80,7 +80,7 @@ class ShapeChecker:
         self.wrong: set[str] = set()
         self.calls: dict[FrameType, tuple[Statement | None, dict[str, int]]] = {}  # what runs now, letters
 
-    def __enter__(self) -> "ShapeChecker":
+    def __enter__(self):
         self.before = sys.gettrace()
         sys.settrace(self.trace)
         return self

@@ -34,6 +34,7 @@ def test_llava(name):
     assert (count(model), count(model.projector), count(model.language)) == (total, projector, language)
     assert count(model.vision) == 303_179_776
     assert model.image_tokens == 256
+    assert model.config.feature_layer == -2  # of 25 hidden states: the last but one block's
 
 
 @pytest.mark.parametrize(("name", "stage", "learns"), [

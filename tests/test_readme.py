@@ -1,6 +1,7 @@
 """The README, the notebooks and .ci/run say what is there, and what they say can be done."""
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,7 @@ def test_the_commands_in_the_readme_exist():
     assert len(commands()) >= 3
     for words in commands():
         said = " ".join(words)
-        for flag, file in zip(words, words[1:]):
+        for flag, file in pairwise(words):
             assert flag != "-r" or (ROOT / file).is_file(), f"{said}: there is no {file}"
         if words[0] in ("python", "torchrun") and words[1:]:
             at = words.index("-m") + 1 if "-m" in words else next(i for i, w in enumerate(words) if w.endswith(".py"))
@@ -95,7 +96,7 @@ def test_the_python_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     assert blocks("python")
     for snippet in blocks("python"):
         capsys.readouterr()
-        exec(compile(snippet, "README.md", "exec"), {"__name__": "readme"})
+        exec(compile(snippet, "README.md", "exec"), {"__name__": "readme"})  # noqa: S102
         printed = re.findall(r"^print\(.*\)\s+# (\S+?)[,.]?(?:\s|$)", snippet, re.MULTILINE)
         assert capsys.readouterr().out.split() == printed
 

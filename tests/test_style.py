@@ -8,8 +8,23 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from source import (MODULES, NOTEBOOKS, PACKAGE, ROOT, SCRIPTS, TESTS, closure, code_lines, file_of, imports,
-                    notebook_tree, own_imports, read, relative, tree)
+from source import (
+    MODULES,
+    NOTEBOOKS,
+    PACKAGE,
+    ROOT,
+    SCRIPTS,
+    TESTS,
+    closure,
+    code_lines,
+    file_of,
+    imports,
+    notebook_tree,
+    own_imports,
+    read,
+    relative,
+    tree,
+)
 
 SIX = {"numpy": "numpy", "torch": "torch", "tqdm": "tqdm", "pillow": "PIL", "matplotlib": "matplotlib",
        "pytest": "pytest"}

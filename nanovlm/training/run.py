@@ -244,7 +244,9 @@ class Run:
                 "model": model.state_dict(), "optimiser": optimiser.state_dict(), "before": before,
                 "random": checkpoint.random_states(), "stage_seconds": seconds + time.monotonic() - began})
 
-        watch = Watch(model, stage, self.folder, self.device, first, recipe.vocab, save, self.sampler(model, job))
+        random = not stage.init and recipe.name not in self.finished
+        watch = Watch(model, stage, self.folder, self.device, first, recipe.vocab if random else None, save,
+                      self.sampler(model, job))
         self.steps(model, stage, batches, optimiser, first, watch)
         frozen, trained, changed = vitals.compare(before, vitals.fingerprints(model), stage.trains)
         for warning in changed:

@@ -59,9 +59,13 @@ def interruptible() -> Iterator[Interrupt]:
 
 
 class Watch:
-    """One stage's observer. save: writes last.pt. samples: asks held-out questions; None if the model cannot answer."""
+    """One stage's observer.
 
-    def __init__(self, model: nn.Module, stage: Stage, folder: object, device: torch.device, first: int, vocab: int,
+    vocab: given where the weights are random, so that the first loss says something. save: writes last.pt. samples: asks
+    the model held-out questions; None where it cannot answer.
+    """
+
+    def __init__(self, model: nn.Module, stage: Stage, folder: object, device: torch.device, first: int, vocab: int | None,
                  save: Callable[[int], None], samples: Callable[[], Rows] | None):
         self.model, self.stage, self.folder, self.device, self.vocab = model, stage, folder, device, vocab
         self.save, self.samples, self.first = save, samples, first
@@ -93,9 +97,11 @@ class Watch:
             self.saved = time.monotonic()
 
     def first_step(self, report: Report) -> None:
+        if self.vocab is None or self.first > 0:
+            return
         for name, value in report.losses.items():
             blind = vitals.guess(name, report.batch, self.vocab, distributed.world())
-            if blind is not None and self.first == 0:
+            if blind is not None:
                 say(f"{self.stage.name}: first loss {name} {value:.3f}; a blind guess has {blind:.3f}")
 
     def check_gradients(self, report_now: bool) -> None:
