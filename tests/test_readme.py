@@ -40,7 +40,7 @@ def test_the_tree_in_the_readme_is_the_tree():
         assert len(sentence.split()) >= 2, f"{path}: say in a few words what it is"
     there = {relative(path) for path in [*(p for p in MODULES if p.name != "__init__.py"), *NOTEBOOKS]}
     there |= {relative(path) for path in [*ROOT.glob("*.py"), *(ROOT / "experiments").glob("*.py")]}
-    assert not there - set(said), "missing in the tree of the README"
+    assert not (missing := sorted(there - set(said))), f"missing in the tree of the README: {missing}"
 
 
 def test_nothing_is_left_to_fill_in():
