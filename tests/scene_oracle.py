@@ -75,9 +75,14 @@ def judge(question: str, truth: dict, it: str | None) -> tuple[str, str | None]:
         (landmark_row, landmark_column), (row, column) = (meant(n, truth).split() for n in found.groups() if n)
         assert (row == landmark_row) != (column == landmark_column), "two answers would be right"
         return (column if row == landmark_row else {"top": "above", "bottom": "below"}[row]), None
-    if found := re.fullmatch(r"(?:is there|do you see) a (\w+) (\w+)\?", question):
-        there = [cell for cell, thing in objects.items() if (thing["colour"], thing["shape"]) == found.groups()]
-        return ("yes", there[0]) if there else ("no", None)
+    if found := re.fullmatch(r"(?:is there|do you see) a ([\w ]+)\?", question):
+        words = [word for word in found[1].split() if word != "object"]
+        there = [cell for cell, thing in objects.items() if all(word in thing.values() for word in words)]
+        return "yes" if there else "no", there[0] if len(there) == 1 else None
+    if found := re.fullmatch(rf"(?:describe|tell me about) {name}\.", question):
+        cell = meant(found[1], truth)
+        thing = truth[cell]
+        return f"{thing['size']} {thing['colour']} {thing['shape']}, {cell}", None
     if found := re.fullmatch(rf"which is (larger|smaller), {name} or {name}\?", question):
         sizes = {thing: truth[meant(thing, truth)]["size"] for thing in found.groups()[1:]}
         assert set(sizes.values()) == {"large", "small"}

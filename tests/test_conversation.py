@@ -17,7 +17,6 @@ from nanovlm.data.conversation import (
     collate_conversations,
     collate_pairs,
     collate_prompts,
-    collate_texts,
     encode,
     prompt,
     stop_ids,
@@ -223,16 +222,6 @@ def test_marks_and_images_must_match():
 def test_truncation_in_a_batch_counts_image_tokens_and_names_the_sample():
     with pytest.raises(UserError, match="^c: cutting it to 40 tokens would cut image tokens"):
         collate_conversations([NO_IMAGE, LATE_IMAGE], TOKENIZER, "tiny", TRANSFORM, 40, 200, Random(0))
-
-
-def test_texts_train_every_token_and_refuse_image_marks():
-    other = Sample("d", turns=(Turn("a red hat\nwhat is it?", "a hat"),))
-    batch = collate_texts([NO_IMAGE, other], TOKENIZER, "tiny")
-    mask = batch["attention_mask"]
-    assert torch.equal(batch["labels"][mask], batch["input_ids"][mask]) and (batch["labels"][~mask] == -100).all()
-    assert batch["input_ids"][1, mask[1]].tolist() == encode(other.turns, TOKENIZER, "tiny")[0]
-    with pytest.raises(UserError, match="^c: .*description"):
-        collate_texts([LATE_IMAGE], TOKENIZER, "tiny")
 
 
 def pair(name, caption, value, negatives=()):

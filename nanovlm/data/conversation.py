@@ -39,6 +39,7 @@ from nanovlm.lm_loss import IGNORE
 from nanovlm.tokenizer import Tokenizer
 
 IMAGE = "<image>"
+PAIR_LENGTH = 64  # longest text of a pair, where a stage gives no other
 
 
 @dataclass(frozen=True)
@@ -273,20 +274,6 @@ def collate_conversations(
     return batch
 
 
-def collate_texts(
-    samples: Sequence[Sample], tokenizer: Tokenizer, format: str | Format, max_length: int | None = None
-) -> dict[str, Tensor]:
-    """The same without images, and every token is trained: language-model pretraining."""
-    rows = []
-    for sample in samples:
-        if any(IMAGE in turn.question for turn in sample.turns):
-            raise UserError(f'{sample.id}: a text to read holds an "{IMAGE}" mark; put a description in its place.')
-        rows.append(encode(sample.turns, tokenizer, format, max_length, name=sample.id)[0])
-    batch = _pad_right(rows, tokenizer.pad_id)
-    batch["labels"] = batch["input_ids"].masked_fill(~batch["attention_mask"], IGNORE)
-    return batch
-
-
 def collate_pairs(
     samples: Sequence[Sample], tokenizer: Tokenizer, transform: Transform, max_length: int, rng: Random
 ) -> dict[str, Tensor]:
@@ -300,8 +287,7 @@ def collate_pairs(
     B, K = len(samples), min(len(sample.negatives) for sample in samples)
     texts = [sample.caption for sample in samples]
     wrong = [text for sample in samples for text in rng.sample(sample.negatives, K)]
-    padded = _pad_right([pair_ids(text, tokenizer, max_length) for text in texts + wrong], tokenizer.pad_id)
-    ids, mask = padded["input_ids"], padded["attention_mask"]  # (B + B * K, T)
+    ids, mask = collate_texts(texts + wrong, tokenizer, max_length)  # (B + B * K, T)
     pictures = [_picture(sample.images[0]) for sample in samples]
     batch = {
         "images": torch.stack([transform(picture, rng) for picture in pictures]),
@@ -314,6 +300,12 @@ def collate_pairs(
         batch["negative_ids"] = ids[B:].view(B, K, -1)
         batch["negative_mask"] = mask[B:].view(B, K, -1)
     return batch
+
+
+def collate_texts(texts: Sequence[str], tokenizer: Tokenizer, max_length: int) -> tuple[Tensor, Tensor]:
+    """Each text alone, as contrastive learning reads it: input_ids and attention_mask (B, T)."""
+    padded = _pad_right([pair_ids(text, tokenizer, max_length) for text in texts], tokenizer.pad_id)
+    return padded["input_ids"], padded["attention_mask"]
 
 
 def collate_prompts(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:

@@ -7,16 +7,17 @@
     size       what size is the red circle?                        large
     position   where is the red object?                            top left
     count      how many objects are there?                         two          (a sign is not an object)
-    relation   on which side of the blue square is the red circle? left         (same row or column only)
-    existence  is there a blue circle?                             no           (as often as yes)
-    comparison which is larger, the blue square or the red circle? red circle   (only if one is)
+    relation   on which side of the square is the circle?          left         (same row or column only)
+    existence  is there a blue circle? is there a star?            no           (as often as yes)
+    comparison which is larger, the square or the circle?          circle       (only if one is)
     reading    what does the sign say?                             7
+    object     tell me about the blue object.                      small blue square, top right   (taught, not judged)
     follow_up  [what colour is the square? blue] and where is it?  top right    (not answerable without the turn before)
 
 An object is called by any name that means it alone and does not give the answer away: "the circle" only if there is one.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 from nanovlm.data.conversation import Turn
@@ -34,6 +35,7 @@ ASK = {
     "position": ("where is {}?", "in which corner is {}?"),
     "existence": ("is there a {}?", "do you see a {}?"),
     "reading": ("what is written?", "what does the sign say?"),
+    "object": ("describe {}.", "tell me about {}."),
     "relation": ("on which side of {} is {}?", "seen from {}, where is {}?"),
 }
 FOLLOW_UP = {
@@ -46,10 +48,9 @@ DESCRIBE = "describe the picture."
 
 # Some kinds need a scene that allows them. These weights even out how often each is asked in a conversation.
 WEIGHTS = {
-    "colour": 1.0, "shape": 1.0, "size": 1.0, "position": 1.0, "count": 1.0,
-    "existence": 1.0, "relation": 3.0, "comparison": 6.0, "reading": 20.0,
+    "colour": 0.7, "shape": 0.7, "size": 0.7, "position": 1.2, "count": 1.2, "object": 1.5,
+    "existence": 3.0, "relation": 6.0, "comparison": 6.0, "reading": 4.0,
 }  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Asked:
@@ -73,6 +74,8 @@ def ask(scene: Scene, rng: Random, kind: str, pairs: tuple = PAIRS) -> Asked | N
         return _ask_existence(scene, rng, pairs)
     if kind == "comparison":
         return _ask_comparison(scene, rng)
+    if kind == "object":
+        return _ask_object(scene, rng)
     if kind == "reading" and scene.sign:
         return Asked(Turn(rng.choice(ASK[kind]), scene.sign.text, kind))
     return None
@@ -94,37 +97,60 @@ def follow_up(scene: Scene, rng: Random, before: Asked) -> Asked | None:
     return Asked(Turn(FOLLOW_UP[field], getattr(it, field), "follow_up"), (it.pair,), it, before.told | {field})
 
 
-def conversation(scene: Scene, rng: Random, turns: int = 4, pairs: tuple = PAIRS) -> tuple[Turn, ...]:
-    """Up to `turns` questions of different kinds in random order; three times in ten one of them asks for a caption."""
+def first_lesson(scene: Scene, rng: Random, pairs: tuple = PAIRS) -> tuple[Turn, ...]:
+    """One question, for which only the right object has to be found."""
+    kind = rng.choices(("object", *ATTRIBUTES), (4, 1, 1, 1, 1))[0]
+    return (ask(scene, rng, kind, pairs).turn,)
+
+
+def conversation(scene: Scene, rng: Random, pairs: tuple = PAIRS) -> tuple[Turn, ...]:
+    """One to three questions of different kinds in random order, or a caption and perhaps one question.
+
+    Half of the conversations have one turn only. Where several answers stand before it, a young model copies from them
+    instead of looking at the picture.
+    """
+    room = rng.choice((1, 1, 2, 3))
     talk: list[Turn] = []
-    describe = rng.random() < 0.3
-    room = turns - 2 * describe  # a caption is as long as two turns
+    if rng.random() < 0.2:
+        talk.append(Turn(DESCRIBE, caption(scene, rng), "caption"))
+        room = 1 + (room == 3)
     # Weighted order without replacement (Efraimidis and Spirakis, 2006).
     for kind in sorted(WEIGHTS, key=lambda kind: rng.random() ** (1 / WEIGHTS[kind]), reverse=True):
         asked = ask(scene, rng, kind, pairs) if len(talk) < room else None
         while asked and len(talk) < room and asked.turn.question not in [turn.question for turn in talk]:
             talk.append(asked.turn)
-            asked = follow_up(scene, rng, asked) if rng.random() < 0.4 else None
-    if describe:
-        talk.insert(rng.choice((0, len(talk))), Turn(DESCRIBE, caption(scene, rng), "caption"))
+            asked = follow_up(scene, rng, asked) if rng.random() < 0.7 else None
     return tuple(talk)
 
 
 def _names(scene: Scene, thing: Object) -> list[tuple[str, frozenset[str]]]:
     """Every name that means this object alone, with the fields that the name tells."""
-    names = [
-        (f"the object in the {thing.cell}", frozenset({"cell"})),
-        (_full_name(thing), frozenset({"colour", "shape"})),
+    cell = (f"the object in the {thing.cell}", frozenset({"cell"}))
+    return [cell, *((name, told) for name, told in _looks(thing) if len(_meant(scene, told, thing)) == 1)]
+
+
+def _looks(thing: Object) -> list[tuple[str, frozenset[str]]]:
+    """What the object may be called by its look, with the fields that this tells."""
+    return [
+        (f"the {thing.colour} {thing.shape}", frozenset({"colour", "shape"})),
+        (f"the {thing.shape}", frozenset({"shape"})),
+        (f"the {thing.colour} object", frozenset({"colour"})),
     ]
-    if sum(other.shape == thing.shape for other in scene.objects) == 1:
-        names.append((f"the {thing.shape}", frozenset({"shape"})))
-    if sum(other.colour == thing.colour for other in scene.objects) == 1:
-        names.append((f"the {thing.colour} object", frozenset({"colour"})))
-    return names
 
 
-def _full_name(thing: Object) -> str:
-    return f"the {thing.colour} {thing.shape}"
+def _meant(scene: Scene, told: frozenset[str], thing: Object) -> list[Object]:
+    """The objects of the scene that are like this one in the fields that were told."""
+    return [other for other in scene.objects if all(getattr(other, f) == getattr(thing, f) for f in told)]
+
+
+def _named_alike(scene: Scene, rng: Random, one: Object, two: Object) -> tuple[str, str]:
+    """Names of the same kind for both, by their looks: both shapes, both colours, or both in full."""
+    couples = [
+        (first, second)
+        for (first, told), (second, _) in zip(_looks(one), _looks(two))
+        if len(_meant(scene, told, one)) == len(_meant(scene, told, two)) == 1
+    ]
+    return rng.choice(couples)
 
 
 def _ask_attribute(scene: Scene, rng: Random, kind: str) -> Asked:
@@ -134,6 +160,14 @@ def _ask_attribute(scene: Scene, rng: Random, kind: str) -> Asked:
         return Asked(Turn(wording.format(f"the {thing.type}"), thing.cell, kind))
     name, told = rng.choice([(name, told) for name, told in _names(scene, thing) if field not in told])
     return Asked(Turn(wording.format(name), getattr(thing, field), kind), (thing.pair,), thing, told | {field})
+
+
+def _ask_object(scene: Scene, rng: Random) -> Asked:
+    """All facts of one object at once: what has to be found is found for four answers together."""
+    thing = rng.choice(scene.objects)
+    name, _ = rng.choice(_names(scene, thing))
+    answer = f"{thing.size} {thing.colour} {thing.shape}, {thing.cell}"
+    return Asked(Turn(rng.choice(ASK["object"]).format(name), answer, "object"), (thing.pair,))
 
 
 def _ask_count(scene: Scene, rng: Random) -> Asked:
@@ -152,23 +186,32 @@ def _ask_relation(scene: Scene, rng: Random) -> Asked | None:
     if not couples:
         return None
     one, two = rng.choice(couples)
-    question = rng.choice(ASK["relation"]).format(_full_name(two), _full_name(one))
+    name, landmark = _named_alike(scene, rng, one, two)
+    question = rng.choice(ASK["relation"]).format(landmark, name)
     return Asked(Turn(question, side(one, two), "relation"), (one.pair, two.pair))
 
 
 def _ask_existence(scene: Scene, rng: Random, pairs: tuple) -> Asked:
-    wording = rng.choice(ASK["existence"])
-    if rng.random() < 0.5:
-        thing = rng.choice(scene.objects)
-        turn = Turn(wording.format(f"{thing.colour} {thing.shape}"), "yes", "existence")
-        return Asked(turn, (thing.pair,), thing, frozenset({"colour", "shape"}))
+    """Yes as often as no; about a colour, a shape, or both together."""
+    there = rng.random() < 0.5
+    thing = rng.choice(scene.objects)
+    if not there:
+        colour, shape = _absent(scene, rng, pairs)
+        thing = replace(thing, colour=colour, shape=shape)
+    name, told = rng.choice([(n, told) for n, told in _looks(thing) if bool(_meant(scene, told, thing)) == there])
+    question = rng.choice(ASK["existence"]).format(name.removeprefix("the "))
+    about = (thing.pair,) if there or len(told) == 2 else ()
+    alone = there and len(_meant(scene, told, thing)) == 1  # else "it" would mean nothing, or several
+    return Asked(Turn(question, "yes" if there else "no", "existence"), about, thing if alone else None, told)
+
+
+def _absent(scene: Scene, rng: Random, pairs: tuple) -> tuple[str, str]:
+    """A pair that is not in the picture; every second one is a near miss, both of whose words are."""
     present = [thing.pair for thing in scene.objects]
     absent = [pair for pair in pairs if pair not in present]
     colours, shapes = {pair[0] for pair in present}, {pair[1] for pair in present}
-    # Half of the wrong pairs are near misses: both words are in the picture, though not together, or else one is.
-    near = [[p for p in absent if (p[0] in colours) + (p[1] in shapes) == words] for words in (2, 1)]
-    pair = rng.choice(absent if rng.random() < 0.5 else near[0] or near[1])
-    return Asked(Turn(wording.format(" ".join(pair)), "no", "existence"), (pair,))
+    near = [pair for pair in absent if pair[0] in colours and pair[1] in shapes]
+    return rng.choice(near if near and rng.random() < 0.5 else absent)
 
 
 def _ask_comparison(scene: Scene, rng: Random) -> Asked | None:
@@ -178,5 +221,7 @@ def _ask_comparison(scene: Scene, rng: Random) -> Asked | None:
     one, two = rng.choice(couples)
     word, size = rng.choice((("larger", "large"), ("smaller", "small")))
     right = one if one.size == size else two
-    question = f"which is {word}, {_full_name(one)} or {_full_name(two)}?"
-    return Asked(Turn(question, f"{right.colour} {right.shape}", "comparison"), (one.pair, two.pair))
+    names = _named_alike(scene, rng, one, two)
+    question = f"which is {word}, {names[0]} or {names[1]}?"
+    answer = names[(one, two).index(right)].removeprefix("the ")
+    return Asked(Turn(question, answer, "comparison"), (one.pair, two.pair))

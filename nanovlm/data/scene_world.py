@@ -1,7 +1,7 @@
 """The embedded world: little scenes that are drawn, not downloaded, so that their whole truth is known.
 
-    +-----------+-----------+      a scene has one to four things, each in its own cell: objects, and
-    |   #####   |           |      sometimes one sign (a digit or a short word), which is not an object
+    +-----------+-----------+      a scene has one to four objects, each in its own cell, and
+    |   #####   |           |      sometimes a sign (a digit or a short word), which is not an object
     |   #####   |    GO     |
     |   #####   |           |      Scene(objects=(Object("red", "square", "large", "top left"),
     +-----------+-----------+                     Object("blue", "diamond", "small", "bottom left")),
@@ -32,16 +32,6 @@ COLOURS = {
     "purple": (165, 60, 200),
     "white": (245, 245, 245),
 }
-# Colours that no text of the world ever names: see `recoloured`.
-NAMELESS = {
-    "cyan": (60, 205, 215),
-    "pink": (250, 130, 180),
-    "brown": (155, 100, 55),
-    "grey": (150, 150, 150),
-    "beige": (215, 190, 150),
-    "teal": (20, 115, 115),
-}
-PAINT = COLOURS | NAMELESS
 SHAPES = ("circle", "square", "triangle", "cross", "star", "diamond")
 SIZES = {"large": 21, "small": 14}  # pixels of a 24-pixel cell
 COLUMN_ROW = {"top left": (0, 0), "top right": (1, 0), "bottom left": (0, 1), "bottom right": (1, 1)}
@@ -104,15 +94,20 @@ class Scene:
         return _in_reading_order([*self.objects, self.sign] if self.sign else self.objects)
 
 
-def random_scene(rng: Random, pairs: tuple = SEEN, including: tuple = ()) -> Scene:
-    """A scene whose objects are drawn from `pairs`, one of them from `including` if that is given."""
-    cells = rng.sample(CELLS, rng.choices((1, 2, 3, 4), (30, 35, 20, 15))[0])
+def random_scene(rng: Random, pairs: tuple = SEEN, including: tuple = (), many: int = 0, signs: float = 0.4) -> Scene:
+    """A scene of `many` objects (0: one to four), drawn from `pairs`, one of them from `including` if that is given.
+
+    signs: how often a sign stands beside one to three objects.
+    """
+    cells = rng.sample(CELLS, len(CELLS))
+    # Two objects teach best what belongs to what: with one there is nothing to confuse, with three too much.
+    many = many or rng.choices((1, 2, 3, 4), (25, 50, 15, 10))[0]
     sign = None
-    if len(cells) > 1 and rng.random() < 0.5:  # 35 % of all scenes
+    if many < len(cells) and rng.random() < signs:
         sign = Sign(rng.choice(DIGITS + WORDS), cells.pop(), _jitter(rng))
 
     chosen = [rng.choice(including or pairs)]
-    while len(chosen) < len(cells):
+    while len(chosen) < many:
         # Colours and shapes repeat more often than by chance, or counting red objects would always give one.
         shared = rng.choices((None, 0, 1), (6, 2, 2))[0]
         alike = [pair for pair in pairs if shared is None or pair[shared] == chosen[0][shared]]
@@ -143,16 +138,26 @@ def side(thing: Object | Sign, other: Object | Sign) -> str | None:
 
 
 def recoloured(scene: Scene, rng: Random) -> Scene:
-    """About half of the objects in colours without a name: the picture for a caption that is silent about colour.
+    """The objects in any colours, which have no name: the picture for a caption that is silent about colour.
 
-    Shapes are then met in twice as many colours, and become a fact of their own instead of a part of thirty pairs.
+    Shapes are then met in more than six colours, and become a fact of their own instead of a part of thirty pairs.
     """
-    return replace(scene, objects=tuple(
-        replace(thing, colour=rng.choice(list(NAMELESS))) if rng.random() < 0.5 else thing for thing in scene.objects
-    ))
+    return replace(scene, objects=tuple(replace(thing, colour=_any_colour(rng)) for thing in scene.objects))
 
 
-def render(scene: Scene, size: int = 48) -> Image.Image:
+def _any_colour(rng: Random) -> str:
+    """"#rrggbb", unlike the named colours (a held-out pair must not come in by this door) and unlike the background."""
+    while True:
+        colour = tuple(rng.randrange(256) for _ in range(3))
+        if min(_difference(colour, other) for other in (*COLOURS.values(), BACKGROUND)) > 110:
+            return "#{:02x}{:02x}{:02x}".format(*colour)
+
+
+def _difference(colour: tuple, other: tuple) -> int:
+    return sum(abs(a - b) for a, b in zip(colour, other))
+
+
+def render(scene: Scene, size: int = GRID) -> Image.Image:
     """The picture, RGB, size by size pixels."""
     image = Image.new("RGB", (size, size), BACKGROUND)
     for thing in scene.things:
@@ -162,7 +167,7 @@ def render(scene: Scene, size: int = 48) -> Image.Image:
                 SIGN_COLOUR, (left, top), _sign_mask(thing.text, width, height, SIGN_FONT[thing.type] * size / GRID)
             )
         else:
-            image.paste(PAINT[thing.colour], (left, top), _shape_mask(thing.shape, width))
+            image.paste(COLOURS.get(thing.colour, thing.colour), (left, top), _shape_mask(thing.shape, width))
     return image
 
 

@@ -20,8 +20,10 @@ Four views of the world:
     text      description "\\n" question -> answer, no picture         what the tiny language model reads beforehand
 
 In the text view a description stands where the picture will stand later: a language model that has learned to use what
-stands before the question needs no new skill when the bridge puts image tokens there. One text in four is the
-description alone, answered by a caption, as in the view "captions".
+stands before the question needs no new skill when the bridge puts image tokens there. One text in five is the
+description alone, answered by a caption, as in the view "captions". Only answers are learned: what a description says
+is drawn at random, so nobody could predict it, and the attempt drowns the rest (position 0.72 against 0.22 after 500
+steps of 16 texts).
 
 Split "train": pictures, captions and questions show and mention SEEN pairs only; texts tell of all pairs.
 Split "val": every scene has an object with a HELD_OUT pair. These scenes do not depend on the seed, so that all runs
@@ -33,12 +35,23 @@ from dataclasses import replace
 from random import Random
 
 from nanovlm.data.conversation import Sample, Turn
-from nanovlm.data.scene_language import caption, captions, description, negatives, say, vaguer, wordings
-from nanovlm.data.scene_questions import ATTRIBUTES, DESCRIBE, FOLLOW_UP, KINDS, Asked, ask, conversation, follow_up
+from nanovlm.data.scene_language import DESCRIPTIONS, caption, captions, description, negatives, say, vaguer, wordings
+from nanovlm.data.scene_questions import (
+    ATTRIBUTES,
+    DESCRIBE,
+    FOLLOW_UP,
+    KINDS,
+    Asked,
+    ask,
+    conversation,
+    first_lesson,
+    follow_up,
+)
 from nanovlm.data.scene_world import (
     CELLS,
     COLOURS,
     DIGITS,
+    GRID,
     HELD_OUT,
     PAIRS,
     SEEN,
@@ -54,6 +67,9 @@ from nanovlm.errors import UserError
 
 VIEWS = ("pairs", "captions", "instruct", "text")
 SPLITS = ("train", "val")
+# The training samples grow harder. A model that meets every kind of question at once answers with some colour of the
+# picture for thousands of steps, before it learns to look for the object that was asked about.
+FIRST_LESSONS = {"text": 20_000, "instruct": 36_000}  # view -> so many samples: one question about one of two objects
 
 # The answers that exam() asks for in turn; a kind that is absent has too many to list.
 ANSWERS = {
@@ -73,7 +89,7 @@ class Scenes:
 
     name = "scenes"
 
-    def __init__(self, seed: int = 0, size: int = 48):
+    def __init__(self, seed: int = 0, size: int = GRID):
         self.seed = seed
         self.image_size = size
 
@@ -82,7 +98,7 @@ class Scenes:
 
     def texts(self) -> list[str]:
         """A corpus that holds every word of the world, for the tokenizer."""
-        samples = (self.sample("text", "train", index) for index in range(3000))
+        samples = (self.sample("text", "train", FIRST_LESSONS["text"] + index) for index in range(3000))
         return ["\n".join(f"{turn.question}\n{turn.answer}" for turn in sample.turns) for sample in samples]
 
     def sample(self, view: str, split: str, index: int) -> Sample:
@@ -90,16 +106,22 @@ class Scenes:
             raise UserError(f"scenes have the views {VIEWS} and the splits {SPLITS}, not {view!r} and {split!r}")
         rng = Random(f"{self.seed}/{view}/{split}/{index}" if split == "train" else f"val/{view}/{index}")
         pairs = SEEN if split == "train" and view != "text" else PAIRS  # what may be shown and mentioned
-        scene = random_scene(rng, pairs) if split == "train" else _val_scene(Random(f"val/{index}"))
+        easy = split == "train" and index < FIRST_LESSONS.get(view, 0)
+        if split == "val":
+            scene = _val_scene(Random(f"val/{index}"))
+        elif easy:
+            scene = random_scene(rng, pairs, many=2, signs=0)
+        else:
+            scene = random_scene(rng, pairs, many=rng.choice((1, 2, 2)) if view == "pairs" else 0)
         name = f"scenes/{split}/{index}"
         if view == "text":
-            return Sample(name, turns=_document(scene, rng), references=captions(scene))
+            return Sample(name, turns=_document(scene, rng, easy), references=captions(scene))
 
         if view == "pairs":
             return self._pair(name, scene, rng, pairs, split)
         images = (render(scene, self.image_size),)
         if view == "instruct":
-            turns = _put_before(conversation(scene, rng, pairs=pairs), "<image>")
+            turns = _put_before(_talk(scene, rng, easy, pairs), "<image>")
             return Sample(name, images, references=captions(scene), turns=turns)
         true = caption(scene, rng)
         turns = (Turn("<image>", true, "caption"),)
@@ -111,7 +133,7 @@ class Scenes:
         if split == "train":
             wording = vaguer(wording, rng)
             shown = recoloured(scene, rng) if "colour" in wording.left_out else scene
-        false = negatives(scene, wording, rng, pairs=pairs)
+        false = negatives(scene, wording, rng, k=2, pairs=pairs)
         images = (render(shown, self.image_size),)
         return Sample(name, images, caption=say(scene, wording), references=captions(scene), negatives=false)
 
@@ -149,12 +171,16 @@ def _val_scene(rng: Random) -> Scene:
     return random_scene(rng, PAIRS, including=HELD_OUT)
 
 
-def _document(scene: Scene, rng: Random) -> tuple[Turn, ...]:
+def _talk(scene: Scene, rng: Random, easy: bool, pairs: tuple = PAIRS) -> tuple[Turn, ...]:
+    return first_lesson(scene, rng, pairs) if easy else conversation(scene, rng, pairs)
+
+
+def _document(scene: Scene, rng: Random, easy: bool) -> tuple[Turn, ...]:
     """A conversation about a scene that is told, not shown."""
-    told = description(scene, rng)
-    if rng.random() < 0.25:
+    told = description(scene, rng, DESCRIPTIONS[:1] if easy else DESCRIPTIONS)
+    if rng.random() < 0.2:
         return (Turn(told, caption(scene, rng), "caption"),)
-    return _put_before(conversation(scene, rng), told)
+    return _put_before(_talk(scene, rng, easy), told)
 
 
 def _put_before(turns: tuple[Turn, ...], front: str) -> tuple[Turn, ...]:
@@ -179,10 +205,16 @@ def _wanted(scene: Scene, asked: Asked, kind: str, index: int) -> bool:
         return False
     if kind == "comparison":  # first named and second named in turn
         return question.endswith(f"{answer}?") == bool(index % 2)
+    if kind == "existence":  # a pair, a colour or a shape in turn; every second absent pair is a near miss
+        both = len(asked.told) == 2
+        if both != (index // 2 % 3 == 0) or (both and index % 12 == 1 and not _near_miss(scene, asked)):
+            return False
     if kind == "follow_up":
         return question == tuple(FOLLOW_UP.values())[index % len(FOLLOW_UP)]
-    if kind == "existence" and index % 4 == 1:  # every second "no": both words are in the picture, but not together
-        ((colour, shape),) = asked.about
-        shown = {word for thing in scene.objects for word in thing.pair}
-        return answer == "no" and {colour, shape} <= shown
     return answer == ANSWERS[kind][index % len(ANSWERS[kind])]
+
+
+def _near_miss(scene: Scene, asked: Asked) -> bool:
+    """Both words of the absent pair are in the picture, though not together."""
+    ((colour, shape),) = asked.about
+    return {colour, shape} <= {word for thing in scene.objects for word in thing.pair}

@@ -18,7 +18,7 @@ from nanovlm.vit import clip_vit
 
 TINY_VOCAB = 1024
 TINY_VISION = clip_vit(image_size=48, patch=12, width=128, layers=4, heads=4)  # 16 image tokens
-TINY_LANGUAGE = llama(TINY_VOCAB, width=128, layers=4, heads=4, ffn=344, max_positions=512)
+TINY_LANGUAGE = llama(TINY_VOCAB, width=64, layers=4, heads=4, ffn=176, max_positions=512)
 
 SMALL_VOCAB = 16384
 SMALL_VISION = clip_vit(image_size=224, patch=16, width=384, layers=12, heads=6)  # 196 image tokens
@@ -37,10 +37,10 @@ CLIP_PARTS = ("vision", "text", "image_projection", "text_projection", "temperat
 
 CLIP_TINY = Recipe(
     name="clip/tiny",
-    build=partial(build_clip, CLIPConfig(TINY_VISION, clip_text(TINY_VOCAB, 96, 2, 4, max_positions=64), 96)),
+    build=partial(build_clip, CLIPConfig(TINY_VISION, clip_text(TINY_VOCAB, 64, 2, 4, max_positions=64), 96)),
     image_size=48,
     vocab=TINY_VOCAB,
-    stages=(Stage("clip", CLIP_PARTS, "pairs", steps=600, batch_size=64, lr=1e-3, weight_decay=0.05,
+    stages=(Stage("clip", CLIP_PARTS, "pairs", steps=800, batch_size=64, lr=1e-3, weight_decay=0.05,
                   betas=(0.9, 0.98), max_length=64,
                   on_data=(("augment", True), ("steps", 1500), ("weight_decay", 0.1))),),
 )
@@ -50,7 +50,7 @@ LM_TINY = Recipe(
     build=partial(build_language_model, TINY_LANGUAGE),
     image_size=48,
     vocab=TINY_VOCAB,
-    stages=(Stage("lm", ("language",), "text", format="tiny", steps=1000, batch_size=16, lr=2e-3, weight_decay=0.05,
+    stages=(Stage("lm", ("language",), "text", format="tiny", steps=1500, batch_size=24, lr=2e-3, weight_decay=0.05,
                   betas=(0.9, 0.98), max_length=256, on_data=(("steps", 400),)),),
 )
 

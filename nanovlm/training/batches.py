@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from nanovlm.data.conversation import Sample, collate_conversations, collate_pairs, collate_texts
+from nanovlm.data.conversation import PAIR_LENGTH, Sample, collate_conversations, collate_pairs
 from nanovlm.data.transforms import Transform
 from nanovlm.errors import UserError
 from nanovlm.recipes.stage import Recipe, Stage
@@ -25,7 +25,6 @@ from nanovlm.tokenizer import Tokenizer
 from nanovlm.training import distributed
 
 ENDLESS = 1_000_000  # a source that claims so many samples makes them up: read in order, no permutation
-PAIR_LENGTH = 64  # longest text of a pair where the stage gives no max_length
 
 Collate = Callable[[Sequence[Sample], Random], dict[str, Tensor]]
 
@@ -36,8 +35,6 @@ def make_collate(recipe: Recipe, stage: Stage, tokenizer: Tokenizer, model: nn.M
     limit = stage.max_length or None
     if stage.view == "pairs":
         return lambda samples, rng: collate_pairs(samples, tokenizer, transform, limit or PAIR_LENGTH, rng)
-    if stage.view == "text":
-        return lambda samples, rng: collate_texts(samples, tokenizer, stage.format, limit)
     image_tokens = getattr(model, "image_tokens", 0)
     return lambda samples, rng: collate_conversations(samples, tokenizer, stage.format, transform, limit, image_tokens,
                                                       rng)
