@@ -114,19 +114,23 @@ def attend_fast(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tens
 # --- rotary positions (RoFormer, §3.2.2; the rotate-half layout of the published LLaMA weights) ---
 
 def rope_angles(positions: Tensor, head_dim: int, base: float = 10000.0) -> tuple[Tensor, Tensor]:
-    """cos and sin of position · base^(-2i/d) for positions (B, T) → two tensors (B, T, d), fp32."""
+    """cos and ± sin of position · base^(-2i/d) for positions (B, T) → two tensors (B, 1, T, d), the same for every head.
+
+    Dims i and i + d/2 turn together, so each half of d is the same but for the sign of its sine, which is set here, once
+    for all layers.
+    """
     i = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)  # (d / 2,)
     frequencies = base ** (-i / head_dim)
-    angles = positions[..., None].float() * frequencies  # (B, T, d / 2)
-    angles = torch.cat([angles, angles], dim=-1)  # (B, T, d): dims i and i + d/2 turn together
-    return angles.cos(), angles.sin()
+    angles = positions[:, None, :, None].float() * frequencies  # (B, 1, T, d / 2)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)  # (B, 1, T, d)
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Turn each pair (x_i, x_{i+d/2}) of x (B, H, T, d) by the angle of its position."""
-    cos, sin = (angle[:, None].to(x.dtype) for angle in rope)  # (B, 1, T, d)
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    cos, sin = (angle.to(x.dtype) for angle in rope)
+    partner = x.roll(x.shape[-1] // 2, dims=-1)  # (B, H, T, d): dim i holds x_{i+d/2}, and the other way round
+    return x * cos + partner * sin
 
 
 # --- the cache of keys and values ---

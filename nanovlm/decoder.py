@@ -119,6 +119,8 @@ class Decoder(nn.Module):
             seen = cache.extend_mask(seen)  # (B, S)
         positions = masks.positions(seen)[:, -T:]  # (B, T)
         mask = masks.causal_with_padding(seen, T)  # (B, T, S)
+        if T == 1 and mask.all():
+            mask = None  # a lone new token with no padding before it may look at everything
         rope = None
         if self.positions is None:
             rope = rope_angles(positions, self.config.width // self.config.heads, self.config.rope_base)
