@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from nanovlm import metrics
-from nanovlm.data.conversation import Sample, answer_ids, collate_prompts, prompt, stop_ids
+from nanovlm.data.conversation import PAIR_LENGTH, Sample, answer_ids, collate_prompts, collate_texts, prompt, stop_ids
 from nanovlm.data.transforms import Transform, load_image
 from nanovlm.recipes.stage import Recipe, Stage
 from nanovlm.tokenizer import Tokenizer
@@ -51,7 +51,9 @@ class Examinee:
         stop = stop_ids(self.format, self.tokenizer)
         answers = []
         for chunk in chunks(samples):
-            for ids in self.model.generate(*self.inputs(chunk), MAX_NEW_TOKENS, stop).tolist():
+            images, *text = self.inputs(chunk)
+            inputs = (images, *text) if hasattr(self.model, "encode_image") else text  # a language model reads only
+            for ids in self.model.generate(*inputs, MAX_NEW_TOKENS, stop).tolist():
                 answers.append(self.text(ids, stop))
         return answers
 
@@ -135,14 +137,34 @@ def permuted(samples: Sequence[Sample]) -> list[Sample]:
 def examples(model: nn.Module, recipe: Recipe, stage: Stage, source: object, tokenizer: Tokenizer,
              device: torch.device | str, n: int = 12) -> list[tuple[object, str, str, str]]:
     """(picture, question, truth, prediction) of n held-out samples, spread over the kinds: rows for `plots.save_samples`."""
-    if stage.view == "captions":  # before instruction tuning there is nothing to ask: see what it says of a picture
-        samples = [source.sample("captions", "val", i) for i in range(min(n, source.size("captions", "val")))]
-    else:
+    examinee = Examinee(model, recipe, stage, tokenizer, device)
+    if stage.view == "instruct":
         exam = source.exam(n)
         samples = [exam[i * len(exam) // n] for i in range(min(n, len(exam)))]
-    answers = Examinee(model, recipe, stage, tokenizer, device).answer(samples)
-    return [(picture(s.images[0]) if s.images else None, question(s), s.turns[-1].answer, answer)
+    else:  # before instruction tuning: what it says of a picture, of a text, or which caption it finds the best
+        samples = [source.sample(stage.view, "val", i) for i in range(min(n, source.size(stage.view, "val")))]
+        if stage.view == "pairs":
+            return best_captions(examinee, samples)
+        samples = [replace(s, turns=s.turns[:1]) for s in samples]
+    answers = examinee.answer(samples)
+    return [(picture(s.images[0]) if s.images else None, question(s), truth(s, answer, source), answer)
             for s, answer in zip(samples, answers)]
+
+
+def truth(sample: Sample, answer: str, source: object) -> str:
+    """The right answer; of the captions that count as right the one that was given, if it was."""
+    turn = sample.turns[-1]
+    return answer if turn.kind == "caption" and answer in source.references(sample) else turn.answer
+
+
+def best_captions(examinee: Examinee, samples: Sequence[Sample]) -> list[tuple[object, str, str, str]]:
+    """For each picture the caption that a contrastive model likes best, of all captions and their false versions."""
+    texts = list(dict.fromkeys(text for s in samples for text in (s.caption, *s.negatives)))
+    ids, mask = collate_texts(texts, examinee.tokenizer, PAIR_LENGTH)
+    images = torch.stack([examinee.transform(picture(s.images[0])) for s in samples])
+    scores = examinee.model.score(*(tensor.to(examinee.device) for tensor in (images, ids, mask)))
+    return [(picture(s.images[0]), f"which of {len(texts)} captions?", s.caption, texts[best])
+            for s, best in zip(samples, scores.argmax(dim=1).tolist())]
 
 
 def question(sample: Sample) -> str:

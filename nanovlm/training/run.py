@@ -8,6 +8,7 @@
 import platform
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -277,8 +278,9 @@ class Run:
         finally:
             watch.progress.close()
 
-    def sampler(self, model: nn.Module, job: Job):
-        if not job.recipe.evaluate:
+    def sampler(self, model: nn.Module, job: Job) -> Callable | None:
+        """What asks the model held-out questions now and then; None where it cannot answer."""
+        if not job.recipe.evaluate and not hasattr(model, "score"):
             return None
         return lambda: evaluate.examples(model, job.recipe, job.stage, self.source, self.tokenizer, self.device)
 
