@@ -34,7 +34,7 @@ def generate(prefill: Prefill, step: Step, max_new_tokens: int, stop: Sequence[i
     stop: the token ids that end a text, in order (one id, or several such as "###"). temperature 0 is greedy; above 0
     the next token is drawn from the top_k most likely (0: all) within the smallest set of probability top_p.
     """
-    with torch.inference_mode():  # no_grad that also drops the bookkeeping of views: a fifth of a small step's time
+    with torch.inference_mode():  # no_grad that also drops the bookkeeping of views
         if beams > 1:
             ids = beam_search(prefill, step, max_new_tokens, stop, pad, beams)
         else:

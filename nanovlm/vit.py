@@ -135,8 +135,8 @@ def initialise(vit: ViT) -> None:
     """The width sets the scale, so that what enters a map with variance 1 leaves with it.
 
     The maps that write into the residual stream start smaller by √(2L), so that L blocks together add about 1. Positions
-    start about as large as the patches they are added to. At CLIP's own width**-0.5 they drown: after 250 steps of the
-    tiny recipe a caption and its mirror image ("top left" for "top right") could not be told apart.
+    start about as large as the patches they are added to. At CLIP's own width**-0.5 they drown, and a caption
+    and its mirror image ("top left" for "top right") are long told apart no better than by a coin.
     """
     for name, parameter in vit.named_parameters():
         if name in ("class_token", "positions"):

@@ -52,6 +52,7 @@ WEIGHTS = {
     "existence": 3.0, "relation": 6.0, "comparison": 6.0, "reading": 4.0,
 }  # fmt: skip
 
+
 @dataclass(frozen=True)
 class Asked:
     """A turn, and what is needed to go on from it."""

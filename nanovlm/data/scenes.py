@@ -7,10 +7,10 @@ A worked example, sample("instruct", "train", i):
     |   #####   |     7     |    assistant  red
     |   #####   |           |    user       and where is it?
     +-----------+-----------+    assistant  top left
-    |           |           |    user       what is written?
-    |           |     ^     |    assistant  7
-    |           |     v     |    user       which is smaller, the blue diamond or the red square?
-    +-----------+-----------+    assistant  blue diamond
+    |           |           |    user       which is smaller, the diamond or the square?
+    |           |     ^     |    assistant  diamond
+    |           |     v     |
+    +-----------+-----------+
 
 Four views of the world:
 
@@ -22,8 +22,7 @@ Four views of the world:
 In the text view a description stands where the picture will stand later: a language model that has learned to use what
 stands before the question needs no new skill when the bridge puts image tokens there. One text in five is the
 description alone, answered by a caption, as in the view "captions". Only answers are learned: what a description says
-is drawn at random, so nobody could predict it, and the attempt drowns the rest (position 0.72 against 0.22 after 500
-steps of 16 texts).
+is drawn at random, so nobody could predict it, and the attempt drowns the rest.
 
 Split "train": pictures, captions and questions show and mention SEEN pairs only; texts tell of all pairs.
 Split "val": every scene has an object with a HELD_OUT pair. These scenes do not depend on the seed, so that all runs
