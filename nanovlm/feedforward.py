@@ -57,7 +57,8 @@ class RMSNorm(nn.Module):
     """x / √(mean(x²) + eps) · weight: LayerNorm without the mean and the bias ("Root Mean Square Layer Normalization" Eq. 4).
 
     The statistics are fp32 whatever the input is, then cast back, then scaled: the order of the published LLaMA code,
-    which matters in bf16.
+    which matters in bf16. Written with few operations, none on a Python number (each is made a tensor first, which costs
+    as much again): on a CPU F.rms_norm is a dozen small ones, and all 2L + 1 norms a quarter of a tiny model's step.
     """
 
     def __init__(self, width: int, eps: float = 1e-6):
@@ -66,5 +67,6 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = F.rms_norm(x.float(), x.shape[-1:], eps=self.eps)
-        return self.weight * normed.to(x.dtype)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        mean_square = torch.addcmul(length.new_full((), self.eps), length, length, value=1 / x.shape[-1])
+        return self.weight * (x * mean_square.rsqrt()).type_as(x)

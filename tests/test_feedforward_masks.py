@@ -42,13 +42,13 @@ def test_activations_differ_where_they_could_be_confused():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rms_norm_is_llamas_bit_for_bit(dtype):
-    """Statistics in fp32, then the cast, then the weight: in bf16 another order gives other bits."""
+def test_rms_norm_is_llamas(dtype):
+    """Statistics in fp32, then the cast, then the weight: in bf16 to the bit, and another order gives other bits."""
     mine, theirs = RMSNorm(D, eps=1e-3), LlamaRMSNorm(D, eps=1e-3)
     for norm in (mine, theirs):
         bite(norm.to(dtype), 2)
     x = (3 * randn(64, T, D)).to(dtype)
-    assert torch.equal(mine(x), theirs(x))
+    close(mine(x), theirs(x), 1e-6 if dtype == torch.float32 else 0)
 
 
 # --- masks ---
