@@ -22,6 +22,8 @@ inner width (open_flamingo: not the model's) and where the keys come from.
 Legend: B batch, T queries, S keys, D width, H heads, d head width.
 """
 
+import functools
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -55,7 +57,8 @@ class Attention(nn.Module):
         """Attend from x (B, T, D) to context (B, S, D_kv), or to x itself; returns (B, T, D).
 
         mask: bool (B or 1, T, S), True = may attend; a row that may attend to nothing gives exactly zero.
-        bias: (B or 1, H, T, S), added to the scores. rope: cos and sin from `rope_angles` for the T new positions.
+        bias: (B or 1, H or 1, T, S), added to the scores; −inf is a mask too, but then no row may be blind.
+        rope: cos and sin from `rope_angles` for the T new positions; x attends to itself.
         cache: keys and values of earlier calls; with a context they are computed once and then kept.
         maps: a list that receives the weights (B, H, T, S); asking for them takes the readable path.
         """
@@ -67,12 +70,10 @@ class Attention(nn.Module):
             source = x if context is None else context
             k = self.split_heads(self.key(source))  # (B, H, new, d)
             v = self.split_heads(self.value(source))  # (B, H, new, d)
-            if rope is not None:
-                k = rotate(k, rope)  # keys are cached after rotation: their position never changes
+            if rope is not None:  # queries and keys stand in the same places: turned as 2H heads, in half the operations
+                q, k = rotate(torch.cat([q, k], dim=1), rope).chunk(2, dim=1)
             if cache is not None:
-                k, v = cache.append(k, v)  # (B, H, S, d): the earlier ones too
-        if rope is not None:
-            q = rotate(q, rope)
+                k, v = cache.append(k, v)  # (B, H, S, d): the earlier ones too, after rotation: they never move
         blind = None
         if mask is not None:
             mask = mask[:, None]  # (B, 1, T, S): the same for every head
@@ -113,22 +114,30 @@ def attend_fast(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tens
 
 # --- rotary positions (RoFormer, §3.2.2; the rotate-half layout of the published LLaMA weights) ---
 
-def rope_angles(positions: Tensor, head_dim: int, base: float = 10000.0) -> tuple[Tensor, Tensor]:
+@functools.cache
+def signed_frequencies(head_dim: int, base: float, device: torch.device) -> Tensor:
+    """−base^(-2i/d) for dim i and the same, positive, for its partner i + d/2: fp32 (d,).
+
+    Minus the angle has the same cosine, and the sine with the sign that dim i needs. Kept, for each step asks again.
+    """
+    i = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)  # (d / 2,)
+    frequencies = base ** (-i / head_dim)
+    return torch.cat([-frequencies, frequencies])
+
+
+def rope_angles(positions: Tensor, head_dim: int, base: float = 10000.0,
+                dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """cos and ± sin of position · base^(-2i/d) for positions (B, T) → two tensors (B, 1, T, d), the same for every head.
 
-    Dims i and i + d/2 turn together, so each half of d is the same but for the sign of its sine, which is set here, once
-    for all layers.
+    Calculated in fp32, once for all layers, and cast here to the dtype of what they will turn.
     """
-    i = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)  # (d / 2,)
-    frequencies = base ** (-i / head_dim)
-    angles = positions[:, None, :, None].float() * frequencies  # (B, 1, T, d / 2)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)  # (B, 1, T, d)
+    angles = positions[:, None, :, None] * signed_frequencies(head_dim, base, positions.device)  # (B, 1, T, d)
+    return angles.cos().to(dtype), angles.sin().to(dtype)  # (B, 1, T, d)
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Turn each pair (x_i, x_{i+d/2}) of x (B, H, T, d) by the angle of its position."""
-    cos, sin = (angle.to(x.dtype) for angle in rope)
+    cos, sin = rope
     partner = x.roll(x.shape[-1] // 2, dims=-1)  # (B, H, T, d): dim i holds x_{i+d/2}, and the other way round
     return x * cos + partner * sin
 

@@ -123,7 +123,7 @@ class Decoder(nn.Module):
             mask = None  # a lone new token with no padding before it may look at everything
         rope = None
         if self.positions is None:
-            rope = rope_angles(positions, self.config.width // self.config.heads, self.config.rope_base)
+            rope = rope_angles(positions, self.config.width // self.config.heads, self.config.rope_base, x.dtype)
         else:
             x = x + self.positions(positions + self.config.position_offset)
         for i, block in enumerate(self.blocks):
