@@ -81,9 +81,9 @@ class Block(nn.Module):
         self.norm2 = make_norm(config)
         self.feedforward = FeedForward(config.width, config.ffn, config.activation, config.bias)
 
-    def forward(self, x: Tensor, mask: Tensor, rope: tuple[Tensor, Tensor] | None, cache: LayerCache | None = None,
+    def forward(self, x: Tensor, bias: Tensor | None, rope: tuple[Tensor, Tensor] | None, cache: LayerCache | None = None,
                 maps: list | None = None) -> Tensor:
-        x = x + self.attention(self.norm1(x), mask=mask, rope=rope, cache=cache, maps=maps)
+        x = x + self.attention(self.norm1(x), bias=bias, rope=rope, cache=cache, maps=maps)
         return x + self.feedforward(self.norm2(x))
 
 
@@ -118,9 +118,9 @@ class Decoder(nn.Module):
         if cache is not None:
             seen = cache.extend_mask(seen)  # (B, S)
         positions = masks.positions(seen)[:, -T:]  # (B, T)
-        mask = masks.causal_with_padding(seen, T)  # (B, T, S)
-        if T == 1 and mask.all():
-            mask = None  # a lone new token with no padding before it may look at everything
+        bias = None
+        if T > 1 or not seen.all():  # a lone new token with no padding before it may look at everything
+            bias = masks.causal_bias(seen, T, x.dtype)  # (B, 1, T, S)
         rope = None
         if self.positions is None:
             rope = rope_angles(positions, self.config.width // self.config.heads, self.config.rope_base, x.dtype)
@@ -130,9 +130,9 @@ class Decoder(nn.Module):
             if before_block is not None:
                 x = before_block(i, x, cache)
             if self.checkpointing and self.training:
-                x = checkpoint(block, x, mask, rope, use_reentrant=False)
+                x = checkpoint(block, x, bias, rope, use_reentrant=False)
             else:
-                x = block(x, mask, rope, None if cache is None else cache[i], maps)
+                x = block(x, bias, rope, None if cache is None else cache[i], maps)
         return self.norm(x)
 
     @property

@@ -1,7 +1,7 @@
 """Every attention mask of the package, one function each. True = may attend.
 
 Rows are the tokens that look (T), columns the tokens that are looked at (S). A mask is bool (B or 1, T or 1, S): it
-broadcasts over what does not vary, and two masks are combined with `&`.
+broadcasts over what does not vary, and two masks are combined with `&`. Only `causal_bias` is made of numbers.
 
     causal(4)        padding, last token is <pad>        decoder = both
     ■ · · ·          ■ ■ ■ ·                             ■ · · ·
@@ -27,9 +27,7 @@ def causal(T: int, S: int | None = None, device: torch.device | str | None = Non
     The T rows are the last T of the S positions: with a cache there are more columns than rows.
     """
     S = T if S is None else S
-    rows = torch.arange(S - T, S, device=device)[:, None]
-    columns = torch.arange(S, device=device)[None, :]
-    return (columns <= rows)[None]
+    return torch.ones(1, T, S, dtype=torch.bool, device=device).tril(S - T)
 
 
 def causal_with_padding(attention_mask: Tensor, T: int) -> Tensor:
@@ -37,9 +35,20 @@ def causal_with_padding(attention_mask: Tensor, T: int) -> Tensor:
     return causal(T, attention_mask.shape[1], attention_mask.device) & padding(attention_mask)
 
 
+def causal_bias(attention_mask: Tensor, T: int, dtype: torch.dtype) -> Tensor:
+    """The same as what is added to the scores, 0 or −∞: bool (B, S) → (B, 1, T, S), made once for all layers and heads.
+
+    Padding may look at itself here, so that no row is blind: nothing has to be opened and erased in each layer. Nobody
+    else looks at padding, so what it becomes does not matter.
+    """
+    mask = causal_with_padding(attention_mask, T)  # (B, T, S)
+    mask.diagonal(mask.shape[2] - T, dim1=1, dim2=2).fill_(True)
+    return mask.to(dtype).log()[:, None]  # log 1 = 0 and log 0 = −∞; one for all heads
+
+
 def positions(attention_mask: Tensor) -> Tensor:
     """Where each token stands, counting real tokens only: bool (B, S) → int64 (B, S).
 
     Not `arange`: in a batch padded on the left the first real token must stand at 0, as it would alone. Padding gets 0.
     """
-    return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+    return (attention_mask.cumsum(dim=1) - 1).clamp(min=0)

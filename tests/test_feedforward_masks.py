@@ -73,6 +73,11 @@ def test_causal_with_padding_is_a_loop():
             for t in range(rows):
                 for s in range(5):
                     assert mask[b, t, s] == (s <= 5 - rows + t and ATTENTION_MASK[b, s])
+        bias = masks.causal_bias(ATTENTION_MASK, rows, torch.bfloat16)
+        assert bias.shape == (4, 1, rows, 5)
+        assert bias.dtype == torch.bfloat16
+        itself = torch.eye(5, dtype=torch.bool)[5 - rows:]  # padding sees itself and what the others see
+        assert torch.equal(bias[:, 0], torch.where(mask | itself, 0, float("-inf")).bfloat16())
     padding = masks.padding(ATTENTION_MASK)
     assert padding.shape == (4, 1, 5)
     assert torch.equal(padding.expand(4, 3, 5)[:, 2], ATTENTION_MASK)
