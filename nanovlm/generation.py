@@ -46,16 +46,17 @@ def one_by_one(prefill: Prefill, step: Step, max_new_tokens: int, stop: Sequence
                top_k: int, top_p: float, generator: torch.Generator | None) -> Tensor:
     """Greedy search and sampling: a token is chosen, read, and the next one chosen."""
     logits, cache = prefill()  # (B, V)
-    ids = torch.empty(len(logits), 0, dtype=torch.long, device=logits.device)  # (B, n)
+    ids = torch.full((len(logits), max_new_tokens), pad, device=logits.device)  # (B, max_new_tokens)
     done = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     for n in range(max_new_tokens):
-        token = choose(logits, temperature, top_k, top_p, generator).masked_fill(done, pad)  # (B,)
-        ids = torch.cat([ids, token[:, None]], dim=1)
-        done = done | ends_with(ids, stop)
-        if done.all() or n + 1 == max_new_tokens:
-            break
-        logits, cache = step(token[:, None], cache)
-        logits = logits[:, -1]  # (B, V)
+        if n > 0:
+            logits, cache = step(ids[:, n - 1:n], cache)
+            logits = logits[:, -1]  # (B, V)
+        ids[:, n] = choose(logits, temperature, top_k, top_p, generator).masked_fill(done, pad)
+        if stop:  # without one no row is ever done, and there is nothing to ask
+            done = done | ends_with(ids[:, :n + 1], stop)
+            if done.all():
+                return ids[:, :n + 1]
     return ids
 
 
