@@ -17,7 +17,7 @@ from nanovlm.training import cache, checkpoint, vitals, weights
 from nanovlm.training.batches import MicroBatches, MixedText, make_collate, stream
 from nanovlm.training.loop import TrainingFailed, freeze, train_stage
 from nanovlm.training.optim import lr_at, make_optimiser
-from nanovlm.training.run import Options, run
+from nanovlm.training.run import Options, Run, run, trained_model
 
 CPU = torch.device("cpu")
 TOKENIZER = Tokenizer.train(fakes.FakeScenes().texts(), fakes.VOCAB)
@@ -344,12 +344,26 @@ def test_the_cache_knows_everything_that_made_the_backbone(world, monkeypatch):
 
 def test_a_broken_cache_entry_is_trained_anew(world, capsys):
     first = run("fake/tiny", Options(out=str(world / "a")))
-    [entry] = (world / "cache").glob("*.pt")
-    entry.write_bytes(entry.read_bytes()[:-700])
+    entries = list((world / "cache").glob("*.pt"))  # eyes, align, tune
+    assert len(entries) == 3
+    for entry in entries:
+        entry.write_bytes(entry.read_bytes()[:-700])
     second = run("fake/tiny", Options(out=str(world / "b")))
     assert "broken" in capsys.readouterr().err
     assert not second["stages"][0]["cached"] and second["stages"][0]["trained"] == first["stages"][0]["trained"]
-    assert checkpoint.load(entry)["model"]
+    assert checkpoint.load(entries[0])["model"]
+
+
+def test_a_trained_model_takes_any_stage_of_a_run_from_the_cache(world, monkeypatch):
+    run("fake/tiny", Options(out=str(world / "a")))
+    monkeypatch.setattr(Run, "train", lambda self, job: pytest.fail(f"{job.stage.name} was trained again"))
+    for stage in ("align", "tune"):
+        model, tokenizer = trained_model("fake/tiny", stage)
+        kept = checkpoint.load(world / f"a/{stage}.pt")
+        assert not model.training and len(tokenizer) > 0
+        assert all(torch.equal(tensor, kept[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(UserError, match="fake/tiny has no stage 'see'"):
+        trained_model("fake/tiny", "see")
 
 
 def test_the_key_covers_imports_of_imports(monkeypatch, tmp_path):

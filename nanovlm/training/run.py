@@ -64,13 +64,19 @@ def run(recipe_name: str, options: Options = Options()) -> dict:
         distributed.stop()
 
 
-def backbone(name: str, seed: int = 0) -> tuple[nn.Module, Tokenizer]:
-    """A backbone of the embedded world, in eval(), and its tokenizer: from the cache, or trained now and then cached."""
+def trained_model(name: str, stage: str | None = None, seed: int = 0) -> tuple[nn.Module, Tokenizer]:
+    """The model of a tiny recipe after its last stage or after `stage`, in eval(), and its tokenizer; embedded world.
+
+    From the cache, where `train_tiny.py` leaves every stage of such a run; else it is trained now and then kept there.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         training = Run(name, Options(seed=seed, out=str(Path(scratch) / "run")), torch.device("cpu"))
+        wanted = stage or training.jobs[-1].stage.name
         for job in training.jobs:
             training.obtain(replace(job, final=False))
-        return training.final_model()[0], training.tokenizer
+            if job.recipe.name == name and job.stage.name == wanted:
+                return training.model_after(job.stage)[0], training.tokenizer
+    raise UserError(f"Recipe {name} has no stage {wanted!r}.")
 
 
 def choose_device(name: str) -> torch.device:
@@ -176,8 +182,7 @@ class Run:
         say(f"{self.recipe.name} on {self.source.name}, seed {self.options.seed}, {self.device}, into {self.folder}")
         for job in self.jobs:
             self.obtain(job)
-        model, trained = self.final_model()
-        return self.finish(model, trained)
+        return self.finish(*self.model_after(self.jobs[-1].stage))
 
     def obtain(self, job: Job) -> None:
         """A stage's weights: from this folder if they are there, from the cache if it is a backbone's, or by training."""
@@ -256,7 +261,8 @@ class Run:
                   "cached": False, "frozen": frozen, "trained": trained, "warnings": watch.warnings}
         self.keep(job, checkpoint.cpu_state(model), record)
         save(stage.steps)
-        if distributed.rank() == 0 and not job.final and self.options.cache:
+        # Of a person's own data only the backbones are kept: a whole run stands in its folder.
+        if distributed.rank() == 0 and self.options.cache and (not job.final or self.source is self.world):
             cache.write(self.cache_key(job), self.finished[recipe.name])
 
     def steps(self, model: nn.Module, stage: Stage, batches: MicroBatches, optimiser: torch.optim.Optimizer, first: int,
@@ -302,8 +308,8 @@ class Run:
     def seconds(self) -> float:
         return self.seconds_before + time.monotonic() - self.began
 
-    def final_model(self) -> tuple[nn.Module, int]:
-        stage = self.jobs[-1].stage
+    def model_after(self, stage: Stage) -> tuple[nn.Module, int]:
+        """The recipe's model with the weights of its latest finished stage, and how many parameters that trained."""
         model = self.recipe.build(stage.name)
         model.load_state_dict(self.finished[self.recipe.name])
         trained = freeze(model, stage.trains)
