@@ -155,10 +155,16 @@ def initialise(decoder: Decoder) -> None:
     The maps that write into the residual stream start smaller by √(2L) (GPT-2 §2.3). The head is Normal(0, 0.02): the
     first guesses are nearly uniform, and the loss starts at ln V. An embedding that is not also the head starts as large
     as what the blocks will add to it: at 0.02 the words drown, and 200 steps are lost before the model hears them.
+
+    Without biases and without learned positions a head can only look for "the word before" by something that all words
+    have in common, which rotation then turns into a place. So an eighth of each word's dims starts at 1: position heads,
+    and with them everything that is looked up, are learned in half the steps.
     """
     for name, parameter in decoder.named_parameters():
         if name == "embedding.weight" and not decoder.config.tied:
             nn.init.normal_(parameter, std=0.5)
+            if decoder.positions is None and not decoder.config.bias:
+                nn.init.ones_(parameter[:, :parameter.shape[1] // 8])
         elif name.startswith(("embedding", "positions", "head")):
             nn.init.normal_(parameter, std=0.02)
         elif parameter.ndim >= 2:

@@ -83,6 +83,10 @@ def judge(question: str, truth: dict, it: str | None) -> tuple[str, str | None]:
         cell = meant(found[1], truth)
         thing = truth[cell]
         return f"{thing['size']} {thing['colour']} {thing['shape']}, {cell}", None
+    if found := re.fullmatch(r"count ([\w ,]+)\.", question):
+        looks = found[1].split(", ")
+        fits = [sum(all(word in thing.values() for word in look.split()) for thing in objects.values()) for look in looks]
+        return ", ".join(f"{look} {NUMBER_WORDS.get(n, 'none')}" for look, n in zip(looks, fits)) + ".", None
     if found := re.fullmatch(rf"which is (larger|smaller), {name} or {name}\?", question):
         sizes = {thing: truth[meant(thing, truth)]["size"] for thing in found.groups()[1:]}
         assert set(sizes.values()) == {"large", "small"}
@@ -96,7 +100,7 @@ def check_conversation(turns, truth: dict) -> str | None:
     """Every answer is right; returns the cell of the object that the last turn is about, if it is about one."""
     it = None
     for turn in turns:
-        if turn.kind == "caption":
+        if turn.kind in ("caption", "notes", "repeat"):
             assert read(turn.answer) == truth
             it = None
             continue

@@ -1,5 +1,6 @@
 """The README, the notebooks and .ci/run say what is there, and what they say can be done."""
 
+import json
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 import pytest
 from oracles import hf_llava
 from source import MODULES, NOTEBOOKS, ROOT, closure, code_cells, read, relative
+
+from experiments import tiny_runs
 
 README = read(ROOT / "README.md")
 
@@ -99,6 +102,19 @@ def test_the_python_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
         exec(compile(snippet, "README.md", "exec"), {"__name__": "readme"})  # noqa: S102
         printed = re.findall(r"^print\(.*\)\s+# (\S+?)[,.]?(?:\s|$)", snippet, re.MULTILINE)
         assert capsys.readouterr().out.split() == printed
+
+
+# --- the figures ---
+
+def test_the_figures_in_the_readme_are_the_stored_ones():
+    stored = {path.name: json.loads(read(path)) for path in (ROOT / "experiments" / "results").glob("*.json")}
+    assert len(stored) >= 4
+    for name, result in stored.items():
+        if "runs" in result:
+            assert tiny_runs.table(result) in README, f"{name}: python -m experiments.tiny_runs --table prints another"
+        for case in result.get("cases", []):
+            row = f"| {case['name']} | {case['ratio']['median']:.2f} |"
+            assert row in README, f"{name}: the README has no row that begins with {row}"
 
 
 # --- notebooks ---

@@ -7,8 +7,8 @@ from random import Random
 import pytest
 from scene_oracle import HELD_OUT_NAMES, check_conversation, facts, read
 
-from nanovlm.data.scene_language import captions, description, negatives, say, vaguer, wordings
-from nanovlm.data.scene_questions import KINDS, ask, conversation, first_lesson
+from nanovlm.data.scene_language import captions, description, negatives, notes, say, vaguer, wordings
+from nanovlm.data.scene_questions import KINDS, ask, census, conversation
 from nanovlm.data.scene_world import COLOURS, PAIRS, SEEN, SHAPES, SIZES, Object, Scene, random_scene
 
 
@@ -116,7 +116,7 @@ def test_every_answer_is_right(pairs):
                 gives_away = rf"\b{asked.turn.answer}\b"
                 assert kind in ("existence", "comparison") or not re.search(gives_away, asked.turn.question)
                 check_conversation([asked.turn], facts(scene))
-        check_conversation(first_lesson(scene, rng, pairs), facts(scene))
+        check_conversation([census(scene, rng, pairs)], facts(scene))
         talk = conversation(scene, rng, pairs)
         lengths[len(talk)] += 1
         kinds.update(turn.kind for turn in talk)
@@ -124,9 +124,34 @@ def test_every_answer_is_right(pairs):
         asked_once = [turn.question for turn in talk]
         assert len(asked_once) == len(set(asked_once))
         if pairs == SEEN:
+            talk += (census(scene, rng, pairs),)
             assert not any(name in turn.question for turn in talk for name in HELD_OUT_NAMES)
-    assert set(kinds) == {*KINDS, "object", "caption"} and set(lengths) == {1, 2, 3}
+    assert set(kinds) == {*KINDS, "object", "caption", "notes", "census"} and set(lengths) == {1, 3}
     assert all(0.02 < kinds[kind] / kinds.total() < 0.2 for kind in KINDS), kinds
+
+
+def test_notes_begin_with_any_fact():
+    """Any order of things and of facts: what stands first tells nothing of what must follow."""
+    rng, scene = Random(8), Scene((Object("red", "circle", "large", "top left"), Object("blue", "star", "small", "top right")))
+    told = Counter(notes(scene, rng) for _ in range(20_000))
+    assert all(read(text) == facts(scene) for text in told)
+    assert len(told) == 2 * 24 * 24
+    starts = Counter()
+    for text, times in told.items():
+        starts[re.match(r"top left|top right|\w+", text)[0]] += times
+    # Eight starts, 2500 ± 47 each: further off than five standard deviations once in 200,000 seeds.
+    assert len(starts) == 8 and all(abs(times - 2500) < 5 * 47 for times in starts.values())
+
+
+def test_a_census_asks_for_what_is_there_and_what_is_not():
+    rng, numbers = Random(9), Counter()
+    for _ in range(1000):
+        turn = census(random_scene(rng), rng, SEEN)
+        looks = turn.question.removeprefix("count ").removesuffix(".").split(", ")
+        assert len(looks) == len(set(looks)) == 5
+        numbers.update(part.split()[-1] for part in turn.answer.removesuffix(".").split(", "))
+    assert set(numbers) == {"none", "one", "two", "three", "four"}
+    assert all(0.3 < numbers[word] / numbers.total() < 0.6 for word in ("none", "one"))
 
 
 def test_follow_ups_need_the_turn_before():

@@ -1,4 +1,4 @@
-"""What can be said about a scene: captions that name every fact, captions with one fact wrong, and descriptions.
+"""What can be said about a scene: captions that name every fact, captions with one fact wrong, descriptions, notes.
 
     scene         large red circle, top left · small blue square, top right
 
@@ -11,8 +11,8 @@
     negative      a large red circle in the top left and a small green square in the top right.
 
     description   top right: small blue square. top left: large red circle.            (what stands where a picture
-                  blue square small top right; red circle large top left.               would stand, when the language
-                                                                                        model reads without pictures)
+                  small top right square blue; red circle large top left.               would stand, when the language
+                  (these are notes: facts in any order)                                 model reads without pictures)
 
 A caption leaves no fact out, so two scenes that share a caption are the same scene up to jitter.
 """
@@ -105,16 +105,22 @@ def description(scene: Scene, rng: Random, styles: tuple[str, ...] = DESCRIPTION
     style = rng.choice(styles)
     if style == "caption":
         return caption(scene, rng)
-    things = rng.sample(scene.things, len(scene.things))
-    if style == "cell: thing":
-        return " ".join(f"{thing.cell}: {_short(thing)}." for thing in things)
-    notes = [
-        f"{_short(thing)} {thing.cell}"
-        if isinstance(thing, Sign)
-        else f"{thing.colour} {thing.shape} {thing.size} {thing.cell}"
-        for thing in things
-    ]
-    return "; ".join(notes) + "."
+    if style == "notes":
+        return notes(scene, rng)
+    return " ".join(f"{thing.cell}: {_short(thing)}." for thing in rng.sample(scene.things, len(scene.things)))
+
+
+def notes(scene: Scene, rng: Random) -> str:
+    """Every fact of every thing: things in any order, and the facts of each in any order.
+
+    As an answer this is the densest of lessons. Whichever fact of a thing is said first, the others follow from it, but
+    only for a reader who finds the thing that it belongs to: three questions with their answers in four words.
+    """
+    told = []
+    for thing in rng.sample(scene.things, len(scene.things)):
+        facts = (_short(thing), thing.cell) if isinstance(thing, Sign) else (thing.size, thing.colour, thing.shape, thing.cell)
+        told.append(" ".join(rng.sample(facts, len(facts))))
+    return "; ".join(told) + "."
 
 
 def negatives(scene: Scene, wording: Wording, rng: Random, k: int = 3, pairs: tuple = PAIRS) -> tuple[str, ...]:

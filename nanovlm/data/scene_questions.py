@@ -11,8 +11,12 @@
     existence  is there a blue circle? is there a star?            no           (as often as yes)
     comparison which is larger, the square or the circle?          circle       (only if one is)
     reading    what does the sign say?                             7
-    object     tell me about the blue object.                      small blue square, top right   (taught, not judged)
     follow_up  [what colour is the square? blue] and where is it?  top right    (not answerable without the turn before)
+
+taught, not judged, many answers in one:
+    object     tell me about the blue object.                      small blue square, top right
+    notes      take notes.                                         blue small top right square; digit 7 bottom left; ...
+    census     count red, star, small circle.                      red one, star none, small circle none.
 
 An object is called by any name that means it alone and does not give the answer away: "the circle" only if there is one.
 """
@@ -21,8 +25,8 @@ from dataclasses import dataclass, replace
 from random import Random
 
 from nanovlm.data.conversation import Turn
-from nanovlm.data.scene_language import caption
-from nanovlm.data.scene_world import PAIRS, Object, Scene, side
+from nanovlm.data.scene_language import caption, notes
+from nanovlm.data.scene_world import COLOURS, PAIRS, SHAPES, Object, Scene, side
 
 ATTRIBUTES = {"colour": "colour", "shape": "shape", "size": "size", "position": "cell"}  # kind -> field of Object
 KINDS = (*ATTRIBUTES, "count", "relation", "existence", "comparison", "reading", "follow_up")
@@ -46,10 +50,13 @@ FOLLOW_UP = {
 }
 DESCRIBE = "describe the picture."
 
-# Some kinds need a scene that allows them. These weights even out how often each is asked in a conversation.
+NOTES = "take notes."
+REPEAT = "say it again."
+
+# How often each kind is asked: some need a scene that allows them, and some are harder to learn.
 WEIGHTS = {
-    "colour": 0.7, "shape": 0.7, "size": 0.7, "position": 1.2, "count": 1.2, "object": 1.5,
-    "existence": 3.0, "relation": 6.0, "comparison": 6.0, "reading": 4.0,
+    "colour": 0.7, "shape": 1.0, "size": 0.7, "position": 1.2, "count": 1.5, "object": 1.0,
+    "existence": 3.0, "relation": 6.0, "comparison": 5.0, "reading": 4.0,
 }  # fmt: skip
 
 
@@ -98,30 +105,42 @@ def follow_up(scene: Scene, rng: Random, before: Asked) -> Asked | None:
     return Asked(Turn(FOLLOW_UP[field], getattr(it, field), "follow_up"), (it.pair,), it, before.told | {field})
 
 
-def first_lesson(scene: Scene, rng: Random, pairs: tuple = PAIRS) -> tuple[Turn, ...]:
-    """One question, for which only the right object has to be found."""
-    kind = rng.choices(("object", *ATTRIBUTES), (4, 1, 1, 1, 1))[0]
-    return (ask(scene, rng, kind, pairs).turn,)
-
-
 def conversation(scene: Scene, rng: Random, pairs: tuple = PAIRS) -> tuple[Turn, ...]:
-    """One to three questions of different kinds in random order, or a caption and perhaps one question.
-
-    Half of the conversations have one turn only. Where several answers stand before it, a young model copies from them
-    instead of looking at the picture.
-    """
-    room = rng.choice((1, 1, 2, 3))
+    """Notes or a census, or one to three questions, the first of which may ask for a caption."""
+    if rng.random() < 0.15:
+        return (dense(scene, rng, pairs),)
+    room = rng.choice((1, 3, 3))
     talk: list[Turn] = []
-    if rng.random() < 0.2:
+    if rng.random() < 0.15:
         talk.append(Turn(DESCRIBE, caption(scene, rng), "caption"))
-        room = 1 + (room == 3)
-    # Weighted order without replacement (Efraimidis and Spirakis, 2006).
-    for kind in sorted(WEIGHTS, key=lambda kind: rng.random() ** (1 / WEIGHTS[kind]), reverse=True):
-        asked = ask(scene, rng, kind, pairs) if len(talk) < room else None
+    while len(talk) < room:
+        asked = ask(scene, rng, rng.choices(tuple(WEIGHTS), WEIGHTS.values())[0], pairs)
         while asked and len(talk) < room and asked.turn.question not in [turn.question for turn in talk]:
             talk.append(asked.turn)
-            asked = follow_up(scene, rng, asked) if rng.random() < 0.7 else None
+            asked = follow_up(scene, rng, asked) if rng.random() < 0.5 else None
     return tuple(talk)
+
+
+def dense(scene: Scene, rng: Random, pairs: tuple = PAIRS) -> Turn:
+    """A question whose answer is many answers: notes, or a census."""
+    return rng.choice((Turn(NOTES, notes(scene, rng), "notes"), census(scene, rng, pairs)))
+
+
+def census(scene: Scene, rng: Random, pairs: tuple = PAIRS) -> Turn:
+    """Five looks in one question, and how many objects each fits: what "is there" and "how many" need, and densely so."""
+    named = [_absent(scene, rng, pairs), *(thing.pair for thing in scene.objects)]
+    looks = [*COLOURS, *SHAPES, "large", "small", *map(" ".join, named)]
+    there = [look for look in looks if _fitting(scene, look)]
+    asked = rng.sample(there, min(3, len(there)))
+    asked += rng.sample([look for look in looks if look not in there], 5 - len(asked))
+    rng.shuffle(asked)
+    numbers = [("none", *NUMBERS)[_fitting(scene, look)] for look in asked]
+    return Turn(f"count {', '.join(asked)}.", ", ".join(f"{look} {n}" for look, n in zip(asked, numbers)) + ".", "census")
+
+
+def _fitting(scene: Scene, look: str) -> int:
+    """How many objects have all of these words."""
+    return sum(set(look.split()) <= {thing.size, *thing.pair} for thing in scene.objects)
 
 
 def _names(scene: Scene, thing: Object) -> list[tuple[str, frozenset[str]]]:

@@ -20,9 +20,19 @@ Four views of the world:
     text      description "\\n" question -> answer, no picture         what the tiny language model reads beforehand
 
 In the text view a description stands where the picture will stand later: a language model that has learned to use what
-stands before the question needs no new skill when the bridge puts image tokens there. One text in five is the
+stands before the question needs no new skill when the bridge puts image tokens there. One text in ten is the
 description alone, answered by a caption, as in the view "captions". Only answers are learned: what a description says
 is drawn at random, so nobody could predict it, and the attempt drowns the rest.
+
+Lessons come first. "What colour is the square?" has two or three likely answers for whoever knows the colours of the
+picture, and a model that meets such questions at once is content with that for thousands of steps: it never learns to
+look for the square. LESSONS, before the questions, leave it no such way out:
+
+    repeat   top right: small blue square. top left: large red circle.     texts only: to find a word again, and go on
+             say it again.      -> top left: large red circle. top right: ...
+    notes    take notes.        -> blue small top right square; circle top left red large.
+                                   one fact of a thing, and the others have to be looked up
+             count red, star, small circle.  -> red two, star none, small circle one.
 
 Split "train": pictures, captions and questions show and mention SEEN pairs only; texts tell of all pairs.
 Split "val": every scene has an object with a HELD_OUT pair. These scenes do not depend on the seed, so that all runs
@@ -34,16 +44,26 @@ from dataclasses import replace
 from random import Random
 
 from nanovlm.data.conversation import Sample, Turn
-from nanovlm.data.scene_language import DESCRIPTIONS, caption, captions, description, negatives, say, vaguer, wordings
+from nanovlm.data.scene_language import (
+    DESCRIPTIONS,
+    caption,
+    captions,
+    description,
+    negatives,
+    say,
+    vaguer,
+    wordings,
+)
 from nanovlm.data.scene_questions import (
     ATTRIBUTES,
     DESCRIBE,
     FOLLOW_UP,
     KINDS,
+    REPEAT,
     Asked,
     ask,
     conversation,
-    first_lesson,
+    dense,
     follow_up,
 )
 from nanovlm.data.scene_world import (
@@ -66,9 +86,8 @@ from nanovlm.errors import UserError
 
 VIEWS = ("pairs", "captions", "instruct", "text")
 SPLITS = ("train", "val")
-# The training samples grow harder. A model that meets every kind of question at once answers with some colour of the
-# picture for thousands of steps, before it learns to look for the object that was asked about.
-FIRST_LESSONS = {"text": 20_000, "instruct": 36_000}  # view -> so many samples: one question about one of two objects
+# view -> the lessons that come before conversations, each with the sample where it ends
+LESSONS = {"text": {"repeat": 16_000, "dense": 80_000}, "instruct": {"dense": 12_000}}
 
 # The answers that exam() asks for in turn; a kind that is absent has too many to list.
 ANSWERS = {
@@ -97,7 +116,7 @@ class Scenes:
 
     def texts(self) -> list[str]:
         """A corpus that holds every word of the world, for the tokenizer."""
-        samples = (self.sample("text", "train", FIRST_LESSONS["text"] + index) for index in range(3000))
+        samples = (self.sample("text", "train", LESSONS["text"]["dense"] - 100 + index) for index in range(3000))
         return ["\n".join(f"{turn.question}\n{turn.answer}" for turn in sample.turns) for sample in samples]
 
     def sample(self, view: str, split: str, index: int) -> Sample:
@@ -105,22 +124,22 @@ class Scenes:
             raise UserError(f"scenes have the views {VIEWS} and the splits {SPLITS}, not {view!r} and {split!r}")
         rng = Random(f"{self.seed}/{view}/{split}/{index}" if split == "train" else f"val/{view}/{index}")
         pairs = SEEN if split == "train" and view != "text" else PAIRS  # what may be shown and mentioned
-        easy = split == "train" and index < FIRST_LESSONS.get(view, 0)
+        lesson = _lesson(view, index) if split == "train" else None
         if split == "val":
             scene = _val_scene(Random(f"val/{index}"))
-        elif easy:
-            scene = random_scene(rng, pairs, many=2, signs=0)
+        elif lesson:
+            scene = random_scene(rng, pairs, many=rng.choice((2, 2, 3)))
         else:
             scene = random_scene(rng, pairs, many=rng.choice((1, 2, 2)) if view == "pairs" else 0)
         name = f"scenes/{split}/{index}"
         if view == "text":
-            return Sample(name, turns=_document(scene, rng, easy), references=captions(scene))
+            return Sample(name, turns=_document(scene, rng, lesson), references=captions(scene))
 
         if view == "pairs":
             return self._pair(name, scene, rng, pairs, split)
         images = (render(scene, self.image_size),)
         if view == "instruct":
-            turns = _put_before(_talk(scene, rng, easy, pairs), "<image>")
+            turns = _put_before((dense(scene, rng, pairs),) if lesson else conversation(scene, rng, pairs), "<image>")
             return Sample(name, images, references=captions(scene), turns=turns)
         true = caption(scene, rng)
         turns = (Turn("<image>", true, "caption"),)
@@ -170,16 +189,23 @@ def _val_scene(rng: Random) -> Scene:
     return random_scene(rng, PAIRS, including=HELD_OUT)
 
 
-def _talk(scene: Scene, rng: Random, easy: bool, pairs: tuple = PAIRS) -> tuple[Turn, ...]:
-    return first_lesson(scene, rng, pairs) if easy else conversation(scene, rng, pairs)
+def _lesson(view: str, index: int) -> str | None:
+    """"repeat" or "dense" as long as the training samples of this view are lessons."""
+    return next((lesson for lesson, end in LESSONS.get(view, {}).items() if index < end), None)
 
 
-def _document(scene: Scene, rng: Random, easy: bool) -> tuple[Turn, ...]:
-    """A conversation about a scene that is told, not shown."""
-    told = description(scene, rng, DESCRIPTIONS[:1] if easy else DESCRIPTIONS)
-    if rng.random() < 0.2:
+def _document(scene: Scene, rng: Random, lesson: str | None) -> tuple[Turn, ...]:
+    """A conversation about a scene that is told, not shown; mostly told cell by cell, the style of the lessons."""
+    told = description(scene, rng, DESCRIPTIONS[:1] if lesson or rng.random() < 0.6 else DESCRIPTIONS)
+    if lesson == "repeat":
+        talk = (Turn(REPEAT, description(scene, rng, DESCRIPTIONS[:1]), lesson),)
+    elif lesson == "dense":
+        talk = (dense(scene, rng),)
+    elif rng.random() < 0.1:
         return (Turn(told, caption(scene, rng), "caption"),)
-    return _put_before(_talk(scene, rng, easy), told)
+    else:
+        talk = conversation(scene, rng)
+    return _put_before(talk, told)
 
 
 def _put_before(turns: tuple[Turn, ...], front: str) -> tuple[Turn, ...]:

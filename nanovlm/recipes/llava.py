@@ -36,9 +36,9 @@ TINY = Recipe(
     vocab=backbones.TINY_VOCAB,
     evaluate=("vqa", "caption", "class"),
     stages=(
-        Stage("align", ("projector",), "captions", format="plain", steps=150, batch_size=24, lr=1e-3, max_length=256,
+        Stage("align", ("projector",), "captions", format="plain", steps=100, batch_size=64, lr=1e-3, max_length=256,
               init=(("vision", "clip/tiny:vision"), ("language", "lm/tiny:language"))),
-        Stage("tune", ("projector", "language"), "instruct", format="tiny", steps=4000, batch_size=24, lr=2e-3,
+        Stage("tune", ("projector", "language"), "instruct", format="tiny", steps=2400, batch_size=64, lr=2e-3,
               betas=(0.9, 0.98), max_length=256),
     ),
 )

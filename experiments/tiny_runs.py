@@ -1,0 +1,63 @@
+"""What the tiny recipes reach: cold runs of three seeds, judged on held-out data, and the table of the README.
+
+    python -m experiments.tiny_runs                                  llava/tiny on the embedded world, seeds 0, 1 and 7
+    python -m experiments.tiny_runs --data ../shared/data/clothes    on a person's own pictures
+    python -m experiments.tiny_runs --table                          print the stored results as Markdown, train nothing
+
+Each run is `train_tiny.py --no-cache`: backbones included, nothing left from before. Each figure stands beside its two
+controls (evaluate.py): chance, the most common answer; shuffled, the same questions with the pictures permuted.
+"""
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+from pathlib import Path
+
+from nanovlm.training.run import Options, run
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def measure(recipe: str, data: str | None, seed: int) -> dict:
+    with tempfile.TemporaryDirectory() as scratch:
+        summary = run(recipe, Options(data=data, seed=seed, cache=False, out=str(Path(scratch) / "run")))
+    stages = {stage["name"]: stage["seconds"] for stage in summary["stages"]}
+    return {"seed": seed, "seconds": summary["seconds"], "stages": stages, "eval": summary["eval"],
+            "notes": summary["notes"], "versions": summary["versions"]}
+
+
+def table(result: dict) -> str:
+    """Markdown: a row for each metric, a column for each seed; chance and shuffled are means over the seeds."""
+    runs = result["runs"]
+    rows = [["held-out", *(f"seed {one['seed']}" for one in runs), "chance", "shuffled", "n"], ["---"] * (len(runs) + 4)]
+    for name, first in runs[0]["eval"].items():
+        judged = [one["eval"][name] for one in runs]
+        controls = [sum(j[control] for j in judged) / len(judged) for control in ("chance", "shuffled")]
+        rows.append([name, *(f"{value:.2f}" for value in (*(j["value"] for j in judged), *controls)), str(first["n"])])
+    rows.append(["seconds, cold", *(f"{one['seconds']:.0f}" for one in runs), "", "", ""])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="llava/tiny")
+    parser.add_argument("--data")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 7])
+    parser.add_argument("--table", action="store_true")
+    args = parser.parse_args()
+    name = "_".join([*args.recipe.split("/"), Path(args.data).name if args.data else "scenes"])
+    path = RESULTS / f"{name}.json"
+    if not args.table:
+        machine = f"{os.cpu_count()} {platform.machine()} cores"
+        result = {"recipe": args.recipe, "data": Path(args.data).name if args.data else "scenes", "machine": machine,
+                  "runs": []}
+        for seed in args.seeds:
+            result["runs"].append(measure(args.recipe, args.data, seed))
+            path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(table(json.loads(path.read_text(encoding="utf-8"))))
+
+
+if __name__ == "__main__":
+    main()
