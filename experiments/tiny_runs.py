@@ -2,7 +2,8 @@
 
     python -m experiments.tiny_runs                                  llava/tiny on the embedded world, seeds 0, 1 and 7
     python -m experiments.tiny_runs --data ../shared/data/clothes    on a person's own pictures
-    python -m experiments.tiny_runs --table                          print the stored results as Markdown, train nothing
+    python -m experiments.tiny_runs --collect runs/a runs/b          from runs that are finished: no training
+    python -m experiments.tiny_runs --table                          print the stored results as Markdown
 
 Each run is `train_tiny.py --no-cache`: backbones included, nothing left from before. Each figure stands beside its two
 controls (evaluate.py): chance, the most common answer; shuffled, the same questions with the pictures permuted.
@@ -22,9 +23,15 @@ RESULTS = Path(__file__).parent / "results"
 
 def measure(recipe: str, data: str | None, seed: int) -> dict:
     with tempfile.TemporaryDirectory() as scratch:
-        summary = run(recipe, Options(data=data, seed=seed, cache=False, out=str(Path(scratch) / "run")))
+        return kept(run(recipe, Options(data=data, seed=seed, cache=False, out=str(Path(scratch) / "run"))))
+
+
+def kept(summary: dict) -> dict:
+    """Of a summary.json what is stored here; a run that took a backbone from the cache tells nothing of time."""
+    if any(stage["cached"] for stage in summary["stages"]):
+        raise SystemExit(f"seed {summary['seed']}: a backbone came from the cache; run it with --no-cache")
     stages = {stage["name"]: stage["seconds"] for stage in summary["stages"]}
-    return {"seed": seed, "seconds": summary["seconds"], "stages": stages, "eval": summary["eval"],
+    return {"seed": summary["seed"], "seconds": summary["seconds"], "stages": stages, "eval": summary["eval"],
             "notes": summary["notes"], "versions": summary["versions"]}
 
 
@@ -45,6 +52,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="llava/tiny")
     parser.add_argument("--data")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 7])
+    parser.add_argument("--collect", type=Path, nargs="+", metavar="FOLDER")
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
     name = "_".join([*args.recipe.split("/"), Path(args.data).name if args.data else "scenes"])
@@ -53,8 +61,10 @@ def main() -> None:
         machine = f"{os.cpu_count()} {platform.machine()} cores"
         result = {"recipe": args.recipe, "data": Path(args.data).name if args.data else "scenes", "machine": machine,
                   "runs": []}
-        for seed in args.seeds:
-            result["runs"].append(measure(args.recipe, args.data, seed))
+        for one in args.collect or args.seeds:
+            finished = isinstance(one, Path)
+            result["runs"].append(kept(json.loads((one / "summary.json").read_text(encoding="utf-8"))) if finished
+                                  else measure(args.recipe, args.data, one))
             path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(table(json.loads(path.read_text(encoding="utf-8"))))
 

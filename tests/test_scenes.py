@@ -259,5 +259,5 @@ def test_lessons_come_before_questions():
             assert objects == {2, 3}
             begin = end
         later = [source.sample(view, "train", begin + index) for index in range(300)]
-        assert max(len(sample.turns) for sample in later) == 3
+        assert max(len(sample.turns) for sample in later) >= 3
         assert {"relation", "count", "census"} <= {turn.kind for sample in later for turn in sample.turns}

@@ -53,6 +53,8 @@ DESCRIBE = "describe the picture."
 NOTES = "take notes."
 REPEAT = "say it again."
 
+LONG_ENOUGH = 16  # words of a conversation
+
 # How often each kind is asked: some need a scene that allows them, and some are harder to learn.
 WEIGHTS = {
     "colour": 0.7, "shape": 1.0, "size": 0.7, "position": 1.2, "count": 1.5, "object": 1.0,
@@ -106,19 +108,24 @@ def follow_up(scene: Scene, rng: Random, before: Asked) -> Asked | None:
 
 
 def conversation(scene: Scene, rng: Random, pairs: tuple = PAIRS) -> tuple[Turn, ...]:
-    """Notes or a census, or one to three questions, the first of which may ask for a caption."""
+    """One question with many answers, or several with one, the first of which may ask for a caption.
+
+    It ends once about LONG_ENOUGH words are said, so that all are of about the same length: a batch is as long as its
+    longest row, and with one to three questions in a row half of it would be padding.
+    """
     if rng.random() < 0.15:
         return (dense(scene, rng, pairs),)
-    room = rng.choice((1, 3, 3))
-    talk: list[Turn] = []
-    if rng.random() < 0.15:
-        talk.append(Turn(DESCRIBE, caption(scene, rng), "caption"))
-    while len(talk) < room:
+    talk = [Turn(DESCRIBE, caption(scene, rng), "caption")] if rng.random() < 0.15 else []
+    while _words(talk) < LONG_ENOUGH:
         asked = ask(scene, rng, rng.choices(tuple(WEIGHTS), WEIGHTS.values())[0], pairs)
-        while asked and len(talk) < room and asked.turn.question not in [turn.question for turn in talk]:
+        while asked and _words(talk) < LONG_ENOUGH and asked.turn.question not in [turn.question for turn in talk]:
             talk.append(asked.turn)
             asked = follow_up(scene, rng, asked) if rng.random() < 0.5 else None
     return tuple(talk)
+
+
+def _words(talk: list[Turn]) -> int:
+    return sum(len(f"{turn.question} {turn.answer}".split()) for turn in talk)
 
 
 def dense(scene: Scene, rng: Random, pairs: tuple = PAIRS) -> Turn:

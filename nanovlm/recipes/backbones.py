@@ -50,7 +50,7 @@ LM_TINY = Recipe(
     build=partial(build_language_model, TINY_LANGUAGE),
     image_size=48,
     vocab=TINY_VOCAB,
-    stages=(Stage("lm", ("language",), "text", format="tiny", steps=2200, batch_size=64, lr=2e-3, weight_decay=0.05,
+    stages=(Stage("lm", ("language",), "text", format="tiny", steps=2000, batch_size=64, lr=2e-3, weight_decay=0.05,
                   betas=(0.9, 0.98), max_length=256, on_data=(("steps", 400),)),),
 )
 
