@@ -67,6 +67,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
         mean_square = torch.addcmul(length.new_full((), self.eps), length, length, value=1 / x.shape[-1])
         return self.weight * (x * mean_square.rsqrt()).type_as(x)

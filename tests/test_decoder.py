@@ -247,3 +247,11 @@ def test_initialisation():
             logits = decoder.logits(decoder(random_ids(8, 20, 0, high=V)))
         loss = cross_entropy(logits.flatten(0, 1), random_ids(8, 20, 1, high=V).flatten())
         assert loss.item() == pytest.approx(math.log(V), abs=0.1)
+
+
+def test_words_share_a_direction_only_where_nothing_else_gives_positions():
+    """Heads without biases look for places by what all words have in common; OPT and CLIP have learned positions."""
+    for config, shared in ((llama(50, 32, 2, 4, 64), 4), (opt(50, 32, 2, 4, 64), 0), (clip_text(50, 32, 2, 4), 0)):
+        words = Decoder(config).embedding.weight
+        assert int((words == 1).all(dim=0).sum()) == shared
+        assert words[:, shared:].std(dim=0).min() > 0.005

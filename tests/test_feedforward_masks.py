@@ -51,6 +51,11 @@ def test_rms_norm_is_llamas(dtype):
     close(mine(x), theirs(x), 1e-6 if dtype == torch.float32 else 0)
 
 
+def test_rms_norm_in_double_precision():
+    """What is asked for in fp64, for a gradient check, is not rounded to fp32 half way."""
+    torch.autograd.gradcheck(bite(RMSNorm(D).double(), 3), randn(2, D).double().requires_grad_())
+
+
 # --- masks ---
 
 def test_causal_is_a_loop():

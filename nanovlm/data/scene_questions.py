@@ -16,7 +16,7 @@
 taught, not judged, many answers in one:
     object     tell me about the blue object.                      small blue square, top right
     notes      take notes.                                         blue small top right square; digit 7 bottom left; ...
-    census     count red, star, small circle.                      red one, star none, small circle none.
+    census     count red, star, blue circle.                       red one, star none, blue circle none.
 
 An object is called by any name that means it alone and does not give the answer away: "the circle" only if there is one.
 """

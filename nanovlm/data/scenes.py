@@ -29,10 +29,10 @@ picture, and a model that meets such questions at once is content with that for 
 look for the square. LESSONS, before the questions, leave it no such way out:
 
     repeat   top right: small blue square. top left: large red circle.     texts only: to find a word again, and go on
-             say it again.      -> top left: large red circle. top right: ...
-    notes    take notes.        -> blue small top right square; circle top left red large.
-                                   one fact of a thing, and the others have to be looked up
-             count red, star, small circle.  -> red two, star none, small circle one.
+             say it again.                  -> top left: large red circle. top right: ...
+    dense    take notes.                    -> blue small top right square; circle top left red large.
+                                               one fact of a thing, and the others have to be looked up
+             count red, star, blue circle.  -> red one, star none, blue circle none.
 
 Split "train": pictures, captions and questions show and mention SEEN pairs only; texts tell of all pairs.
 Split "val": every scene has an object with a HELD_OUT pair. These scenes do not depend on the seed, so that all runs

@@ -37,9 +37,10 @@ TINY = Recipe(
     evaluate=("vqa", "caption", "class"),
     stages=(
         Stage("align", ("projector",), "captions", format="plain", steps=100, batch_size=64, lr=1e-3, max_length=256,
+              on_data=(("augment", True),),
               init=(("vision", "clip/tiny:vision"), ("language", "lm/tiny:language"))),
         Stage("tune", ("projector", "language"), "instruct", format="tiny", steps=2400, batch_size=64, lr=2e-3,
-              betas=(0.9, 0.98), max_length=256),
+              betas=(0.9, 0.98), max_length=256, on_data=(("augment", True), ("steps", 1000))),
     ),
 )
 

@@ -18,12 +18,30 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from nanovlm.errors import UserError
+
 
 def start(device_type: str) -> None:
     """Join the process group that torchrun set up; without torchrun do nothing."""
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         # Rank 0 evaluates and writes pictures while the others wait: give it time.
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timedelta(hours=2))
+
+
+def choose_device(name: str) -> torch.device:
+    """"auto", "cpu", "cuda" or "mps" → this process's device; auto is its GPU where there is one."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no usable CUDA GPU; use --device cpu.")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: this machine has no usable Apple GPU; use --device cpu.")
+    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
+        device = torch.device("cuda", local_rank())
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"torchrun started more processes than there are GPUs ({torch.cuda.device_count()}); "
+                            "make --nproc-per-node smaller.")
+        torch.cuda.set_device(device)
+        return device
+    return torch.device("cpu" if name == "auto" else name)
 
 
 def stop() -> None:

@@ -56,7 +56,7 @@ class Job:
 
 def run(recipe_name: str, options: Options = Options()) -> dict:
     """Train the recipe and return the summary that summary.json holds."""
-    device = choose_device(options.device)
+    device = distributed.choose_device(options.device)
     distributed.start(device.type)
     try:
         return Run(recipe_name, options, device).everything()
@@ -65,33 +65,22 @@ def run(recipe_name: str, options: Options = Options()) -> dict:
 
 
 def trained_model(name: str, stage: str | None = None, seed: int = 0) -> tuple[nn.Module, Tokenizer]:
-    """The model of a tiny recipe after its last stage or after `stage`, in eval(), and its tokenizer; embedded world.
+    """A tiny recipe's model after its last stage or after `stage`, in eval(), on the CPU; and its tokenizer.
 
-    From the cache, where `train_tiny.py` leaves every stage of such a run; else it is trained now and then kept there.
+    Trained on the embedded world: taken from the cache, where `train_tiny.py` leaves every stage of such a run, or
+    trained now and then kept there.
     """
+    stages = [one.name for one in recipes.get(name).stages]
+    last = stage or stages[-1]
+    if last not in stages:
+        raise UserError(f"Recipe {name} has no stage {last!r}; its stages are {', '.join(stages)}.")
     with tempfile.TemporaryDirectory() as scratch:
-        training = Run(name, Options(seed=seed, out=str(Path(scratch) / "run")), torch.device("cpu"))
-        wanted = stage or training.jobs[-1].stage.name
+        training = Run(name, Options(seed=seed, out=str(Path(scratch) / "run")), distributed.choose_device("auto"))
         for job in training.jobs:
             training.obtain(replace(job, final=False))
-            if job.recipe.name == name and job.stage.name == wanted:
-                return training.model_after(job.stage)[0], training.tokenizer
-    raise UserError(f"Recipe {name} has no stage {wanted!r}.")
-
-
-def choose_device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this machine has no usable CUDA GPU; use --device cpu.")
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device mps: this machine has no usable Apple GPU; use --device cpu.")
-    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
-        device = torch.device("cuda", distributed.local_rank())
-        if device.index >= torch.cuda.device_count():
-            raise UserError(f"torchrun started more processes than there are GPUs ({torch.cuda.device_count()}); "
-                            "make --nproc-per-node smaller.")
-        torch.cuda.set_device(device)
-        return device
-    return torch.device("cpu" if name == "auto" else name)
+            if job.recipe.name == name and job.stage.name == last:
+                break
+        return training.model_after(job.stage)[0].cpu(), training.tokenizer
 
 
 def plan(recipe: Recipe, real: bool, steps: float | None, final: bool = True) -> list[Job]:
