@@ -261,3 +261,5 @@ def test_lessons_come_before_questions():
         later = [source.sample(view, "train", begin + index) for index in range(300)]
         assert max(len(sample.turns) for sample in later) >= 3
         assert {"relation", "count", "census"} <= {turn.kind for sample in later for turn in sample.turns}
+        judged = {turn.kind for index in range(300) for turn in source.sample(view, "val", index).turns}
+        assert {"relation", "count"} <= judged, "lessons are for training: what is held out are questions"
