@@ -158,7 +158,7 @@ def initialise(decoder: Decoder) -> None:
 
     Without biases and without learned positions a head can only look for "the word before" by something that all words
     have in common, which rotation then turns into a place. So an eighth of each word's dims starts at 1: position heads,
-    and with them everything that is looked up, are learned in half the steps.
+    and with them everything that is looked up, are then learned sooner.
     """
     for name, parameter in decoder.named_parameters():
         if name == "embedding.weight" and not decoder.config.tied:

@@ -58,7 +58,7 @@ class RMSNorm(nn.Module):
 
     The statistics are fp32 whatever the input is, then cast back, then scaled: the order of the published LLaMA code,
     which matters in bf16. Written with few operations, none on a Python number (each is made a tensor first, which costs
-    as much again): on a CPU F.rms_norm is a dozen small ones, and all 2L + 1 norms a quarter of a tiny model's step.
+    as much again): on a CPU F.rms_norm is a dozen small ones, and a tiny model's step has 2L + 1 norms.
     """
 
     def __init__(self, width: int, eps: float = 1e-6):
