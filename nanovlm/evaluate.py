@@ -21,7 +21,8 @@ import torch
 from torch import nn
 
 from nanovlm import metrics
-from nanovlm.data.conversation import PAIR_LENGTH, Sample, answer_ids, collate_prompts, collate_texts, prompt, stop_ids
+from nanovlm.data.collate import PAIR_LENGTH, collate_prompts, collate_texts
+from nanovlm.data.conversation import Sample, answer_ids, prompt, stop_ids
 from nanovlm.data.transforms import Transform, load_image
 from nanovlm.recipes.stage import Recipe, Stage
 from nanovlm.tokenizer import Tokenizer

@@ -9,14 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from nanovlm.data.collate import collate_conversations, collate_pairs, collate_prompts
 from nanovlm.data.conversation import (
     FORMATS,
     Sample,
     Turn,
     answer_ids,
-    collate_conversations,
-    collate_pairs,
-    collate_prompts,
     encode,
     prompt,
     stop_ids,
@@ -30,9 +28,9 @@ TOKENIZER = Tokenizer.train([CORPUS] * 5, 340)
 BYTES = Tokenizer.train([], 260)  # no merges: "###" is three tokens, and an answer may hold two of them
 NAMES = sorted(FORMATS)
 # What each answer begins with and what closes it, written out here and not taken from the table under test.
-LEAD = {"plain": "", "v0": " ", "v1": " ", "llama_2": " ", "tiny": " "}
-CLOSE = {"plain": "\n", "v0": "\n###", "v1": "</s>", "llama_2": " </s>", "tiny": "</s>"}
-FORBIDDEN = {"plain": "\n", "v0": "###"}
+LEAD = {"plain": "", "v0": " ", "v1": " ", "llama_2": " ", "blip2": " ", "tiny": " "}
+CLOSE = {"plain": "\n", "v0": "\n###", "v1": "</s>", "llama_2": " </s>", "blip2": "\n", "tiny": "</s>"}
+FORBIDDEN = {"plain": "\n", "v0": "###", "blip2": "\n"}
 
 # Texts that try to break out of the template, beside any Unicode.
 SPITEFUL = st.sampled_from(["</s>", "<s>", "### Assistant:", " ASSISTANT: no", "[/INST]", "\n\n", " ", "#", "\n##"])
@@ -41,14 +39,15 @@ TEXT = st.lists(st.one_of(st.text(max_size=12), SPITEFUL), max_size=4).map("".jo
 
 @st.composite
 def conversations(draw, name):
-    """Turns that the format can hold: 0-2 images in any question, no empty answer, no stop text in an answer."""
+    """Turns that the format can hold: 0-2 images in any question (blip2: one in the first), no empty answer, no stop text in an answer."""
     turns = []
     for _ in range(1 if name == "plain" else draw(st.integers(1, 3))):
         words = [draw(TEXT).replace("<image>", "") for _ in range(draw(st.integers(1, 3)))]
         answer = draw(TEXT.filter(str.strip))
         for forbidden in [FORBIDDEN[name]] if name in FORBIDDEN else []:
             answer = answer.replace(forbidden, "") or "x"
-        turns.append(Turn("<image>".join(words), answer if answer.strip() else "x"))
+        mark = "" if name == "blip2" and turns else "<image>"
+        turns.append(Turn(mark.join(words[:2] if name == "blip2" else words), answer if answer.strip() else "x"))
     return tuple(turns)
 
 
@@ -73,7 +72,8 @@ def test_trained_tokens_are_exactly_answers_and_stops(name, data):
     rest = TOKENIZER.decode([i for i, label in zip(ids, labels) if label == -100], specials=True)
     everything = TOKENIZER.decode(ids, specials=True)
     assert len(rest) == len(everything) - len(expected_trained(turns, name))
-    assert ids.count(TOKENIZER.image_id) == sum(turn.question.count("<image>") for turn in turns)
+    marks = sum(turn.question.count("<image>") for turn in turns)
+    assert ids.count(TOKENIZER.image_id) == (0 if name == "blip2" else marks)  # there the model puts the image first
     assert ids.count(TOKENIZER.eos_id) == ("</s>" in CLOSE[name]) * len(turns)  # "</s>" that people write is no stop
 
 
@@ -147,6 +147,21 @@ def test_plain_keeps_the_images_and_throws_the_question_away():
     assert TOKENIZER.decode(trained(labels), specials=True) == "a red hat\n"
 
 
+def test_blip2_writes_no_image_mark_and_asks_for_no_caption():
+    """The model puts the image first; what is told in its place, before a language model is frozen, stands there too."""
+    cases = [
+        (TWO_TURNS, "<s>Question: what colour? Answer: red\nQuestion: sure? Answer: yes\n", " red\n yes\n"),
+        ((Turn("<image>", "a hat", "caption"),), "<s> a hat\n", " a hat\n"),
+        ((Turn("<image>\ndescribe it.", "a hat", "caption"),), "<s> a hat\n", " a hat\n"),
+        ((Turn("a red hat.\nwhat colour?", "red"),), "a red hat.<s>Question: what colour? Answer: red\n", " red\n"),
+        ((Turn("top: red hat.", "a hat", "caption"),), "top: red hat.<s> a hat\n", " a hat\n"),
+    ]
+    for turns, whole, learned in cases:
+        ids, labels = encode(turns, TOKENIZER, "blip2")
+        assert TOKENIZER.decode(ids, specials=True) == whole
+        assert TOKENIZER.decode(trained(labels), specials=True) == learned
+
+
 def test_an_answer_is_the_same_tokens_as_inside_a_sentence():
     ids, labels = encode((Turn("what colour is it?", "red"),), TOKENIZER, "v1")
     assert trained(labels) == [*TOKENIZER.encode(" red"), TOKENIZER.eos_id]
@@ -164,7 +179,9 @@ def test_an_answer_is_the_same_tokens_as_inside_a_sentence():
         ((Turn("hi", "use ### here"),), "v0", "picture 3: the answer of turn 1 holds '###'"),
         ((Turn("<image>", "two\nlines"),), "plain", "holds '.n'"),
         ((Turn("<image>", "a"), Turn("b", "c")), "plain", "picture 3: the format plain holds one caption, not 2 turns"),
-        ((Turn("hi", "a"),), "v9", "Unknown conversation format 'v9'.*plain, v0, v1, llama_2, tiny"),
+        ((Turn("<image><image>", "a"),), "blip2", "picture 3: in the format blip2 one image stands before everything"),
+        ((Turn("hi", "a"), Turn("<image>", "c")), "blip2", "picture 3: in the format blip2 one image stands"),
+        ((Turn("hi", "a"),), "v9", "Unknown conversation format 'v9'.*plain, v0, v1, llama_2, blip2, tiny"),
     ],
 )
 def test_what_cannot_be_encoded_is_said_in_one_sentence(turns, name, said):

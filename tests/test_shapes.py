@@ -14,7 +14,8 @@ from shape_checker import ShapeChecker, shape_comments
 import nanovlm
 from nanovlm import metrics, plots
 from nanovlm.attention import Attention, KVCache
-from nanovlm.data.conversation import Sample, collate_pairs
+from nanovlm.data.collate import collate_pairs
+from nanovlm.data.conversation import Sample
 from nanovlm.data.transforms import Transform
 from nanovlm.decoder import clip_text, llama, opt
 from nanovlm.papers.clip import CLIP, CLIPConfig

@@ -1,4 +1,4 @@
-"""Conversations become token ids and labels, and lists of samples become batches: all of it.
+"""Conversations become token ids and labels.
 
 Idea: a format is a table of the texts that stand around questions and answers. Ids and labels are built together, piece
 by piece, so no label can slip: each piece of text is encoded once and is either trained whole or not at all.
@@ -18,28 +18,17 @@ What people write is ordinary text: "</s>" in a question or an answer never beco
 Differs from the released code in: labels are made with the ids instead of being found again in the encoded text, so no
 sample is lost to a mismatch; a "v0" label covers answer and stop only; an empty system prompt leaves no blank behind;
 truncation never cuts an image.
-
-Legend: B batch, T text tokens, K negatives per pair, n images in the batch.
 """
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from hashlib import blake2b
-from pathlib import Path
-from random import Random
+from dataclasses import dataclass, replace
 
-import torch
-from PIL import Image
-from torch import Tensor
-
-from nanovlm.data.transforms import Transform, load_image
 from nanovlm.errors import UserError
 from nanovlm.lm_loss import IGNORE
 from nanovlm.tokenizer import Tokenizer
 
 IMAGE = "<image>"
-PAIR_LENGTH = 64  # longest text of a pair, where a stage gives no other
 
 
 @dataclass(frozen=True)
@@ -62,6 +51,7 @@ class Sample:
     negatives: tuple[str, ...] = ()  # captions that are wrong in one point
     turns: tuple[Turn, ...] = ()
     label: str = ""
+    format: str = ""  # of its conversation, where it is not the stage's
 
 
 @dataclass(frozen=True)
@@ -81,6 +71,7 @@ class Format:
     close: str  # ends the answer, and is trained: generation stops here
     forbidden: str = ""  # a text at which generation stops, so no answer may hold it
     marks_only: bool = False  # one turn, of whose question only the "<image>" marks are kept
+    image_first: bool = False  # image tokens stand before `begin`, put there by the model; a caption needs no question
 
 
 # The system sentences are part of the published formats: weights tuned on them expect them to the letter.
@@ -105,6 +96,9 @@ FORMATS = {
     "llama_2": Format(
         "<s>[INST] ", _LLAMA_2, ("<<SYS>>\n", "\n<</SYS>>\n\n"), "", "<s>[INST] ", " [/INST]", " ", " </s>"
     ),
+    # BLIP-2 §3.3 and §4.1: [image tokens] <s> caption \n, or [image tokens] <s> Question: ... Answer: ... \n
+    "blip2": Format("<s>", "", ("", ""), "Question: ", "Question: ", " Answer:", " ", "\n", forbidden="\n",
+                    image_first=True),
     # v1 without its 30 words of system prompt: a tiny model on a CPU has better uses for its context.
     "tiny": Format("<s>", "", ("", " "), "USER: ", "USER: ", " ASSISTANT:", " ", "</s>"),
 }
@@ -181,17 +175,37 @@ def _pieces(turns: Sequence[Turn], tokenizer: Tokenizer, layout: Format, name: s
         raise UserError(f"{name}: it has no turns; give it at least one question with its answer.")
     if layout.marks_only and len(turns) > 1:
         raise UserError(f"{name}: the format plain holds one caption, not {len(turns)} turns; use another format.")
-    pieces = _template(layout.begin, tokenizer)
+    pieces = []
+    if layout.image_first:
+        told, turns = _told_first(turns, name)
+        pieces = _split(told, {IMAGE: tokenizer.image_id})
+    pieces += _template(layout.begin, tokenizer)
     if layout.system:
         pieces += [(layout.around[0], False), (layout.system, False), (layout.around[1], False)]
     for number, turn in enumerate(turns):
-        pieces += _template(layout.first if number == 0 else layout.later, tokenizer)
-        question = IMAGE * turn.question.count(IMAGE) if layout.marks_only else turn.question
-        pieces += _split(question, {IMAGE: tokenizer.image_id})
-        pieces += _template(layout.reply, tokenizer)
+        if turn.question or not layout.image_first:
+            pieces += _template(layout.first if number == 0 else layout.later, tokenizer)
+            question = IMAGE * turn.question.count(IMAGE) if layout.marks_only else turn.question
+            pieces += _split(question, {IMAGE: tokenizer.image_id})
+            pieces += _template(layout.reply, tokenizer)
         if not (open_end and number == len(turns) - 1):
             pieces += _answer_pieces(turn.answer, tokenizer, layout, f"{name}: the answer of turn {number + 1}")
     return pieces
+
+
+def _told_first(turns: Sequence[Turn], name: str) -> tuple[str, Sequence[Turn]]:
+    """What is told in the image's place, and the turns without it; no mark is left, and no question before a caption."""
+    first = turns[0]
+    told, _, question = first.question.rpartition("\n")
+    if sum(turn.question.count(IMAGE) for turn in turns) > min(1, first.question.count(IMAGE)):
+        raise UserError(f'{name}: in the format blip2 one image stands before everything; "{IMAGE}" may stand once, in '
+                        "the first question.")
+    if IMAGE in first.question:
+        told, question = "", first.question.replace(f"{IMAGE}\n", "").replace(IMAGE, "")
+    elif first.kind == "caption" and not told:
+        told = question
+    turns = [replace(first, question=question), *turns[1:]]
+    return told, [replace(turn, question="") if turn.kind == "caption" else turn for turn in turns]
 
 
 def _answer_pieces(answer: str, tokenizer: Tokenizer, layout: Format, where: str) -> list[Piece]:
@@ -248,92 +262,3 @@ def _fitting(ids: list[int], image_id: int, image_tokens: int, max_length: int, 
                             f"token {needed}); raise the maximum length or shorten what stands before the image.")
         return kept
     return len(ids)
-
-
-# ---- batches
-
-
-def collate_conversations(
-    samples: Sequence[Sample], tokenizer: Tokenizer, format: str | Format, transform: Transform,
-    max_length: int | None, image_tokens: int, rng: Random,
-) -> dict[str, Tensor]:
-    """images (n, 3, H, W) in the order of their marks, input_ids (B, T), attention_mask (B, T), labels (B, T)."""
-    images, rows, labels = [], [], []
-    for sample in samples:
-        marks = sum(turn.question.count(IMAGE) for turn in sample.turns)
-        if marks != len(sample.images):
-            raise UserError(f'{sample.id}: {marks} "{IMAGE}" marks in its questions but {len(sample.images)} images; '
-                            "there must be one mark for each image.")
-        row, row_labels = encode(sample.turns, tokenizer, format, max_length, image_tokens, sample.id)
-        rows.append(row)
-        labels.append(row_labels)
-        images += [transform(_picture(image), rng) for image in sample.images]
-    batch = _pad_right(rows, tokenizer.pad_id)
-    batch["labels"] = _pad_right(labels, IGNORE)["input_ids"]
-    batch["images"] = torch.stack(images) if images else torch.zeros(0, 3, transform.size, transform.size)
-    return batch
-
-
-def collate_pairs(
-    samples: Sequence[Sample], tokenizer: Tokenizer, transform: Transform, max_length: int, rng: Random
-) -> dict[str, Tensor]:
-    """One image and one text each, "<s> caption </s>", for contrastive learning; captions and negatives share T.
-
-    text_group, image_group: int64 (B,), equal where the texts or the images are, which are no negatives of each other.
-    """
-    for sample in samples:
-        if len(sample.images) != 1 or not sample.caption.strip():
-            raise UserError(f"{sample.id}: a pair needs one image and a caption.")
-    B, K = len(samples), min(len(sample.negatives) for sample in samples)
-    texts = [sample.caption for sample in samples]
-    wrong = [text for sample in samples for text in rng.sample(sample.negatives, K)]
-    ids, mask = collate_texts(texts + wrong, tokenizer, max_length)  # (B + B * K, T)
-    pictures = [_picture(sample.images[0]) for sample in samples]
-    batch = {
-        "images": torch.stack([transform(picture, rng) for picture in pictures]),
-        "input_ids": ids[:B],
-        "attention_mask": mask[:B],
-        "text_group": torch.tensor([_number(text.encode()) for text in texts]),
-        "image_group": torch.tensor([_number(picture.tobytes()) for picture in pictures]),
-    }
-    if K > 0:
-        batch["negative_ids"] = ids[B:].view(B, K, -1)
-        batch["negative_mask"] = mask[B:].view(B, K, -1)
-    return batch
-
-
-def collate_texts(texts: Sequence[str], tokenizer: Tokenizer, max_length: int) -> tuple[Tensor, Tensor]:
-    """Each text alone, as contrastive learning reads it: input_ids and attention_mask (B, T)."""
-    padded = _pad_right([pair_ids(text, tokenizer, max_length) for text in texts], tokenizer.pad_id)
-    return padded["input_ids"], padded["attention_mask"]
-
-
-def collate_prompts(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """input_ids and attention_mask (B, T), padded on the left: every row ends where its answer begins."""
-    turned = _pad_right([list(reversed(ids)) for ids in prompts], pad_id)
-    return turned["input_ids"].flip(1), turned["attention_mask"].flip(1)
-
-
-def pair_ids(text: str, tokenizer: Tokenizer, max_length: int) -> list[int]:
-    """"<s> text </s>"; a text that is too long loses its end but keeps "</s>", where CLIP reads the sentence off."""
-    ids = [tokenizer.bos_id, *tokenizer.encode(text)]
-    return ids[: max_length - 1] + [tokenizer.eos_id]
-
-
-def _pad_right(rows: Sequence[Sequence[int]], value: int) -> dict[str, Tensor]:
-    longest = max(len(row) for row in rows)
-    ids = torch.full((len(rows), longest), value, dtype=torch.int64)  # (B, T)
-    mask = torch.zeros(len(rows), longest, dtype=torch.bool)  # (B, T)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
-        mask[i, : len(row)] = True
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def _picture(image: Image.Image | str | Path) -> Image.Image:
-    return image if isinstance(image, Image.Image) else load_image(image)
-
-
-def _number(content: bytes) -> int:
-    """63 bits of a hash: the same number on every machine and in every run, unlike Python's own hash()."""
-    return int.from_bytes(blake2b(content, digest_size=8).digest(), "big") >> 1

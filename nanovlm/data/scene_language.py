@@ -110,15 +110,18 @@ def description(scene: Scene, rng: Random, styles: tuple[str, ...] = DESCRIPTION
     return " ".join(f"{thing.cell}: {_short(thing)}." for thing in rng.sample(scene.things, len(scene.things)))
 
 
-def notes(scene: Scene, rng: Random) -> str:
-    """Every fact of every thing: things in any order, and the facts of each in any order.
+def notes(scene: Scene, rng: Random, colours: bool = True) -> str:
+    """Every fact of every thing (but its colour, if told so): things in any order, and the facts of each in any order.
 
     As an answer this is the densest of lessons. Whichever fact of a thing is said first, the others follow from it, but
     only for a reader who finds the thing that it belongs to: three questions with their answers in four words.
     """
     told = []
     for thing in rng.sample(scene.things, len(scene.things)):
-        facts = (_short(thing), thing.cell) if isinstance(thing, Sign) else (thing.size, thing.colour, thing.shape, thing.cell)
+        if isinstance(thing, Sign):
+            facts = (_short(thing), thing.cell)
+        else:
+            facts = (thing.size, *[thing.colour] * colours, thing.shape, thing.cell)
         told.append(" ".join(rng.sample(facts, len(facts))))
     return "; ".join(told) + "."
 

@@ -51,6 +51,7 @@ FOLLOW_UP = {
 DESCRIBE = "describe the picture."
 
 NOTES = "take notes."
+COLOURLESS = "take notes, colours aside."
 REPEAT = "say it again."
 
 LONG_ENOUGH = 16  # words of a conversation

@@ -21,8 +21,9 @@ Four views of the world:
 
 In the text view a description stands where the picture will stand later: a language model that has learned to use what
 stands before the question needs no new skill when the bridge puts image tokens there. One text in ten is the
-description alone, answered by a caption, as in the view "captions". Only answers are learned: what a description says
-is drawn at random, so nobody could predict it, and the attempt drowns the rest.
+description alone, answered by a caption, as in the view "captions". One in five is written as BLIP-2 writes it, with the
+description before everything else. Only answers are learned: what a description says is drawn at random, so nobody
+could predict it, and the attempt drowns the rest.
 
 Lessons come first. "What colour is the square?" has two or three likely answers for whoever knows the colours of the
 picture, and a model that meets such questions at once is content with that for thousands of steps: it never learns to
@@ -33,6 +34,9 @@ look for the square. LESSONS, before the questions, leave it no such way out:
     dense    take notes.                    -> blue small top right square; circle top left red large.
                                                one fact of a thing, and the others have to be looked up
              count red, star, blue circle.  -> red one, star none, blue circle none.
+
+In the view "instruct" about one picture in seven then shows its objects in colours that have no name ("take notes, colours
+aside."): a shape in a colour in which it was never met is no new thing to a model that has met shapes in any colour.
 
 Split "train": pictures, captions and questions show and mention SEEN pairs only; texts tell of all pairs.
 Split "val": every scene has an object with a HELD_OUT pair. These scenes do not depend on the seed, so that all runs
@@ -50,12 +54,14 @@ from nanovlm.data.scene_language import (
     captions,
     description,
     negatives,
+    notes,
     say,
     vaguer,
     wordings,
 )
 from nanovlm.data.scene_questions import (
     ATTRIBUTES,
+    COLOURLESS,
     DESCRIBE,
     FOLLOW_UP,
     KINDS,
@@ -133,10 +139,12 @@ class Scenes:
             scene = random_scene(rng, pairs, many=rng.choice((1, 2, 2)) if view == "pairs" else 0)
         name = f"scenes/{split}/{index}"
         if view == "text":
-            return Sample(name, turns=_document(scene, rng, lesson), references=captions(scene))
-
+            style = "blip2" if rng.random() < 0.2 else ""
+            return Sample(name, turns=_document(scene, rng, lesson), references=captions(scene), format=style)
         if view == "pairs":
             return self._pair(name, scene, rng, pairs, split)
+        if view == "instruct" and split == "train" and rng.random() < 0.15:
+            return self._colourless(name, scene, rng)
         images = (render(scene, self.image_size),)
         if view == "instruct":
             turns = _put_before((dense(scene, rng, pairs),) if lesson else conversation(scene, rng, pairs), "<image>")
@@ -154,6 +162,12 @@ class Scenes:
         false = negatives(scene, wording, rng, k=2, pairs=pairs)
         images = (render(shown, self.image_size),)
         return Sample(name, images, caption=say(scene, wording), references=captions(scene), negatives=false)
+
+    def _colourless(self, name: str, scene: Scene, rng: Random) -> Sample:
+        """A picture in colours without names, and notes that are silent about them."""
+        images = (render(recoloured(scene, rng), self.image_size),)
+        turns = (Turn(f"<image>\n{COLOURLESS}", notes(scene, rng, colours=False), "notes"),)
+        return Sample(name, images, references=captions(scene), turns=turns)
 
     def references(self, sample: Sample) -> tuple[str, ...]:
         return sample.references

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from nanovlm.data.conversation import PAIR_LENGTH, Sample, collate_conversations, collate_pairs
+from nanovlm.data.collate import PAIR_LENGTH, collate_conversations, collate_pairs
+from nanovlm.data.conversation import Sample
 from nanovlm.data.transforms import Transform
 from nanovlm.errors import UserError
 from nanovlm.recipes.stage import Recipe, Stage

@@ -1,0 +1,111 @@
+"""Lists of samples become batches: pictures, ids, masks and labels of one length.
+
+    samples ──► collate_conversations   images, input_ids, attention_mask, labels       padded on the right, to train
+            ├─► collate_pairs           images, input_ids, attention_mask, who is equal to whom, wrong captions
+            └─► collate_prompts         input_ids, attention_mask                       padded on the left, to generate
+
+Legend: B batch, T text tokens, K negatives per pair, n images in the batch.
+"""
+
+from collections.abc import Sequence
+from hashlib import blake2b
+from pathlib import Path
+from random import Random
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from nanovlm.data.conversation import IMAGE, Format, Sample, encode
+from nanovlm.data.transforms import Transform, load_image
+from nanovlm.errors import UserError
+from nanovlm.lm_loss import IGNORE
+from nanovlm.tokenizer import Tokenizer
+
+PAIR_LENGTH = 64  # longest text of a pair, where a stage gives no other
+
+
+def collate_conversations(
+    samples: Sequence[Sample], tokenizer: Tokenizer, format: str | Format, transform: Transform,
+    max_length: int | None, image_tokens: int, rng: Random,
+) -> dict[str, Tensor]:
+    """images (n, 3, H, W) in the order of their marks, input_ids (B, T), attention_mask (B, T), labels (B, T)."""
+    images, rows, labels = [], [], []
+    for sample in samples:
+        marks = sum(turn.question.count(IMAGE) for turn in sample.turns)
+        if marks != len(sample.images):
+            raise UserError(f'{sample.id}: {marks} "{IMAGE}" marks in its questions but {len(sample.images)} images; '
+                            "there must be one mark for each image.")
+        row, row_labels = encode(sample.turns, tokenizer, sample.format or format, max_length, image_tokens, sample.id)
+        rows.append(row)
+        labels.append(row_labels)
+        images += [transform(_picture(image), rng) for image in sample.images]
+    batch = _pad_right(rows, tokenizer.pad_id)
+    batch["labels"] = _pad_right(labels, IGNORE)["input_ids"]
+    batch["images"] = torch.stack(images) if images else torch.zeros(0, 3, transform.size, transform.size)
+    return batch
+
+
+def collate_pairs(
+    samples: Sequence[Sample], tokenizer: Tokenizer, transform: Transform, max_length: int, rng: Random
+) -> dict[str, Tensor]:
+    """One image and one text each, "<s> caption </s>", for contrastive learning; captions and negatives share T.
+
+    text_group, image_group: int64 (B,), equal where the texts or the images are, which are no negatives of each other.
+    """
+    for sample in samples:
+        if len(sample.images) != 1 or not sample.caption.strip():
+            raise UserError(f"{sample.id}: a pair needs one image and a caption.")
+    B, K = len(samples), min(len(sample.negatives) for sample in samples)
+    texts = [sample.caption for sample in samples]
+    wrong = [text for sample in samples for text in rng.sample(sample.negatives, K)]
+    ids, mask = collate_texts(texts + wrong, tokenizer, max_length)  # (B + B * K, T)
+    pictures = [_picture(sample.images[0]) for sample in samples]
+    batch = {
+        "images": torch.stack([transform(picture, rng) for picture in pictures]),
+        "input_ids": ids[:B],
+        "attention_mask": mask[:B],
+        "text_group": torch.tensor([_number(text.encode()) for text in texts]),
+        "image_group": torch.tensor([_number(picture.tobytes()) for picture in pictures]),
+    }
+    if K > 0:
+        batch["negative_ids"] = ids[B:].view(B, K, -1)
+        batch["negative_mask"] = mask[B:].view(B, K, -1)
+    return batch
+
+
+def collate_texts(texts: Sequence[str], tokenizer: Tokenizer, max_length: int) -> tuple[Tensor, Tensor]:
+    """Each text alone, as contrastive learning reads it: input_ids and attention_mask (B, T)."""
+    padded = _pad_right([pair_ids(text, tokenizer, max_length) for text in texts], tokenizer.pad_id)
+    return padded["input_ids"], padded["attention_mask"]
+
+
+def collate_prompts(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """input_ids and attention_mask (B, T), padded on the left: every row ends where its answer begins."""
+    turned = _pad_right([list(reversed(ids)) for ids in prompts], pad_id)
+    return turned["input_ids"].flip(1), turned["attention_mask"].flip(1)
+
+
+def pair_ids(text: str, tokenizer: Tokenizer, max_length: int) -> list[int]:
+    """"<s> text </s>"; a text that is too long loses its end but keeps "</s>", where CLIP reads the sentence off."""
+    ids = [tokenizer.bos_id, *tokenizer.encode(text)]
+    return ids[: max_length - 1] + [tokenizer.eos_id]
+
+
+def _pad_right(rows: Sequence[Sequence[int]], value: int) -> dict[str, Tensor]:
+    longest = max(len(row) for row in rows)
+    ids = torch.full((len(rows), longest), value, dtype=torch.int64)  # (B, T)
+    mask = torch.zeros(len(rows), longest, dtype=torch.bool)  # (B, T)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
+        mask[i, : len(row)] = True
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _picture(image: Image.Image | str | Path) -> Image.Image:
+    return image if isinstance(image, Image.Image) else load_image(image)
+
+
+def _number(content: bytes) -> int:
+    """63 bits of a hash: the same number on every machine and in every run, unlike Python's own hash()."""
+    return int.from_bytes(blake2b(content, digest_size=8).digest(), "big") >> 1
