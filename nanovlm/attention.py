@@ -76,8 +76,8 @@ class Attention(nn.Module):
                 k, v = cache.append(k, v)  # (B, H, S, d): the earlier ones too, after rotation: they never move
         blind = None
         if mask is not None:
-            mask = mask[:, None]  # (B, 1, T, S): the same for every head
-            blind = ~mask.any(dim=-1, keepdim=True)  # (B, 1, T, 1)
+            mask = mask[:, None]  # one for all heads; a mask of one row serves all T
+            blind = ~mask.any(dim=-1, keepdim=True)
             mask = mask | blind  # softmax over nothing is 0/0: let a blind row look, and erase what it saw below
         attend = attend_fast if maps is None else attend_readable
         y = attend(q, k, v, mask, bias, self.scale, maps)  # (B, H, T, d)

@@ -1,6 +1,7 @@
 """The contrastive loss: find your own caption among everybody's, and your own picture among everybody's.
 
     CLIP §2.3, Fig. 3:    sim_ij = ⟨image_i, text_j⟩ / τ         L = ½ [ CE(sim, right text) + CE(simᵀ, right image) ]
+    BLIP-2 §3.1:          sim_ij = max_q ⟨query_iq, text_j⟩ / τ  an image is Q vectors, the best of which counts
 
               text_1  text_2  text_3 │ hard negatives of image 1…3 (captions with one fact wrong)
     image_1     ■       ·       ·    │  ·  ·
@@ -9,7 +10,7 @@
 
 Real sets repeat captions and pictures: pairs that share a text or an image are positives, never negatives.
 
-Legend: B pairs on this rank, G pairs over all ranks, K hard negatives of each image, E embedding width.
+Legend: B pairs on this rank, G pairs over all ranks, K hard negatives of each image, Q vectors of an image, E their width.
 """
 
 from collections.abc import Callable
@@ -21,28 +22,40 @@ from torch.nn import functional as F
 Gather = Callable[[Tensor], Tensor]
 
 
-def positives(text_group: Tensor, image_group: Tensor, all_text: Tensor, all_image: Tensor) -> Tensor:
-    """Which of G pairs are right for each of B: same text or same image → bool (B, G)."""
-    return (text_group[:, None] == all_text) | (image_group[:, None] == all_image)
+def positives(text_group: Tensor, image_group: Tensor, gather: Gather) -> Tensor:
+    """Which of G pairs are right for each of B: same text or same image (equal numbers, int64 (B,)) → bool (B, G)."""
+    return (text_group[:, None] == gather(text_group)) | (image_group[:, None] == gather(image_group))
 
 
-def contrastive_loss(image: Tensor, text: Tensor, temperature: Tensor, text_group: Tensor, image_group: Tensor,
-                     gather: Gather, negatives: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def similarities(image: Tensor, text: Tensor, gather: Gather) -> tuple[Tensor, Tensor]:
+    """Cosine of my images with all texts, and of my texts with all images → both (B, G).
+
+    image: (B, E) or (B, Q, E), text: (B, E), unit length. gather: puts all ranks' rows together, with gradient, own rank
+    in its place.
+    """
+    mine, everyones = as_set(image), as_set(gather(image))  # (B, Q, E) and (G, Q, E)
+    image_to_text = torch.einsum("bqe,ge->bgq", mine, gather(text)).amax(dim=2)
+    text_to_image = torch.einsum("be,gqe->bgq", text, everyones).amax(dim=2)
+    return image_to_text, text_to_image
+
+
+def as_set(image: Tensor) -> Tensor:
+    """CLIP's one vector of an image is a set of one: (B, E) → (B, 1, E)."""
+    return image[:, None] if image.ndim == 2 else image
+
+
+def contrastive_loss(image_to_text: Tensor, text_to_image: Tensor, right: Tensor, negatives: Tensor | None = None,
+                     smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
     """Both directions of CLIP's loss → (sum over this rank's pairs, B).
 
-    image, text: (B, E), unit length. temperature: τ, a scalar. text_group, image_group: int64 (B,), equal number = same
-    text or picture. gather: puts all ranks' rows together, with gradient, own rank in its place. negatives: (B, K, E).
+    image_to_text, text_to_image: (B, G), already divided by τ. right: bool (B, G) from `positives`. negatives: (B, K),
+    each image with its own wrong captions, divided by τ. smoothing: share of the target spread over all candidates.
     """
-    all_image, all_text = gather(image), gather(text)  # (G, E)
-    right = positives(text_group, image_group, gather(text_group), gather(image_group))  # (B, G)
-    targets = right.float() / right.sum(dim=1, keepdim=True)
-    image_to_text = image @ all_text.T / temperature  # (B, G)
-    text_to_image = text @ all_image.T / temperature  # (B, G)
-    i2t_targets = targets
+    targets = right.float() / right.sum(dim=1, keepdim=True)  # (B, G)
+    wider = targets
     if negatives is not None:
-        wrong = torch.einsum("be,bke->bk", image, negatives) / temperature  # (B, K)
-        image_to_text = torch.cat([image_to_text, wrong], dim=1)  # (B, G + K)
-        i2t_targets = F.pad(targets, (0, wrong.shape[1]))
-    total = (F.cross_entropy(image_to_text, i2t_targets, reduction="sum")
-             + F.cross_entropy(text_to_image, targets, reduction="sum")) / 2
-    return total, torch.tensor(len(image), device=image.device)
+        image_to_text = torch.cat([image_to_text, negatives], dim=1)  # (B, G + K)
+        wider = F.pad(targets, (0, negatives.shape[1]))
+    total = (F.cross_entropy(image_to_text, wider, reduction="sum", label_smoothing=smoothing)
+             + F.cross_entropy(text_to_image, targets, reduction="sum", label_smoothing=smoothing)) / 2
+    return total, torch.tensor(len(right), device=right.device)

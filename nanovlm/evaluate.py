@@ -8,8 +8,12 @@ A figure means something only beside what can be had without looking: `chance`, 
 that kind is right, and `shuffled`, the same model and the same questions with pictures that belong to others. A model
 that ignores its images scores the same on both; a model that uses them falls to chance when they are permuted.
 
-Metrics: `vqa_accuracy` and `vqa_accuracy/<kind>` (official VQA normalisation), `caption_exact` and `caption_cider`
-(against every caption that counts as right), `vqa_accuracy/class` (all class names ranked by log-likelihood).
+A stage names what its model is judged by (`Stage.evaluate`):
+
+    "answers"     vqa_accuracy, vqa_accuracy/<kind>       official VQA normalisation
+    "captions"    caption_exact, caption_cider            against every caption that counts as right
+    "classes"     vqa_accuracy/class                      all class names ranked by log-likelihood
+    "retrieval"   i2t_r1, i2t_r10, t2i_r1, t2i_r10        after re-ranking by image-text matching; …/itc before
 """
 
 from collections import Counter, defaultdict
@@ -29,6 +33,7 @@ from nanovlm.tokenizer import Tokenizer
 
 BATCH = 100
 MAX_NEW_TOKENS = 64
+RERANK = 16  # candidates judged again; BLIP-2 has 128, for galleries of 1,000 to 5,000
 
 
 class Examinee:
@@ -76,8 +81,10 @@ class Examinee:
 
 def evaluate(model: nn.Module, recipe: Recipe, stage: Stage, source: object, tokenizer: Tokenizer,
              device: torch.device | str) -> dict[str, dict[str, float]]:
-    """{metric: {"value", "n", "chance", "shuffled"}} on the source's whole exam."""
+    """{metric: {"value", "n", "chance", "shuffled"}} on the source's whole exam, as far as the stage is judged by it."""
     examinee = Examinee(model, recipe, stage, tokenizer, device)
+    if "retrieval" in stage.evaluate:
+        return judge_retrieval(examinee, source)
     by_kind = defaultdict(list)
     for sample in source.exam():
         by_kind[sample.turns[-1].kind].append(sample)
@@ -86,13 +93,13 @@ def evaluate(model: nn.Module, recipe: Recipe, stage: Stage, source: object, tok
     for kind, samples in by_kind.items():
         if kind == "caption":
             results |= judge_captions(examinee, samples, source)
-        else:
+        elif "answers" in stage.evaluate:
             marks += (of_kind := judge_answers(examinee, samples))
             if kind:
                 results[f"vqa_accuracy/{kind}"] = mean(of_kind)
     if marks:
         results["vqa_accuracy"] = mean(marks)
-    if "class" in recipe.evaluate and getattr(source, "labels", ()):
+    if "classes" in stage.evaluate and getattr(source, "labels", ()):
         results["vqa_accuracy/class"] = judge_classes(examinee, by_kind["caption"], source.labels)
     return results
 
@@ -119,6 +126,50 @@ def judge_classes(examinee: Examinee, samples: Sequence[Sample], classes: Sequen
     common = Counter(truths).most_common(1)[0][0]
     pairs = zip(truths, examinee.choose(samples, classes), examinee.choose(permuted(samples), classes))
     return mean([(truth == right, truth == common, truth == wrong) for truth, right, wrong in pairs])
+
+
+def judge_retrieval(examinee: Examinee, source: object) -> dict[str, dict[str, float]]:
+    """Each gallery's pictures against its own texts, both ways; the mean over the galleries.
+
+    BLIP-2 §4.4: the RERANK best by contrast are judged again, by matching plus contrast (as the released code adds them).
+    """
+    marks = defaultdict(list)  # metric → a value for each gallery
+    galleries = source.galleries()
+    for samples in galleries:
+        texts = list(dict.fromkeys(s.caption for s in samples))
+        right = torch.tensor([[text in source.references(s) for text in texts] for s in samples])  # (n, G)
+        images = torch.stack([examinee.transform(picture(s.images[0])) for s in samples])
+        ids, mask = collate_texts(texts, examinee.tokenizer, PAIR_LENGTH)
+        found = retrieve(examinee.model, *(tensor.to(examinee.device) for tensor in (images, ids, mask)))
+        for name, similarity in found.items():
+            way, rows, relevant = name[:3], similarity, right
+            if way == "t2i":
+                rows, relevant = similarity.T, right.T
+            moved = relevant[torch.randperm(len(relevant), generator=torch.Generator().manual_seed(0))]
+            for k in (1, 10):
+                values = [metrics.recall_at_k(rows.cpu(), truth, k) for truth in (relevant, moved)]
+                marks[f"{way}_r{k}{name[3:]}"].append((values[0], min(1.0, k / rows.shape[1]), values[1]))
+    return {name: {**mean(values), "n": sum(map(len, galleries))} for name, values in marks.items()}
+
+
+@torch.no_grad()
+def retrieve(model: nn.Module, images: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Scores (images, texts) under four names: "i2t/itc" and "t2i/itc", and re-ranked "i2t" and "t2i"."""
+    cosine = model.score(images, ids, mask)  # (n, G)
+    found = {"i2t/itc": cosine, "t2i/itc": cosine}
+    tokens = model.encode_image(images)
+    for way in ("i2t", "t2i"):
+        best = (cosine if way == "i2t" else cosine.T).topk(min(RERANK, len(ids), len(images)), dim=1).indices
+        first = torch.arange(len(best), device=best.device)[:, None].expand_as(best)
+        i, j = (first, best) if way == "i2t" else (best, first)
+        i, j = i.flatten(), j.flatten()
+        belongs = torch.cat([model.match(tokens[a], ids[b], mask[b])[:, 1]
+                             for a, b in zip(i.split(10 * BATCH), j.split(10 * BATCH))])
+        # a candidate stands before everything that was not one
+        scores = cosine - 1000
+        scores[i, j] = cosine[i, j] + belongs
+        found[way] = scores
+    return found
 
 
 def mean(marks: Sequence[tuple[float, float, float]]) -> dict[str, float]:

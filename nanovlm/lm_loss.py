@@ -20,11 +20,13 @@ from torch.utils.checkpoint import checkpoint
 IGNORE = -100  # a label of −100 is not learned
 
 
-def lm_loss(hidden: Tensor, head_weight: Tensor, labels: Tensor, chunk: int = 8192) -> tuple[Tensor, Tensor]:
+def lm_loss(hidden: Tensor, head_weight: Tensor, labels: Tensor, chunk: int = 8192, head_bias: Tensor | None = None,
+            smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
     """Cross-entropy of the next token → (sum over trained tokens, their number), both scalars.
 
     hidden: (B, T, D), the decoder's last states. head_weight: (V, D). labels: int64 (B, T), the token that stands at each
-    position (not the next one), −100 where nothing is learned. chunk: tokens whose logits are held at once.
+    position (not the next one), −100 where nothing is learned. chunk: tokens whose logits are held at once. head_bias:
+    (V,), BERT's head has one. smoothing: the share of the target that is spread over all V tokens (BLIP, BLIP-2: 0.1).
     """
     learned = labels[:, 1:] != IGNORE  # (B, T - 1): position t learns to say token t + 1
     states = hidden[:, :-1][learned]  # (K, D)
@@ -32,13 +34,15 @@ def lm_loss(hidden: Tensor, head_weight: Tensor, labels: Tensor, chunk: int = 81
     total = states.sum() * 0.0  # nothing to learn here: a zero that is still connected to the graph, never 0/0
     for start in range(0, len(targets), chunk):
         part = slice(start, start + chunk)
+        inputs = (states[part], head_weight, targets[part], head_bias, smoothing)
         if len(targets) <= chunk:
-            total = total + chunk_loss(states[part], head_weight, targets[part])
+            total = total + chunk_loss(*inputs)
         else:
-            total = total + checkpoint(chunk_loss, states[part], head_weight, targets[part], use_reentrant=False)
+            total = total + checkpoint(chunk_loss, *inputs, use_reentrant=False)
     return total, learned.sum()
 
 
-def chunk_loss(states: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
-    logits = F.linear(states, head_weight)  # (K, V)
-    return F.cross_entropy(logits.float(), targets, reduction="sum")
+def chunk_loss(states: Tensor, head_weight: Tensor, targets: Tensor, head_bias: Tensor | None,
+               smoothing: float) -> Tensor:
+    logits = F.linear(states, head_weight, head_bias)  # (K, V)
+    return F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)

@@ -9,7 +9,17 @@ broadcasts over what does not vary, and two masks are combined with `&`. Only `c
     ■ ■ ■ ·          ■ ■ ■ ·                             ■ ■ ■ ·
     ■ ■ ■ ■          ■ ■ ■ ·                             ■ ■ ■ ·
 
-Legend: B batch, T rows, S columns.
+BLIP-2's three (§3.1, Fig. 2), for two queries and three words: which of them see which decides what is learned.
+
+    bidirectional (ITM)      multimodal causal (ITG)      unimodal (ITC)
+    ■ ■ | ■ ■ ■              ■ ■ | · · ·                  ■ ■ | · · ·
+    ■ ■ | ■ ■ ■              ■ ■ | · · ·                  ■ ■ | · · ·
+    ----+------              ----+------                  ----+------
+    ■ ■ | ■ ■ ■              ■ ■ | ■ · ·                  · · | ■ ■ ■
+    ■ ■ | ■ ■ ■              ■ ■ | ■ ■ ·                  · · | ■ ■ ■
+    ■ ■ | ■ ■ ■              ■ ■ | ■ ■ ■                  · · | ■ ■ ■
+
+Legend: B batch, T rows, S columns, Q queries.
 """
 
 import torch
@@ -52,3 +62,34 @@ def positions(attention_mask: Tensor) -> Tensor:
     Not `arange`: in a batch padded on the left the first real token must stand at 0, as it would alone. Padding gets 0.
     """
     return (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+
+
+# --- the Q-Former's: queries stand first, then text; attention_mask bool (B, T) is the text's (BLIP-2 §3.1, Fig. 2) ---
+
+def bidirectional(queries: int, attention_mask: Tensor) -> Tensor:
+    """ITM: everybody looks at everybody → (B, 1, Q + T)."""
+    return padding(with_queries(queries, attention_mask))
+
+
+def multimodal_causal(queries: int, attention_mask: Tensor) -> Tensor:
+    """ITG: text looks at the queries and back, queries at queries only → (B, Q + T, Q + T).
+
+    What a word is to be predicted from has passed through the queries: text itself sees no image.
+    """
+    Q, L = queries, queries + attention_mask.shape[1]
+    allowed = causal(L, device=attention_mask.device).clone()  # (1, L, L)
+    allowed[:, :Q, :Q] = True
+    return allowed & bidirectional(queries, attention_mask)
+
+
+def unimodal(queries: int, attention_mask: Tensor) -> Tensor:
+    """ITC: queries and text do not see each other, or the pair would give itself away → (B, Q + T, Q + T)."""
+    Q, L = queries, queries + attention_mask.shape[1]
+    is_query = torch.arange(L, device=attention_mask.device) < Q  # (L,)
+    allowed = (is_query[:, None] == is_query)[None]  # (1, L, L)
+    return allowed & bidirectional(queries, attention_mask)
+
+
+def with_queries(queries: int, attention_mask: Tensor) -> Tensor:
+    """Queries are never padding: (B, T) → (B, Q + T)."""
+    return torch.cat([attention_mask.new_ones(len(attention_mask), queries), attention_mask], dim=1)

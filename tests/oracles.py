@@ -17,6 +17,13 @@ LLAMA = {"vocab_size": 53, "hidden_size": 36, "intermediate_size": 44, "num_hidd
 OPT = {"vocab_size": 53, "hidden_size": 36, "word_embed_proj_dim": 36, "ffn_dim": 44, "num_hidden_layers": 2,
        "num_attention_heads": 6, "max_position_embeddings": 37, "dropout": 0.0,
        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+BERT = {"vocab_size": 53, "hidden_size": 30, "num_hidden_layers": 3, "num_attention_heads": 5, "intermediate_size": 44,
+        "max_position_embeddings": 23, "type_vocab_size": 2, "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0, "pad_token_id": 0}
+EVA = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 20,
+       "patch_size": 5}
+QFORMER = {**{k: v for k, v in BERT.items() if k != "type_vocab_size"}, "cross_attention_frequency": 2}
+QUERIES = 7
 IMAGE_ID = 51
 
 
@@ -46,6 +53,36 @@ def hf_clip(seed: int) -> nn.Module:
     return bite(transformers.CLIPModel(config), seed)
 
 
+def hf_bert(seed: int, **changes) -> nn.Module:
+    return bite(transformers.BertForMaskedLM(transformers.BertConfig(**{**BERT, **changes})), seed)
+
+
+def blip2_config(**qformer) -> transformers.Blip2Config:
+    return transformers.Blip2Config(vision_config=EVA, qformer_config={**QFORMER, **qformer},
+                                    text_config={"model_type": "opt", **OPT}, num_query_tokens=QUERIES,
+                                    image_text_hidden_size=9)
+
+
+def hf_blip2(seed: int) -> nn.Module:
+    config = blip2_config()
+    config.image_token_index = IMAGE_ID
+    return without_key_bias(bite(transformers.Blip2ForConditionalGeneration(config), seed))
+
+
+def hf_blip2_retrieval(seed: int) -> nn.Module:
+    config = blip2_config(use_qformer_text_input=True)
+    return without_key_bias(bite(transformers.Blip2ForImageTextRetrieval(config), seed))
+
+
+def without_key_bias(hf: nn.Module) -> nn.Module:
+    """EVA-CLIP's keys have none; transformers keeps zeros in its place, in the middle of the three."""
+    for layer in hf.vision_model.encoder.layers:
+        third = len(layer.self_attn.qkv.bias) // 3
+        layer.self_attn.qkv.bias.data[third:2 * third] = 0
+    return hf
+
+
 def ours(hf: nn.Module) -> nn.Module:
     """Our model with the same weights, by the door that published checkpoints come through."""
-    return from_hf(hf.config.to_dict(), {name: tensor.clone() for name, tensor in hf.state_dict().items()}).eval()
+    config = {**hf.config.to_dict(), "architectures": [type(hf).__name__]}  # as save_pretrained writes it
+    return from_hf(config, {name: tensor.clone() for name, tensor in hf.state_dict().items()}).eval()

@@ -90,6 +90,11 @@ def judge(question: str, truth: dict, it: str | None) -> tuple[str, str | None]:
         looks = found[1].split(", ")
         fits = [sum(all(word in thing.values() for word in look.split()) for thing in objects.values()) for look in looks]
         return ", ".join(f"{look} {NUMBER_WORDS.get(n, 'none')}" for look, n in zip(looks, fits)) + ".", None
+    if found := re.fullmatch(r"find ([\w ,]+)\.", question):
+        cells = [f"{look} {meant(f'the {look}', truth)}" for look in found[1].split(", ")]
+        return ", ".join(cells) + ".", None
+    if found := re.fullmatch(r"sides of ([\w ,]+)\.", question):
+        return ", ".join(f"{couple} {seen_from(couple.split(), truth)}" for couple in found[1].split(", ")) + ".", None
     if found := re.fullmatch(rf"which is (larger|smaller), {name} or {name}\?", question):
         sizes = {thing: truth[meant(thing, truth)]["size"] for thing in found.groups()[1:]}
         assert set(sizes.values()) == {"large", "small"}
@@ -97,6 +102,14 @@ def judge(question: str, truth: dict, it: str | None) -> tuple[str, str | None]:
         return right[0].removeprefix("the "), None
     assert question in ("what is written?", "what does the sign say?"), f"no person would understand {question!r}"
     return next(thing["text"] for thing in truth.values() if "text" in thing), None
+
+
+def seen_from(words: list[str], truth: dict) -> str:
+    """Of "red blue" or "red circle blue star": on which side of the second the first one is."""
+    half = len(words) // 2
+    (row, column), (other_row, other_column) = (meant(f"the {' '.join(w)}", truth).split() for w in (words[:half], words[half:]))
+    assert (row == other_row) != (column == other_column), "two answers would be right"
+    return column if row == other_row else {"top": "above", "bottom": "below"}[row]
 
 
 def check_conversation(turns, truth: dict) -> str | None:

@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,8 +99,9 @@ def test_runs_are_numbered_and_filled_folders_are_safe(world, capsys):
 
 def test_the_table_at_the_end_has_the_controls(world, capsys, monkeypatch):
     asked = fakes.recipe()
-    monkeypatch.setattr(recipes, "RECIPES", {**recipes.RECIPES, "fake/tiny": run.Recipe(
-        asked.name, asked.build, asked.stages, asked.image_size, asked.vocab, evaluate=("vqa",))})
+    last = replace(asked.stages[-1], evaluate=("answers",))
+    monkeypatch.setattr(recipes, "RECIPES", {**recipes.RECIPES, "fake/tiny": replace(
+        asked, stages=(*asked.stages[:-1], last))})
     rows = [(None, "what colour?", "red", "blue")]
     monkeypatch.setattr(run.evaluate, "examples", lambda *arguments: rows)
     monkeypatch.setattr(run.evaluate, "evaluate", lambda *arguments: {
@@ -150,3 +153,15 @@ def test_ctrl_c_from_outside_ends_the_process_cleanly(world):
     assert process.returncode == 130 and sentence.count("\n") == 1 and "--resume" in sentence
     state = checkpoint.load(world / "a/last.pt")
     assert state["stage"] == "see" and state["step"] >= 1
+
+
+@pytest.mark.parametrize("users", [None, "ACTIVE"])
+def test_threads_do_not_spin_unless_the_user_wants_it(users):
+    """Read by OpenMP when torch is loaded, so importing nanovlm must come to that first, and does not load torch."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    code = "import os, sys, nanovlm; assert 'torch' not in sys.modules; print(os.environ['OMP_WAIT_POLICY'])"
+    done = subprocess.run([sys.executable, "-c", code], env=environment | ({"OMP_WAIT_POLICY": users} if users else {}),
+                          capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == (users or "PASSIVE")
+    imports = [line for line in Path(train_tiny.__file__).read_text(encoding="utf-8").splitlines() if " import " in line]
+    assert imports[0].startswith("from nanovlm")

@@ -8,7 +8,7 @@ from oracles import hf_clip, ours
 from tools import close, moved_by_breaking, randn, random_ids
 from torch.nn import functional as F
 
-from nanovlm.contrastive import contrastive_loss
+from nanovlm.contrastive import contrastive_loss, positives, similarities
 
 B, E, K, G = 4, 6, 3, 7  # pairs on this rank, width, hard negatives, pairs on all ranks
 
@@ -26,6 +26,13 @@ def slow(image, text, all_image, all_text, right, temperature, negatives=None):
     return total
 
 
+def loss(image, text, temperature, groups, gather=lambda rows: rows, negatives=None, smoothing=0.0):
+    """As CLIP and BLIP-2 put it together."""
+    i2t, t2i = similarities(image, text, gather)
+    wrong = None if negatives is None else torch.einsum("be,bke->bk", image, negatives) / temperature
+    return contrastive_loss(i2t / temperature, t2i / temperature, positives(*groups, gather), wrong, smoothing)
+
+
 def unit(*shape: int, seed: int):
     return F.normalize(randn(*shape, seed=seed), dim=-1).requires_grad_()
 
@@ -41,7 +48,7 @@ def test_against_a_loop(texts, images, with_negatives):
     image, text, negatives = unit(B, E, seed=1), unit(B, E, seed=2), unit(B, K, E, seed=3) if with_negatives else None
     temperature = torch.tensor(0.3, requires_grad=True)
     groups = torch.tensor(texts), torch.tensor(images)
-    total, count = contrastive_loss(image, text, temperature, *groups, lambda rows: rows, negatives)
+    total, count = loss(image, text, temperature, groups, negatives=negatives)
 
     def right(b, g):
         return texts[b] == texts[g] or images[b] == images[g]
@@ -63,8 +70,8 @@ def test_gathered_pairs_are_candidates_too():
     def ranks(part):
         mine = {part_id: x[part] for part_id, x in whole.items()}
         back = {id(x): whole[part_id] for part_id, x in mine.items()}
-        return contrastive_loss(mine[id(image)], mine[id(text)], 0.5, mine[id(texts)], mine[id(images)],
-                                lambda rows: back[id(rows)])[0]
+        return loss(mine[id(image)], mine[id(text)], 0.5, (mine[id(texts)], mine[id(images)]),
+                    lambda rows: back[id(rows)])[0]
 
     want = slow(image, text, image, text, lambda b, g: texts[b] == texts[g] or images[b] == images[g], 0.5)
     close(sum(ranks(part) for part in (slice(0, 2), slice(2, 6), slice(6, 7))), want)
@@ -74,8 +81,31 @@ def test_a_blind_guess_costs_the_logarithm():
     same = F.normalize(torch.ones(B, E), dim=-1)
     ids = torch.arange(B)
     negatives = same[:, None].expand(B, K, E)
-    total, count = contrastive_loss(same, same, torch.tensor(0.07), ids, ids, lambda rows: rows, negatives)
+    total, count = loss(same, same, torch.tensor(0.07), (ids, ids), negatives=negatives)
     assert (total / count).item() == pytest.approx((math.log(B) + math.log(B + K)) / 2)
+
+
+@pytest.mark.parametrize("way", [0, 1])
+def test_the_best_of_several_vectors_counts(way):
+    """BLIP-2: an image is Q vectors; a text is as close as the closest of them, in both directions."""
+    image, text = unit(B, 3, E, seed=6), unit(5, E, seed=7)
+    got = similarities(image, text[:B], lambda rows: rows)[way]
+    for i in range(B):
+        for j in range(B):
+            a, b = (i, j) if way == 0 else (j, i)
+            close(got[i, j], torch.stack([image[a, q] @ text[b] for q in range(3)]).max())
+    assert (got - torch.einsum("bqe,ge->bg", image, text[:B]) / 3).abs().max() > 0.1, "the mean is something else"
+
+
+def test_smoothing_spreads_a_part_of_the_target():
+    image, text, groups = unit(B, E, seed=8), unit(B, E, seed=9), (torch.arange(B), torch.arange(B))
+    got, _ = loss(image, text, 0.4, groups, smoothing=0.1)
+    scores = image @ text.T / 0.4
+    want = 0.0
+    for rows in (scores, scores.T):
+        log_p = rows.log_softmax(dim=1)
+        want = want - sum(0.9 * log_p[b, b] + 0.1 * log_p[b].mean() for b in range(B)) / 2
+    close(got, want)
 
 
 # --- CLIP as a whole ---

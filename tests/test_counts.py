@@ -47,6 +47,40 @@ def test_what_learns_in_each_stage(name, stage, learns):
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == learns
 
 
+KEY_BIASES = 39 * 1408  # the published totals with EVA-CLIP count a key bias for each block: always zero, ours has none
+# blip2.md §0 and §1.2: what learns in stage 1, what learns in stage 2, published total of stage 2, zeros in it
+BLIP2 = {"blip2/vit-l-opt-2.7b": (183_165_758, 103_593_984, 3_045_772_288, 0),
+         "blip2/vit-g-opt-2.7b": (186_705_470, 107_133_696, 3_744_679_936, KEY_BIASES),
+         "blip2/vit-g-opt-6.7b": (186_705_470, 108_314_880, 7_752_738_304, KEY_BIASES)}
+
+
+@pytest.mark.parametrize("name", BLIP2)
+def test_blip2(name):
+    counts = []
+    for stage in recipes.get(name).stages:
+        model = recipes.build(name, stage=stage.name)
+        freeze(model, stage.trains)
+        counts.append(sum(p.numel() for p in model.parameters() if p.requires_grad))
+    first, second, total, zeros = BLIP2[name]
+    assert counts == [first, second]
+    assert count(model) == total - zeros
+
+
+@pytest.mark.parametrize(("name", "full", "pruned"), [("blip2/vit-g-opt-2.7b", 185_660_160, 105_137_664),
+                                                      ("blip2/vit-l-opt-2.7b", 182_121_216, 101_598_720)])
+def test_the_qformer_piece_by_piece(name, full, pruned):
+    """blip2.md §1.2; queries are counted apart there."""
+    model = recipes.build(name, stage="stage1")
+    queries = model.qformer.queries.numel()
+    assert queries == 24_576
+    assert count(model.qformer) - queries == full
+    assert count(model.qformer.embeddings) == 23_834_880
+    assert count(model.word_head) == 622_651
+    assert count(model.image_projection) + count(model.text_projection) == 393_728
+    assert count(model.match_head) == 1_538
+    assert count(recipes.build(name).qformer) - queries == pruned
+
+
 def test_clip_and_the_part_of_it_that_llava_reads():
     clip = on_meta(ViT, CLIP_L_14)
     assert count(clip) == 303_179_776

@@ -4,9 +4,12 @@ import pytest
 import torch
 
 from nanovlm import recipes
+from nanovlm.data.collate import collate_texts
 from nanovlm.data.conversation import answer_ids, template_texts
+from nanovlm.data.scene_world import HELD_OUT
 from nanovlm.data.scenes import Scenes
-from nanovlm.evaluate import examples
+from nanovlm.evaluate import examples, retrieve
+from nanovlm.metrics import recall_at_k
 from nanovlm.tokenizer import Tokenizer
 
 SOURCE = Scenes()
@@ -54,3 +57,46 @@ def test_a_model_that_speaks_is_asked_and_its_answer_is_cut_at_the_stop(tokenize
     assert [row[0] is None for row in rows] == [name == "lm/tiny"] * 6
     for (_, question, truth, _), row, real in zip(rows, ids, mask):
         assert question.split("\n")[-1].split(". ")[-1] in tokenizer.decode(row[real].tolist()) and truth
+
+
+class FakeRetriever:
+    """Contrast finds eight texts better than the right one; matching knows it."""
+
+    def __init__(self, ids: torch.Tensor):
+        n = len(ids)
+        self.ids, distance = ids, (torch.arange(n) - torch.arange(n)[:, None]) % n
+        self.cosine = torch.where(distance <= 8, distance * 0.1, -0.01 * distance)
+
+    def score(self, images, ids, mask):
+        return self.cosine
+
+    def encode_image(self, images):
+        return torch.arange(len(self.ids))[:, None]
+
+    def match(self, numbers, ids, mask):
+        belongs = (ids == self.ids[numbers[:, 0]]).all(dim=1)
+        return torch.stack([torch.zeros(len(ids)), belongs * 5.0], dim=1)
+
+
+def test_retrieval_before_and_after_reranking(tokenizer):
+    """i2t: the right text is ninth by contrast, first after matching; what is not among the best stays behind."""
+    n = 40
+    gallery = SOURCE.galleries(n)[0]
+    ids, _ = collate_texts([s.caption for s in gallery], tokenizer, 64)
+    model = FakeRetriever(ids)
+    found = retrieve(model, torch.zeros(n, 3, 2, 2), ids, ids != tokenizer.pad_id)
+    right = torch.eye(n).bool()
+    assert recall_at_k(found["i2t/itc"], right, 1) == 0 and recall_at_k(found["i2t/itc"], right, 10) == 1
+    assert recall_at_k(found["i2t"], right, 1) == recall_at_k(found["t2i"].T, right, 1) == 1
+    for way, rows in (("i2t", found["i2t"]), ("t2i", found["t2i"].T)):
+        contrast = model.cosine if way == "i2t" else model.cosine.T
+        judged = contrast >= contrast.topk(16, dim=1).values[:, -1:]
+        assert rows[judged].min() > rows[~judged].max(), "re-ranking is among the best by contrast"
+        wrong = judged & ~right
+        assert torch.equal(rows[wrong], contrast[wrong]), "matching is added to contrast, not put in its place"
+
+
+def test_a_gallery_has_different_scenes_with_held_out_pairs():
+    [gallery] = SOURCE.galleries(60)
+    assert len({s.references for s in gallery}) == len({s.caption for s in gallery}) == 60
+    assert all(any(f"{colour} {shape}" in s.caption for colour, shape in HELD_OUT) for s in gallery)

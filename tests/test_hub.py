@@ -5,15 +5,30 @@ import sys
 
 import pytest
 import torch
-from oracles import CLIP, IMAGE_ID, LLAMA, hf_clip, hf_clip_vision, hf_llama, hf_llava, hf_opt, ours
+from oracles import (
+    CLIP,
+    IMAGE_ID,
+    LLAMA,
+    hf_bert,
+    hf_blip2,
+    hf_blip2_retrieval,
+    hf_clip,
+    hf_clip_vision,
+    hf_llama,
+    hf_llava,
+    hf_opt,
+    ours,
+)
 from safetensors.torch import save_file
 from test_llava import conversations, padded
 from tools import close, randn, random_ids
 
+from nanovlm.bert import MaskedLM
 from nanovlm.errors import UserError
 from nanovlm.hub import BUILD, from_hf, load
 from nanovlm.hub.configs import IMAGE_TOKEN_INDEX, VISION_TOWERS, original_llava
 from nanovlm.hub.names import LAYOUTS, backwards, translate
+from nanovlm.papers.blip2 import BLIP2, BLIP2Stage1
 from nanovlm.papers.clip import CLIP as OurCLIP
 from nanovlm.papers.language_model import LanguageModel
 from nanovlm.papers.llava import LLaVA
@@ -40,7 +55,8 @@ def renamed(state: dict, *pairs: tuple[str, str]) -> dict:
 
 
 @pytest.mark.parametrize(("build", "kind"), [(hf_clip_vision, ViT), (hf_llama, LanguageModel), (hf_opt, LanguageModel),
-                                             (hf_llava, LLaVA), (hf_clip, OurCLIP)])
+                                             (hf_llava, LLaVA), (hf_clip, OurCLIP), (hf_bert, MaskedLM),
+                                             (hf_blip2, BLIP2), (hf_blip2_retrieval, BLIP2Stage1)])
 def test_from_disk_equals_from_memory(build, kind, tmp_path):
     """As transformers writes it: whole, and in shards with an index."""
     hf = build(1)

@@ -16,11 +16,14 @@ import torch.multiprocessing as mp
 from tools import bite, close, randn
 from torch import Tensor, nn
 
-from nanovlm import generation
+from nanovlm import generation, masks, recipes
+from nanovlm.bert import BertConfig
 from nanovlm.decoder import clip_text, llama, opt
+from nanovlm.papers.blip2 import BLIP2, BLIP2Config, BLIP2Stage1
 from nanovlm.papers.clip import CLIP, CLIPConfig
 from nanovlm.papers.language_model import LanguageModel
 from nanovlm.papers.llava import LLaVA, LLaVAConfig
+from nanovlm.qformer import QFormerConfig
 from nanovlm.recipes.stage import Stage
 from nanovlm.training import distributed
 from nanovlm.training.loop import freeze, train_stage
@@ -28,7 +31,7 @@ from nanovlm.training.optim import make_optimiser
 from nanovlm.vit import clip_vit
 
 PAD, STOP, IMAGE, V = 0, 2, 3, 29
-SIZE, N = 12, 9  # pictures of 3 × 3 patches
+SIZE, N, QUERIES = 12, 9, 5  # pictures of 3 × 3 patches
 CPU = torch.device("cpu")
 
 
@@ -40,6 +43,7 @@ class Case:
     inputs: tuple[str, ...]  # the names of a batch that `forward` and `generate` take
     image_places: int  # positions that a picture takes in the text; 0: the model reads no pictures
     logits: Callable[[nn.Module, dict, str], tuple[Tensor, Tensor]]  # of a batch: (B, L, V), and which are real (B, L)
+    one_first: bool = False  # one picture before each text, not where a mark stands
 
 
 def build_llava() -> nn.Module:
@@ -56,9 +60,27 @@ def text_logits(model: nn.Module, batch: dict, side: str) -> tuple[Tensor, Tenso
     return model(batch["input_ids"], batch["attention_mask"]).logits, batch["attention_mask"]
 
 
+def blip2_config(text: int) -> BLIP2Config:
+    vision = clip_vit(image_size=SIZE, patch=4, width=26, layers=2, heads=2)
+    qformer = QFormerConfig(BertConfig(V, 24, 2, 3, 34, max_positions=text, dropout=0.0), QUERIES, 26)
+    return BLIP2Config(vision, qformer, llama(V, width=40, layers=2, heads=5, ffn=44), embedding=14, decode_id=1)
+
+
+def build_blip2() -> nn.Module:
+    config = blip2_config(text=1)
+    return BLIP2(replace(config, qformer=replace(config.qformer, reads=False)))
+
+
+def blip2_logits(model: nn.Module, batch: dict, side: str) -> tuple[Tensor, Tensor]:
+    mask = batch["attention_mask"]
+    return model(batch["images"], batch["input_ids"], mask).logits, masks.with_queries(QUERIES, mask)
+
+
 TEXT = ("input_ids", "attention_mask")
+BRIDGE = ("vision_norm", "qformer", "projection")
 CASES = [
     Case("llava", build_llava, (("projector",), ("projector", "language")), ("images", *TEXT), N, llava_logits),
+    Case("blip2", build_blip2, (BRIDGE, (*BRIDGE, "language")), ("images", *TEXT), QUERIES, blip2_logits, one_first=True),
     Case("llama", lambda: LanguageModel(llama(V, 40, 2, 5, 44)), (("language",),), TEXT, 0, text_logits),
     Case("opt", lambda: LanguageModel(opt(V, 40, 2, 5, 44)), (("language",),), TEXT, 0, text_logits),
 ]
@@ -85,12 +107,14 @@ def examples(case: Case, count: int = 10, seed: int = 0) -> list[Example]:
     first, second, third = words(3)
     made = []
     for i in range(count):
-        ids = words(3 + i % 4)
-        if case.image_places and i < 6:
+        ids, pictures = words(3 + i % 4), 0
+        if case.one_first:
+            ids, pictures = (first, second, third) if i < 6 else ids, 1
+        elif case.image_places and i < 6:
             ids = (first, IMAGE, second, third)
         elif case.image_places and i % 2 == 0:
             ids = (ids[0], IMAGE, *ids[1:], IMAGE, first)
-        images = torch.randn(ids.count(IMAGE), 3, SIZE, SIZE, generator=g)
+        images = torch.randn(pictures or ids.count(IMAGE), 3, SIZE, SIZE, generator=g)
         made.append(Example(ids, images, (*words(1 + i % 4), STOP)))
     return made
 
@@ -125,7 +149,7 @@ def sharp(case: Case, seed: int = 0) -> nn.Module:
 # --- who sees what ---
 
 def perturbations(case: Case, rows: list[Example], side: str) -> Iterator[tuple[str, dict, int, int]]:
-    """(what, changed batch, row, first token of the row that may notice; none if −1)."""
+    """(what, changed batch, row, first place of the row that may notice; none if −1)."""
     batch = collate(rows, side)
     for row in (0, 7):
         for t in (0, 2, len(rows[row].ids)):
@@ -134,16 +158,22 @@ def perturbations(case: Case, rows: list[Example], side: str) -> Iterator[tuple[
             changed = {**batch, "input_ids": batch["input_ids"].clone()}
             column = batch["attention_mask"][row].nonzero()[t]
             changed["input_ids"][row, column] = 4 + (changed["input_ids"][row, column] - 3) % (V - 4)
-            yield f"word {t} of row {row}", changed, row, t
+            yield f"word {t} of row {row}", changed, row, place(case, rows[row].ids, t)
     for row in (2, 6, 8) if case.image_places else ():
         before = sum(len(other.images) for other in rows[:row])
         for k in range(len(rows[row].images)):
             changed = {**batch, "images": batch["images"].clone()}
             changed["images"][before + k] += randn(3, SIZE, SIZE, seed=row)
-            t = [i for i, token in enumerate(rows[row].ids) if token == IMAGE][k]
-            yield f"picture {k} of row {row}", changed, row, t
+            marks = [i for i, token in enumerate(rows[row].ids) if token == IMAGE]
+            first = 0 if case.one_first else place(case, rows[row].ids, marks[k])
+            yield f"picture {k} of row {row}", changed, row, first
     padding = {**batch, "input_ids": batch["input_ids"].masked_fill(~batch["attention_mask"], 17)}
     yield "padding", padding, 0, -1
+
+
+def place(case: Case, ids: tuple[int, ...], t: int) -> int:
+    """Where token t stands once the pictures before it have their places."""
+    return t + (case.image_places if case.one_first else (case.image_places - 1) * ids[:t].count(IMAGE))
 
 
 @every_case
@@ -153,12 +183,11 @@ def test_what_may_not_be_seen_changes_no_bit_and_what_may_be_seen_does(case, sid
     seen = 0
     with torch.no_grad():
         logits, real = case.logits(model, collate(rows, side), side)
-        for what, changed, row, t in perturbations(case, rows, side):
+        for what, changed, row, first in perturbations(case, rows, side):
             moved = (case.logits(model, changed, side)[0] - logits).abs().amax(dim=-1)
             may = torch.zeros_like(real)
-            if t >= 0:
-                place = t + (case.image_places - 1) * rows[row].ids[:t].count(IMAGE)
-                may[row, real[row].nonzero()[place:, 0]] = True
+            if first >= 0:
+                may[row, real[row].nonzero()[first:, 0]] = True
             assert not moved[real & ~may].any(), f"{what} shows where it should not"
             assert (moved[may] > 1e-5).all(), f"{what} does not show where it should"
             seen += int(may.any())
@@ -168,12 +197,14 @@ def test_what_may_not_be_seen_changes_no_bit_and_what_may_be_seen_does(case, sid
 @image_cases
 def test_the_image_matters(case):
     """Another picture moves the answer's probabilities more than rounding could, by far."""
-    model, rows = sharp(case), examples(case)
+    model, rows = sharp(case), examples(case)[:6]
     batch = collate(rows, "right")
     with torch.no_grad():
-        right = model.losses(batch)["lm"][0]
-        exchanged = model.losses({**batch, "images": batch["images"].roll(1, dims=0)})["lm"][0]
-    assert abs(exchanged - right) > 0.01 * right
+        right, real = case.logits(model, batch, "right")
+        exchanged, _ = case.logits(model, {**batch, "images": batch["images"].roll(1, dims=0)}, "right")
+    learned = real[:, 1:] & (torch.arange(real.shape[1] - 1) >= place(case, rows[0].ids, len(rows[0].ids)) - 1)
+    moved = (exchanged.log_softmax(dim=-1) - right.log_softmax(dim=-1))[:, :-1][learned]
+    assert moved.abs().mean() > 0.1
 
 
 @every_case
@@ -283,20 +314,36 @@ def clip_batch(rows: list[int]) -> dict:
             "image_group": torch.tensor([images[row] for row in rows])}
 
 
-def share(case: Case | None, rank: int, world: int) -> tuple[nn.Module, tuple[str, ...], list[dict]]:
-    """(model, what learns, this rank's batches of three steps); None is CLIP, whose pairs meet across ranks."""
+def stage1_batch(rows: list[int]) -> dict:
+    """Pairs by number, such that each has one possible negative, and drawing it is no matter of luck: 0 and 1, 2 and 3."""
+    texts, images = [0, 1, 1, 0], [0, 1, 0, 1]
+    ids = torch.stack([torch.randint(4, V, (7,), generator=torch.Generator().manual_seed(texts[row])) for row in rows])
+    return {"images": torch.stack([randn(3, SIZE, SIZE, seed=images[row]) for row in rows]), "input_ids": ids,
+            "attention_mask": torch.ones(len(rows), 7, dtype=torch.bool),
+            "text_group": torch.tensor([texts[row] for row in rows]),
+            "image_group": torch.tensor([images[row] for row in rows])}
+
+
+# models whose pairs meet across ranks: build, what learns, batch by the numbers of pairs, how many pairs
+PAIRED = {
+    "clip": (build_clip, ("vision", "text", "image_projection", "text_projection", "temperature"), clip_batch, 6),
+    "blip2 stage 1": (lambda: BLIP2Stage1(blip2_config(text=19)), recipes.blip2.BRIDGE_1, stage1_batch, 4),
+}
+
+
+def share(case: Case | str, rank: int, world: int) -> tuple[nn.Module, tuple[str, ...], list[dict]]:
+    """(model, what learns, this rank's batches of three steps)."""
     torch.manual_seed(4)
-    if case is None:
-        model = build_clip()
-        return model, ("vision", "text", "image_projection", "text_projection", "temperature"), [
-            clip_batch(list(range(6))[rank::world])] * 3
+    if case in PAIRED:
+        build, trains, batch, pairs = PAIRED[case]
+        return build(), trains, [batch(list(range(pairs))[rank::world])] * 3
     # the even ones have pictures and long answers, the odd ones none: rank 1 of 2 reads text only
     rows = examples(case, 12, seed=4)
     mixed = [row for pair in zip(rows[0:6:2], rows[7:12:2], strict=True) for row in pair]
     return case.build(), case.stages[-1], [collate(mixed[rank::world], "right")] * 3
 
 
-def trained(case: Case | None, rank: int, world: int) -> tuple[dict, list[dict]]:
+def trained(case: Case | str, rank: int, world: int) -> tuple[dict, list[dict]]:
     model, trains, batches = share(case, rank, world)
     bite(model, 5)
     freeze(model, trains)
@@ -311,7 +358,7 @@ def worker(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", RANK=str(rank))
     distributed.start("cpu")
-    torch.save([trained(case, rank, 2) for case in (*CASES, None)], Path(folder) / f"{rank}.pt")
+    torch.save([trained(case, rank, 2) for case in (*CASES, *PAIRED)], Path(folder) / f"{rank}.pt")
     distributed.stop()
 
 
@@ -325,14 +372,14 @@ def two_processes(tmp_path_factory) -> list[list]:
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("case", [*CASES, None], ids=lambda case: case.name if case else "clip")
+@pytest.mark.parametrize("case", [*CASES, *PAIRED], ids=lambda case: case if case in PAIRED else case.name)
 def test_two_processes_equal_one(case, two_processes):
     """Same losses, same weights, though one rank has only text and the other longer answers."""
     weights, losses = trained(case, 0, 1)
     start = bite(share(case, 0, 1)[0], 5).state_dict()
     assert max((weights[name] - start[name]).abs().max() for name in weights) > 1e-2  # they learned something
     for results in two_processes:
-        theirs, their_losses = results[[*CASES, None].index(case)]
+        theirs, their_losses = results[[*CASES, *PAIRED].index(case)]
         for mine, other in zip(losses, their_losses, strict=True):
             assert other == pytest.approx(mine, rel=1e-5)
         for name, tensor in weights.items():
@@ -340,8 +387,8 @@ def test_two_processes_equal_one(case, two_processes):
 
 
 @image_cases
-def test_one_rank_has_only_text(case):
+def test_one_rank_has_only_text_where_the_model_reads_that(case):
     shares = [share(case, rank, 2)[2][0] for rank in (0, 1)]
-    assert [len(batch["images"]) for batch in shares] == [3, 0]
+    assert [len(batch["images"]) for batch in shares] == [3, 3 if case.one_first else 0]
     counts = [int((batch["labels"] != -100).sum()) for batch in shares]
     assert counts[0] != counts[1]  # else a mean of means would pass too

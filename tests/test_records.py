@@ -136,6 +136,19 @@ def test_the_exam_cuts_conversations_and_their_pictures_alike(llava):
     assert len(source.exam(1)) == 1 and len(source.exam(5)) == 2
 
 
+def test_galleries_hold_each_caption_once(tmp_path):
+    """Two artists drew six things, a third only two of them: too few to be a gallery. Classes make none."""
+    draw(tmp_path, *(f"{i}.png" for i in range(15)))
+    names = [*range(6), *range(6), 0, 1]
+    rows = [{"image": f"{i}.png", "caption": f"thing {name}", "split": "val"} for i, name in enumerate(names)]
+    rows.append({"image": "14.png", "caption": "another", "split": "train"})
+    galleries = read(write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))).galleries()
+    assert [[s.caption for s in gallery] for gallery in galleries] == [[f"thing {i}" for i in range(6)]] * 2
+    assert len({s.images[0].tobytes() for gallery in galleries for s in gallery}) == 12
+    rows = [{**row, "caption": ("a hat", "a shoe")[i % 2], "label": "hs"[i % 2]} for i, row in enumerate(rows)]
+    assert read(write(tmp_path / "b.jsonl", "\n".join(map(json.dumps, rows)))).galleries() == []
+
+
 def test_unknown_views_and_empty_ones(llava):
     source = read(llava)
     with pytest.raises(UserError, match="no view 'videos' of split 'train'.*pairs, captions, instruct, text"):

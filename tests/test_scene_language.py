@@ -7,9 +7,9 @@ from random import Random
 import pytest
 from scene_oracle import HELD_OUT_NAMES, check_conversation, facts, read
 
-from nanovlm.data.scene_language import captions, description, negatives, notes, say, vaguer, wordings
-from nanovlm.data.scene_questions import KINDS, ask, census, conversation
-from nanovlm.data.scene_world import COLOURS, PAIRS, SEEN, SHAPES, SIZES, Object, Scene, random_scene
+from nanovlm.data.scene_language import SIDE_WORDS, captions, description, negatives, notes, say, vaguer, wordings
+from nanovlm.data.scene_questions import KINDS, ask, census, conversation, places, sides
+from nanovlm.data.scene_world import CELLS, COLOURS, PAIRS, SEEN, SHAPES, SIZES, Object, Scene, random_scene
 
 
 def test_captions_state_the_whole_truth_and_only_it():
@@ -116,7 +116,8 @@ def test_every_answer_is_right(pairs):
                 gives_away = rf"\b{asked.turn.answer}\b"
                 assert kind in ("existence", "comparison") or not re.search(gives_away, asked.turn.question)
                 check_conversation([asked.turn], facts(scene))
-        check_conversation([census(scene, rng, pairs)], facts(scene))
+        lessons = [lesson for make in (census, places, sides) if (lesson := make(scene, rng, pairs))]
+        check_conversation(lessons, facts(scene))
         talk = conversation(scene, rng, pairs)
         lengths[len(talk)] += 1
         kinds.update(turn.kind for turn in talk)
@@ -124,9 +125,10 @@ def test_every_answer_is_right(pairs):
         asked_once = [turn.question for turn in talk]
         assert len(asked_once) == len(set(asked_once))
         if pairs == SEEN:
-            talk += (census(scene, rng, pairs),)
+            talk += (*lessons,)
             assert not any(name in turn.question for turn in talk for name in HELD_OUT_NAMES)
-    assert set(kinds) == {*KINDS, "object", "caption", "notes", "census"} and {1, 2, 3} <= set(lengths) <= {1, 2, 3, 4}
+    assert set(kinds) == {*KINDS, "object", "caption", "notes", "census", "places", "sides"}
+    assert {1, 2, 3} <= set(lengths) <= {1, 2, 3, 4}
     assert all(0.02 < kinds[kind] / kinds.total() < 0.2 for kind in KINDS), kinds
 
 
@@ -152,6 +154,21 @@ def test_a_census_asks_for_what_is_there_and_what_is_not():
         numbers.update(part.split()[-1] for part in turn.answer.removesuffix(".").split(", "))
     assert set(numbers) == {"none", "one", "two", "three", "four"}
     assert all(0.3 < numbers[word] / numbers.total() < 0.6 for word in ("none", "one"))
+
+
+def test_places_and_sides_ask_for_every_answer():
+    """Names and couples are asked once each; corners and sides are equally frequent, so none can be guessed."""
+    rng, told = Random(10), {"find ": Counter(), "sides of ": Counter()}
+    for _ in range(2000):
+        scene = random_scene(rng, many=2 + rng.randrange(2))
+        for make, opening in zip((places, sides), told):
+            if turn := make(scene, rng):
+                names = turn.question.removeprefix(opening).removesuffix(".").split(", ")
+                parts = turn.answer.removesuffix(".").split(", ")
+                assert len(set(names)) == len(names) <= 4
+                told[opening].update(part.removeprefix(f"{name} ") for name, part in zip(names, parts, strict=True))
+    assert set(told["find "]) == set(CELLS) and set(told["sides of "]) == set(SIDE_WORDS)
+    assert all(0.2 < n / count.total() < 0.3 for count in told.values() for n in count.values())
 
 
 def test_follow_ups_need_the_turn_before():

@@ -248,7 +248,7 @@ def test_speed_is_printed_not_judged(capsys):
 
 def test_lessons_come_before_questions():
     source = Scenes()
-    taught = {"repeat": {"repeat"}, "dense": {"notes", "census"}}
+    taught = {"repeat": {"repeat"}, "dense": {"notes", "census", "places", "sides"}}
     for view, lessons in LESSONS.items():
         begin = 0
         for lesson, end in lessons.items():
@@ -260,7 +260,7 @@ def test_lessons_come_before_questions():
             begin = end
         later = [source.sample(view, "train", begin + index) for index in range(300)]
         assert max(len(sample.turns) for sample in later) >= 3
-        assert {"relation", "count", "census"} <= {turn.kind for sample in later for turn in sample.turns}
+        assert {"relation", "count", "census", "sides"} <= {turn.kind for sample in later for turn in sample.turns}
         judged = {turn.kind for index in range(300) for turn in source.sample(view, "val", index).turns}
         assert {"relation", "count"} <= judged, "lessons are for training: what is held out are questions"
 

@@ -2,8 +2,10 @@
 
 import inspect
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import pytest
@@ -12,20 +14,26 @@ from PIL import Image
 from shape_checker import ShapeChecker, shape_comments
 
 import nanovlm
-from nanovlm import metrics, plots
+from nanovlm import masks, metrics, plots
 from nanovlm.attention import Attention, KVCache
+from nanovlm.bert import BertConfig, MaskedLM
 from nanovlm.data.collate import collate_pairs
 from nanovlm.data.conversation import Sample
+from nanovlm.data.scenes import Scenes
 from nanovlm.data.transforms import Transform
 from nanovlm.decoder import clip_text, llama, opt
+from nanovlm.evaluate import Examinee, judge_retrieval
+from nanovlm.papers.blip2 import BLIP2, BLIP2Config, BLIP2Stage1
 from nanovlm.papers.clip import CLIP, CLIPConfig
 from nanovlm.papers.language_model import LanguageModel
 from nanovlm.papers.llava import LLaVA, LLaVAConfig
+from nanovlm.qformer import QFormerConfig
 from nanovlm.tokenizer import Tokenizer
 from nanovlm.vit import clip_vit, imagenet_vit
 
 PACKAGE = Path(nanovlm.__file__).parent
 B, T, K, VOCAB = 3, 11, 5, 43
+TOKENIZER = Tokenizer([])  # bytes and special tokens
 VISION = clip_vit(image_size=28, patch=4, width=26, layers=3, heads=2)  # 49 image tokens
 WIDE = torch.zeros(2, 3, 20, 36)  # another resolution: 5 × 9 patches
 
@@ -70,6 +78,32 @@ def run_llava() -> None:
     model.score(**batch, candidates=[[5], [6, 7, 8]])
 
 
+def run_blip2() -> None:
+    text = BertConfig(261, width=34, layers=3, heads=2, ffn=37, max_positions=64, image_width=26, segments=2)
+    vision, language = replace(VISION, final_norm=False), llama(VOCAB, width=30, layers=2, heads=3, ffn=37)
+    config = BLIP2Config(vision, QFormerConfig(text, queries=9, image_width=26), language, embedding=17, decode_id=1)
+    first, second = BLIP2Stage1(config), BLIP2(config)
+    images, input_ids, mask = torch.randn(B, 3, 28, 28), ids(B, T), torch.ones(B, T, dtype=torch.bool)
+    mask[1, 6:] = False
+    batch = {"images": images, "input_ids": input_ids, "attention_mask": mask, "text_group": torch.arange(B),
+             "image_group": torch.arange(B)}
+    sum(total for total, _ in first.losses(batch).values()).backward()
+    first.score(images, ids(7, T), torch.ones(7, T, dtype=torch.bool))
+    first.generate(images, max_new_tokens=4, stop=[2])
+    second(images, input_ids, mask, labels=torch.where(mask, input_ids, -100), maps=[]).loss.backward()
+    second.losses(batch | {"labels": input_ids})
+    second.generate(images, input_ids, mask, max_new_tokens=4, stop=[2])
+    second.score(images, input_ids, mask, candidates=[[5], [6, 7, 8]])
+    MaskedLM(text)(input_ids)
+    MaskedLM(text).bert(input_ids, masks.causal_with_padding(mask, T), torch.randn(B, 49, 26), KVCache(), maps=[])
+    second.qformer(second.encode_image(images))
+    first.qformer(first.encode_image(images), input_ids, masks.unimodal(9, mask))
+    world = Scenes(size=28)
+    world.galleries = lambda: [[world.sample("captions", "val", index) for index in range(19)]]
+    examinee = Examinee(first, SimpleNamespace(image_size=28), SimpleNamespace(format="plain"), TOKENIZER, "cpu")
+    judge_retrieval(examinee, world)
+
+
 def run_the_rest() -> None:
     mask = torch.rand(5, 7, 11) > 0.5  # of the models above none passes a mask: the decoder's is a bias
     Attention(6, 3, kv_width=13)(torch.randn(5, 7, 6), torch.randn(5, 11, 13), mask=mask)
@@ -89,6 +123,7 @@ def checker() -> ShapeChecker:
         run_clip()
         run_language_model()
         run_llava()
+        run_blip2()
         run_the_rest()
     return checker
 

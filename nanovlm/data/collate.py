@@ -47,16 +47,18 @@ def collate_conversations(
 
 
 def collate_pairs(
-    samples: Sequence[Sample], tokenizer: Tokenizer, transform: Transform, max_length: int, rng: Random
+    samples: Sequence[Sample], tokenizer: Tokenizer, transform: Transform, max_length: int, rng: Random,
+    with_negatives: bool = True,
 ) -> dict[str, Tensor]:
     """One image and one text each, "<s> caption </s>", for contrastive learning; captions and negatives share T.
 
+    with_negatives: also the captions that are wrong in one point, as many for each image as all have.
     text_group, image_group: int64 (B,), equal where the texts or the images are, which are no negatives of each other.
     """
     for sample in samples:
         if len(sample.images) != 1 or not sample.caption.strip():
             raise UserError(f"{sample.id}: a pair needs one image and a caption.")
-    B, K = len(samples), min(len(sample.negatives) for sample in samples)
+    B, K = len(samples), min(len(sample.negatives) for sample in samples) * with_negatives
     texts = [sample.caption for sample in samples]
     wrong = [text for sample in samples for text in rng.sample(sample.negatives, K)]
     ids, mask = collate_texts(texts + wrong, tokenizer, max_length)  # (B + B * K, T)

@@ -15,6 +15,7 @@ The interface is that of `scenes.Scenes`, so the loop does not know whether the 
 Pictures of a small set are decoded once, made small and kept; those of a large set are decoded whenever asked for.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import blake2b
@@ -93,6 +94,21 @@ class Records:
     def references(self, sample: Sample) -> tuple[str, ...]:
         """The captions that count as right for `sample`."""
         return sample.references or (sample.caption,)
+
+    def galleries(self, n: int = 1000) -> list[list[Sample]]:
+        """Held-out pictures with a caption each, to be found again; none where a few captions are classes.
+
+        No caption stands twice in a gallery: where three artists drew the same things, that makes three of them.
+        """
+        rows: list[list[Sample]] = []
+        met: Counter[str] = Counter()
+        for index in range(0 if self.labels else self.size("captions", "val")):
+            sample = self.sample("captions", "val", index)
+            if met[sample.caption] == len(rows):
+                rows.append([])
+            rows[met[sample.caption]].append(sample)
+            met[sample.caption] += 1
+        return [row[:n] for row in rows if len(row) >= max(2, len(rows[0]) // 2)]
 
     def exam(self, n: int = 1000) -> list[Sample]:
         """Up to n held-out samples, spread evenly, each to be judged by the answer of its last turn."""

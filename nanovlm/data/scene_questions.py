@@ -17,6 +17,8 @@ taught, not judged, many answers in one:
     object     tell me about the blue object.                      small blue square, top right
     notes      take notes.                                         blue small top right square; digit 7 bottom left; ...
     census     count red, star, blue circle.                       red one, star none, blue circle none.
+    places     find square, red, digit.                            square top right, red top left, digit bottom left.
+    sides      sides of square red, circle square.                 square red right, circle square left.
 
 An object is called by any name that means it alone and does not give the answer away: "the circle" only if there is one.
 """
@@ -130,8 +132,13 @@ def _words(talk: list[Turn]) -> int:
 
 
 def dense(scene: Scene, rng: Random, pairs: tuple = PAIRS) -> Turn:
-    """A question whose answer is many answers: notes, or a census."""
-    return rng.choice((Turn(NOTES, notes(scene, rng), "notes"), census(scene, rng, pairs)))
+    """A question whose answer is many answers: a census most often, since what is not there is the hardest to see."""
+    lesson = rng.choices((_notes, census, places, sides), (2, 3, 1, 2))[0]
+    return lesson(scene, rng, pairs) or _notes(scene, rng, pairs)
+
+
+def _notes(scene: Scene, rng: Random, pairs: tuple) -> Turn:
+    return Turn(NOTES, notes(scene, rng), "notes")
 
 
 def census(scene: Scene, rng: Random, pairs: tuple = PAIRS) -> Turn:
@@ -144,6 +151,39 @@ def census(scene: Scene, rng: Random, pairs: tuple = PAIRS) -> Turn:
     rng.shuffle(asked)
     numbers = [("none", *NUMBERS)[_fitting(scene, look)] for look in asked]
     return Turn(f"count {', '.join(asked)}.", ", ".join(f"{look} {n}" for look, n in zip(asked, numbers)) + ".", "census")
+
+
+def places(scene: Scene, rng: Random, pairs: tuple = PAIRS) -> Turn:
+    """Up to four things by name, and the corner of each: what "where is" needs."""
+    named = [(look, thing.cell) for thing in scene.objects for look in _single_looks(scene, thing)]
+    named += [(thing.type, thing.cell) for thing in (scene.sign,) if thing]
+    asked = rng.sample(named, min(4, len(named)))
+    answer = ", ".join(f"{look} {cell}" for look, cell in asked)
+    return Turn(f"find {', '.join(look for look, _ in asked)}.", f"{answer}.", "places")
+
+
+def sides(scene: Scene, rng: Random, pairs: tuple = PAIRS) -> Turn | None:
+    """Up to four couples of names, and where the first stands as seen from the second; None if none is in line."""
+    couples = [
+        (f"{look} {landmark}", side(one, two))
+        for one in scene.objects for two in scene.objects if one is not two and side(one, two)
+        for look, landmark in zip(_looks_of(one), _looks_of(two))
+        if {look, landmark} <= {*_single_looks(scene, one), *_single_looks(scene, two)}
+    ]
+    if not couples:
+        return None
+    asked = rng.sample(couples, min(4, len(couples)))
+    answer = ", ".join(f"{names} {where}" for names, where in asked)
+    return Turn(f"sides of {', '.join(names for names, _ in asked)}.", f"{answer}.", "sides")
+
+
+def _looks_of(thing: Object) -> tuple[str, str, str]:
+    return thing.colour, thing.shape, " ".join(thing.pair)
+
+
+def _single_looks(scene: Scene, thing: Object) -> list[str]:
+    """The looks that this object alone has."""
+    return [look for look in _looks_of(thing) if _fitting(scene, look) == 1]
 
 
 def _fitting(scene: Scene, look: str) -> int:

@@ -34,6 +34,8 @@ look for the square. LESSONS, before the questions, leave it no such way out:
     dense    take notes.                    -> blue small top right square; circle top left red large.
                                                one fact of a thing, and the others have to be looked up
              count red, star, blue circle.  -> red one, star none, blue circle none.
+             find red, digit.               -> red top left, digit bottom left.
+             sides of square red.           -> square red right.
 
 In the view "instruct" about one picture in seven then shows its objects in colours that have no name ("take notes, colours
 aside."): a shape in a colour in which it was never met is no new thing to a model that has met shapes in any colour.
@@ -171,6 +173,16 @@ class Scenes:
 
     def references(self, sample: Sample) -> tuple[str, ...]:
         return sample.references
+
+    def galleries(self, n: int = 500) -> list[list[Sample]]:
+        """One gallery of n held-out pictures with a caption each, all of different scenes."""
+        chosen: dict[tuple, Sample] = {}  # all captions of a scene → its sample: equal captions mean the same scene
+        index = 0
+        while len(chosen) < n:
+            sample = self.sample("captions", "val", index)
+            chosen.setdefault(sample.references, sample)
+            index += 1
+        return [list(chosen.values())]
 
     def exam(self, n: int = 200, kinds: Sequence[str] = (*KINDS, "caption")) -> list[Sample]:
         """n samples of each kind, whose last turn is to be judged. Every scene has a held-out pair.

@@ -8,6 +8,10 @@
     clip_vision_model     CLIPVisionModel                    vit.ViT
     clip                  CLIPModel                          papers.clip.CLIP
     llama, opt            LlamaForCausalLM, OPTForCausalLM   papers.language_model.LanguageModel
+    bert                  BertModel                          bert.Bert
+    bert                  BertForMaskedLM, …ForPreTraining   bert.MaskedLM
+    blip-2                Blip2ForConditionalGeneration      papers.blip2.BLIP2, on OPT
+    blip-2                Blip2ForImageTextRetrieval         papers.blip2.BLIP2Stage1, without word head and temperature
     llava                 LlavaForConditionalGeneration      papers.llava.LLaVA, projector of two layers
     llava, llava_llama    LlavaLlamaForCausalLM              papers.llava.LLaVA, projector of one or two layers
 
@@ -30,9 +34,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from nanovlm.bert import Bert, MaskedLM
 from nanovlm.errors import UserError
 from nanovlm.hub import configs
-from nanovlm.hub.names import BUFFERS, LAYOUTS, Names, backwards, translate
+from nanovlm.hub.names import LAYOUTS, NOT_OURS, TIED, Names, backwards, translate
+from nanovlm.papers.blip2 import BLIP2, BLIP2Stage1
 from nanovlm.papers.clip import CLIP
 from nanovlm.papers.language_model import LanguageModel
 from nanovlm.papers.llava import LLaVA
@@ -45,6 +51,10 @@ BUILD: dict[str, Callable[[dict], nn.Module]] = {
     "clip": lambda config: CLIP(configs.clip_both(config)),
     "llama": lambda config: LanguageModel(configs.llama_decoder(config)),
     "opt": lambda config: LanguageModel(configs.opt_decoder(config)),
+    "bert": lambda config: Bert(configs.bert(config)),
+    "bert (words)": lambda config: MaskedLM(configs.bert(config)),
+    "blip-2": lambda config: BLIP2(configs.blip2(config, retrieval=False)),
+    "blip-2 (retrieval)": lambda config: BLIP2Stage1(configs.blip2(config, retrieval=True)),
     "llava": lambda config: LLaVA(configs.llava(config)),
     "llava (original)": lambda config: LLaVA(configs.original_llava(config)),
 }
@@ -52,7 +62,7 @@ BUILD: dict[str, Callable[[dict], nn.Module]] = {
 
 def from_hf(config: dict, state: State) -> nn.Module:
     """The content of config.json and the checkpoint's tensors → our model, see the table at the top of the file."""
-    kind = "llava (original)" if is_original_llava(config) else config.get("model_type")
+    kind = kind_of(config)
     if kind not in BUILD:
         known = ", ".join(name for name in BUILD if " " not in name)
         raise UserError(f"config.json: model_type is {kind!r}; the supported ones are {known}.")
@@ -61,8 +71,7 @@ def from_hf(config: dict, state: State) -> nn.Module:
             model = BUILD[kind](config)
     except ValueError as error:  # a width that is no multiple of the heads, say
         raise UserError(f"config.json: {error}.") from error
-    if "logit_scale" in state:  # CLIP multiplies by exp(logit_scale), ours divides by τ
-        state = {**state, "logit_scale": torch.exp(-state["logit_scale"])}
+    state = as_ours(kind, state)
     problems = fill(model, state, LAYOUTS[kind])
     if problems:
         message = f"The tensors do not fit config.json: {'; '.join(problems)}."
@@ -72,6 +81,16 @@ def from_hf(config: dict, state: State) -> nn.Module:
     return model
 
 
+def kind_of(config: dict) -> str | None:
+    """model_type, and where one type has several classes with parts of their own, which of them."""
+    kind, (saved, *_) = config.get("model_type"), config.get("architectures") or [""]
+    if is_original_llava(config):
+        return "llava (original)"
+    if kind == "bert" and saved in ("BertForMaskedLM", "BertForPreTraining"):
+        return "bert (words)"
+    return "blip-2 (retrieval)" if kind == "blip-2" and saved == "Blip2ForImageTextRetrieval" else kind
+
+
 def is_original_llava(config: dict) -> bool:
     """Both codes call their model_type "llava"; only the original one has fields like mm_hidden_size."""
     return config.get("model_type") in ("llava", "llava_llama") and any(name.startswith("mm_") for name in config)
@@ -79,7 +98,7 @@ def is_original_llava(config: dict) -> bool:
 
 def fill(model: nn.Module, state: State, layouts: tuple[Names, ...]) -> list[str]:
     """Put each tensor of `state` in its place; returns what does not fit, and then fills nothing."""
-    state = {name: tensor for name, tensor in state.items() if not name.endswith(BUFFERS)}
+    state = {name: tensor for name, tensor in state.items() if not name.endswith(NOT_OURS)}
     layout = max(layouts, key=lambda table: sum(translate(name, table) is not None for name in state))
     wanted = model.state_dict()
     found, problems = {}, []
@@ -89,7 +108,7 @@ def fill(model: nn.Module, state: State, layouts: tuple[Names, ...]) -> list[str
             found[ours] = tensor
             if tensor.shape != wanted[ours].shape:
                 problems.append(f"{name} has shape {tuple(tensor.shape)} instead of {tuple(wanted[ours].shape)}")
-        elif ours != "language.head.weight" or not is_tied(tensor, state, layout):
+        elif ours not in TIED or not is_tied(tensor, TIED[ours], state, layout):
             problems.append(f"{name} is unused")
     problems += [f"{translate(ours, backwards(layout))} is missing" for ours in wanted if ours not in found]
     if not problems:
@@ -97,10 +116,31 @@ def fill(model: nn.Module, state: State, layouts: tuple[Names, ...]) -> list[str
     return problems
 
 
-def is_tied(head: Tensor, state: State, layout: Names) -> bool:
-    """Whether a head that our model does without is the embedding once more: some files hold it twice."""
-    embedding = [tensor for name, tensor in state.items() if translate(name, layout) == "language.embedding.weight"]
-    return len(embedding) == 1 and torch.equal(head, embedding[0])
+def is_tied(tensor: Tensor, original: str, state: State, layout: Names) -> bool:
+    """Whether a tensor that our model does without is `original` once more: some files hold it twice."""
+    found = [other for name, other in state.items() if translate(name, layout) == original]
+    return len(found) == 1 and torch.equal(tensor, found[0])
+
+
+def as_ours(kind: str, state: State) -> State:
+    """What is the same thing in another form: CLIP's temperature, BLIP-2's three maps in one."""
+    if "logit_scale" in state:  # CLIP multiplies by exp(logit_scale), ours divides by τ
+        return {**state, "logit_scale": torch.exp(-state["logit_scale"])}
+    if not kind.startswith("blip-2"):
+        return state
+    found = {}
+    for name, tensor in state.items():
+        if ".qkv." in name:
+            for part, third in zip("qkv", tensor.chunk(3)):
+                if name.endswith("bias") and part == "k":
+                    if third.any():  # EVA-CLIP's keys have no bias: zeros fill the place (BLIP-2 sheet §7.11)
+                        raise UserError(f"{name}: the key's third is not zero, but the encoder's keys have no bias.")
+                    continue
+                found[name.replace("qkv", f"{part}_proj")] = third
+        else:  # (1, Q, D), (1, 1, D) and (1, 1 + N, D): ours have no axis for the batch
+            alone = name.endswith(("query_tokens", "class_embedding", "position_embedding"))
+            found[name] = tensor.flatten() if name.endswith("class_embedding") else tensor[0] if alone else tensor
+    return found
 
 
 # --- from disk ---

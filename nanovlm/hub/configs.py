@@ -7,10 +7,13 @@ nonsense.
 
 from dataclasses import replace
 
+from nanovlm.bert import BertConfig
 from nanovlm.decoder import DecoderConfig, llama, opt
 from nanovlm.errors import UserError
+from nanovlm.papers.blip2 import BLIP2Config
 from nanovlm.papers.clip import CLIPConfig
 from nanovlm.papers.llava import LLaVAConfig
+from nanovlm.qformer import QFormerConfig
 from nanovlm.vit import CLIP_L_14, CLIP_L_14_336, ViTConfig
 
 # field: default
@@ -25,6 +28,17 @@ OPT = {"vocab_size": 50272, "hidden_size": 768, "num_hidden_layers": 12, "num_at
        "max_position_embeddings": 2048, "activation_function": "relu", "do_layer_norm_before": True,
        "_remove_final_layer_norm": False, "enable_bias": True, "layer_norm_elementwise_affine": True,
        "tie_word_embeddings": True}
+BERT = {"vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+        "intermediate_size": 3072, "max_position_embeddings": 512, "type_vocab_size": 2, "hidden_act": "gelu",
+        "layer_norm_eps": 1e-12, "hidden_dropout_prob": 0.1, "position_embedding_type": "absolute",
+        "is_decoder": False, "add_cross_attention": False}
+BLIP2_VISION = {"image_size": 224, "patch_size": 14, "hidden_size": 1408, "intermediate_size": 6144,
+                "num_hidden_layers": 39, "num_attention_heads": 16, "hidden_act": "gelu", "layer_norm_eps": 1e-6,
+                "qkv_bias": True}
+QFORMER = {"vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+           "intermediate_size": 3072, "max_position_embeddings": 512, "hidden_act": "gelu", "layer_norm_eps": 1e-12,
+           "hidden_dropout_prob": 0.1, "cross_attention_frequency": 2, "use_qformer_text_input": False}
+BLIP2 = {"num_query_tokens": 32, "image_text_hidden_size": 256}
 LLAVA = {"image_token_index": 32000, "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
          "projector_hidden_act": "gelu", "multimodal_projector_bias": True}
 ORIGINAL_LLAVA = {"mm_projector_type": "linear", "mm_vision_select_feature": "patch"}
@@ -33,7 +47,8 @@ ORIGINAL_LLAVA = {"mm_projector_type": "linear", "mm_vision_select_feature": "pa
 ONLY = {"num_channels": (3,), "attention_bias": (False,), "mlp_bias": (False,), "do_layer_norm_before": (True,),
         "_remove_final_layer_norm": (False,), "enable_bias": (True,), "layer_norm_elementwise_affine": (True,),
         "activation_function": ("relu",), "projector_hidden_act": ("gelu",), "multimodal_projector_bias": (True,),
-        "vision_feature_select_strategy": ("default",), "mm_vision_select_feature": ("patch",),
+        "position_embedding_type": ("absolute",), "is_decoder": (False,), "add_cross_attention": (False,),
+        "qkv_bias": (True,), "vision_feature_select_strategy": ("default",), "mm_vision_select_feature": ("patch",),
         "mm_projector_type": ("linear", "mlp2x_gelu")}
 
 VISION_TOWERS = {"openai/clip-vit-large-patch14": CLIP_L_14, "openai/clip-vit-large-patch14-336": CLIP_L_14_336}
@@ -104,6 +119,31 @@ def opt_decoder(config: dict) -> DecoderConfig:
     decoder = opt(c["vocab_size"], c["hidden_size"], c["num_hidden_layers"], c["num_attention_heads"], c["ffn_dim"],
                   c["max_position_embeddings"])
     return replace(decoder, tied=c["tie_word_embeddings"])
+
+
+def bert(config: dict) -> BertConfig:
+    c = read(config, BERT, hidden_act=("gelu",))
+    return BertConfig(c["vocab_size"], c["hidden_size"], c["num_hidden_layers"], c["num_attention_heads"],
+                      c["intermediate_size"], c["max_position_embeddings"], segments=c["type_vocab_size"],
+                      eps=c["layer_norm_eps"], dropout=c["hidden_dropout_prob"])
+
+
+def blip2(config: dict, retrieval: bool) -> BLIP2Config:
+    """Blip2ForConditionalGeneration, or Blip2ForImageTextRetrieval, whose Q-Former reads."""
+    c, v = read(config, BLIP2), read(section(config, "vision_config"), BLIP2_VISION, hidden_act=("gelu",))
+    vision = ViTConfig(v["image_size"], v["patch_size"], v["hidden_size"], v["num_hidden_layers"],
+                       v["num_attention_heads"], v["intermediate_size"], activation="gelu", pre_norm=False,
+                       final_norm=False, patch_bias=True, bias="qvo", eps=v["layer_norm_eps"])
+    q = read(section(config, "qformer_config"), QFORMER, hidden_act=("gelu",), use_qformer_text_input=(retrieval,))
+    text = BertConfig(q["vocab_size"], q["hidden_size"], q["num_hidden_layers"], q["num_attention_heads"],
+                      q["intermediate_size"], q["max_position_embeddings"], eps=q["layer_norm_eps"],
+                      dropout=q["hidden_dropout_prob"])
+    qformer = QFormerConfig(text, c["num_query_tokens"], v["hidden_size"], q["cross_attention_frequency"], retrieval)
+    language = section(config, "text_config")
+    if not retrieval:
+        read(language, {"model_type": "opt"}, model_type=("opt",))
+    return BLIP2Config(vision, qformer, None if retrieval else opt_decoder(language), c["image_text_hidden_size"],
+                       eps=v["layer_norm_eps"], trains=not retrieval)
 
 
 def llava(config: dict) -> LLaVAConfig:

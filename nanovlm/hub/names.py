@@ -65,6 +65,36 @@ OPT: Names = {
     "final_layer_norm": "norm",
 }
 
+BERT_LAYER: Names = {
+    "attention.self.query": "attention.query",
+    "attention.self.key": "attention.key",
+    "attention.self.value": "attention.value",
+    "attention.output.dense": "attention.out",
+    "attention.output.LayerNorm": "residual1.norm",
+    "intermediate.dense": "feedforward.up",
+    "output.dense": "feedforward.down",
+    "output.LayerNorm": "residual2.norm",
+}
+
+QFORMER_LAYER: Names = {
+    **{theirs.replace("attention.self", "attention.attention"): ours for theirs, ours in BERT_LAYER.items()},
+    "crossattention.attention.query": "cross_attention.query",
+    "crossattention.attention.key": "cross_attention.key",
+    "crossattention.attention.value": "cross_attention.value",
+    "crossattention.output.dense": "cross_attention.out",
+    "crossattention.output.LayerNorm": "cross_residual.norm",
+    "intermediate_query.dense": "query_feedforward.up",
+    "output_query.dense": "query_feedforward.down",
+    "output_query.LayerNorm": "query_residual.norm",
+}
+
+EVA_VISION: Names = {
+    "embeddings.class_embedding": "class_token",
+    "embeddings.patch_embedding": "patch_embedding",
+    "embeddings.position_embedding": "positions",
+    **{theirs.replace("out_proj", "projection"): ours for theirs, ours in CLIP_BLOCKS.items()},
+}
+
 HF_PROJECTOR: Names = {"linear_1": "first", "linear_2": "second"}
 ORIGINAL_LINEAR: Names = {"mm_projector": "first"}
 ORIGINAL_MLP: Names = {"mm_projector.0": "first", "mm_projector.2": "second"}  # 1 is the GELU between them
@@ -73,6 +103,23 @@ ORIGINAL_MLP: Names = {"mm_projector.0": "first", "mm_projector.2": "second"}  #
 def under(theirs: str, ours: str, table: Names) -> Names:
     """The table with a prefix before each name."""
     return {theirs + a: ours + b for a, b in table.items()}
+
+
+BERT: Names = {
+    "embeddings.word_embeddings": "embeddings.words",
+    "embeddings.position_embeddings": "embeddings.positions",
+    "embeddings.token_type_embeddings": "embeddings.segments",
+    "embeddings.LayerNorm": "norm",
+    **under("encoder.layer.{i}.", "layers.{i}.", BERT_LAYER),
+}
+
+BLIP2_EYES: Names = {
+    **under("vision_model.", "vision.", EVA_VISION),
+    "vision_model.post_layernorm": "vision_norm",
+    "query_tokens": "qformer.queries",
+    "qformer.layernorm": "qformer.norm",
+    **under("qformer.encoder.layer.{i}.", "qformer.layers.{i}.", QFORMER_LAYER),
+}
 
 
 def llava(language: str, head: str, projector: Names, vision: str) -> Names:
@@ -99,6 +146,24 @@ LAYOUTS: dict[str, tuple[Names, ...]] = {
         {**under("model.decoder.", "language.", OPT), "lm_head": "language.head"},
         {**under("decoder.", "language.", OPT), "lm_head": "language.head"},
     ),
+    "bert": (
+        BERT,
+        under("bert.", "", BERT),
+    ),
+    "bert (words)": (
+        {**under("bert.", "bert.", BERT), "cls.predictions.transform.dense": "head.transform",
+         "cls.predictions.transform.LayerNorm": "head.norm", "cls.predictions.bias": "head.bias",
+         "cls.predictions.decoder": "head.decoder"},  # the embedding once more
+    ),
+    "blip-2": (
+        {**BLIP2_EYES, "language_projection": "projection", "language_model.lm_head": "language.head",
+         **under("language_model.model.decoder.", "language.", OPT)},
+    ),
+    "blip-2 (retrieval)": (
+        {**BLIP2_EYES, "embeddings.word_embeddings": "qformer.embeddings.words",
+         "embeddings.position_embeddings": "qformer.embeddings.positions", "vision_projection": "image_projection",
+         "text_projection": "text_projection", "itm_head": "match_head"},
+    ),
     "llava": (
         # the files of the hub; the files that transformers 5 writes
         llava("language_model.model.", "language_model.lm_head", under("multi_modal_projector.", "", HF_PROJECTOR),
@@ -119,7 +184,12 @@ LAYOUTS: dict[str, tuple[Names, ...]] = {
     ),
 }
 
-BUFFERS = ("inv_freq", "position_ids", "decoder.version")  # computed, not learned: some files hold them, some do not
+# second copies that some files hold and our models do without: ours, and what it must be equal to
+TIED = {"language.head.weight": "language.embedding.weight", "head.decoder.weight": "bert.embeddings.words.weight",
+        "head.decoder.bias": "head.bias"}
+# computed, not learned; and BERT's parts for sentence pairs, which no paper here uses: some files hold them, some do not
+NOT_OURS = ("inv_freq", "position_ids", "decoder.version", "pooler.dense.weight", "pooler.dense.bias",
+            "seq_relationship.weight", "seq_relationship.bias")
 
 
 def translate(name: str, table: Names) -> str | None:

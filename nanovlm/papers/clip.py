@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nanovlm.contrastive import contrastive_loss
+from nanovlm.contrastive import contrastive_loss, positives, similarities
 from nanovlm.decoder import Decoder, DecoderConfig
 from nanovlm.vit import ViT, ViTConfig
 
@@ -33,6 +33,7 @@ class CLIPConfig:
 
 
 class CLIP(nn.Module):
+    reads_negatives = True  # captions with one fact wrong, where the data have them
     needs_whole_batch = True  # splitting a batch would change who is a negative
 
     def __init__(self, config: CLIPConfig):
@@ -61,13 +62,15 @@ class CLIP(nn.Module):
         """{"itc": (sum over pairs, pairs)}; batch as made by `collate_pairs`."""
         image = self.encode_image(batch["images"])
         text = self.encode_text(batch["input_ids"], batch["attention_mask"])
+        temperature = self.temperature.clamp(min=0.01)
         negatives = None
         if "negative_ids" in batch:
             B, K, T = batch["negative_ids"].shape
             flat = self.encode_text(batch["negative_ids"].view(B * K, T), batch["negative_mask"].view(B * K, T))
-            negatives = flat.view(B, K, -1)  # (B, K, E)
-        loss = contrastive_loss(image, text, self.temperature.clamp(min=0.01), batch["text_group"],
-                                batch["image_group"], self.gather, negatives)
+            negatives = torch.einsum("be,bke->bk", image, flat.view(B, K, -1)) / temperature  # (B, K)
+        image_to_text, text_to_image = similarities(image, text, self.gather)  # (B, G)
+        right = positives(batch["text_group"], batch["image_group"], self.gather)  # (B, G)
+        loss = contrastive_loss(image_to_text / temperature, text_to_image / temperature, right, negatives)
         return {"itc": loss}
 
     @torch.no_grad()

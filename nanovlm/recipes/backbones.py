@@ -50,8 +50,8 @@ LM_TINY = Recipe(
     build=partial(build_language_model, TINY_LANGUAGE),
     image_size=48,
     vocab=TINY_VOCAB,
-    stages=(Stage("lm", ("language",), "text", format="tiny", steps=2000, batch_size=64, lr=2e-3, weight_decay=0.05,
-                  betas=(0.9, 0.98), max_length=256, on_data=(("steps", 400),)),),
+    stages=(Stage("lm", ("language",), "text", format="tiny", steps=4000, batch_size=32, lr=2e-3, weight_decay=0.05,
+                  betas=(0.9, 0.98), max_length=256, on_data=(("steps", 800),)),),
 )
 
 CLIP_SMALL = Recipe(

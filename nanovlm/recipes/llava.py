@@ -20,6 +20,7 @@ from nanovlm.recipes.stage import Recipe, Stage
 from nanovlm.tokenizer import Tokenizer
 from nanovlm.vit import CLIP_L_14
 
+JUDGED = ("answers", "captions", "classes")
 IMAGE_ID = Tokenizer.SPECIALS.index("<image>")
 
 
@@ -34,13 +35,13 @@ TINY = Recipe(
     build=partial(build_llava, LLaVAConfig(backbones.TINY_VISION, backbones.TINY_LANGUAGE, IMAGE_ID), False),
     image_size=48,
     vocab=backbones.TINY_VOCAB,
-    evaluate=("vqa", "caption", "class"),
     stages=(
         Stage("align", ("projector",), "captions", format="plain", steps=100, batch_size=64, lr=1e-3, max_length=256,
               on_data=(("augment", True),),
               init=(("vision", "clip/tiny:vision"), ("language", "lm/tiny:language"))),
-        Stage("tune", ("projector", "language"), "instruct", format="tiny", steps=2400, batch_size=64, lr=2e-3,
-              betas=(0.9, 0.98), max_length=256, on_data=(("augment", True), ("steps", 1000))),
+        Stage("tune", ("projector", "language"), "instruct", format="tiny", steps=4800, batch_size=32, lr=2e-3,
+              betas=(0.9, 0.98), max_length=256, evaluate=JUDGED,
+              on_data=(("augment", True), ("steps", 2000))),
     ),
 )
 
@@ -49,12 +50,11 @@ SMALL = Recipe(
     build=partial(build_llava, LLaVAConfig(backbones.SMALL_VISION, backbones.SMALL_LANGUAGE, IMAGE_ID), False),
     image_size=224,
     vocab=backbones.SMALL_VOCAB,
-    evaluate=("vqa", "caption", "class"),
     stages=(
         Stage("align", ("projector",), "captions", format="plain", steps=5_000, batch_size=64, lr=2e-3, max_length=512,
               init=(("vision", "clip/small:vision"), ("language", "lm/small:language"))),
         Stage("tune", ("projector", "language"), "instruct", format="v1", steps=20_000, batch_size=32, lr=2e-4,
-              max_length=1024),
+              max_length=1024, evaluate=JUDGED),
     ),
 )
 
@@ -67,13 +67,12 @@ def published(name: str, language: DecoderConfig, weights: str) -> Recipe:
         build=partial(build_llava, config, True),
         image_size=224,
         vocab=language.vocab,
-        evaluate=("vqa", "caption", "class"),
         stages=(
             Stage("align", ("projector",), "captions", format="plain", steps=4_651, batch_size=128, lr=2e-3,
                   max_length=2048, init=(("vision", "published:openai/clip-vit-large-patch14"),
                                          ("language", f"published:{weights}"))),
             Stage("tune", ("projector", "language"), "instruct", format="v0", steps=14_786, batch_size=32, lr=2e-5,
-                  max_length=2048),
+                  max_length=2048, evaluate=JUDGED),
         ),
     )
 

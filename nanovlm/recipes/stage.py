@@ -43,6 +43,7 @@ class Stage:
     augment: bool = False  # random crops and flips
     init: tuple[tuple[str, str], ...] = ()
     max_length: int = 0  # of a sequence, image tokens included; 0 = no limit
+    evaluate: tuple[str, ...] = ()  # what its model is judged by, see evaluate.py
     on_data: tuple[tuple[str, object], ...] = ()  # fields replaced with --data: few real pictures need augmentation
 
     def __post_init__(self):
@@ -59,7 +60,6 @@ class Recipe:
     stages: tuple[Stage, ...]
     image_size: int
     vocab: int
-    evaluate: tuple[str, ...] = ()  # names of evaluations, see evaluate.py
     notes: str = ""
 
 
@@ -84,7 +84,6 @@ def _resolve_stage(stage: Stage, real: bool, steps: float | None) -> Stage:
 def as_config(recipe: Recipe) -> dict:
     """The recipe as plain values, for config.json; the model's own sizes live in its build function, which is code."""
     plain = {f.name: getattr(recipe, f.name) for f in fields(recipe) if f.name not in ("build", "stages", "notes")}
-    plain["evaluate"] = list(recipe.evaluate)
     plain["stages"] = [_plain(asdict(stage)) for stage in recipe.stages]
     return plain
 

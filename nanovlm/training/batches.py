@@ -35,7 +35,8 @@ def make_collate(recipe: Recipe, stage: Stage, tokenizer: Tokenizer, model: nn.M
     transform = Transform(recipe.image_size, augment=stage.augment)
     limit = stage.max_length or None
     if stage.view == "pairs":
-        return lambda samples, rng: collate_pairs(samples, tokenizer, transform, limit or PAIR_LENGTH, rng)
+        wrong = getattr(model, "reads_negatives", False)
+        return lambda samples, rng: collate_pairs(samples, tokenizer, transform, limit or PAIR_LENGTH, rng, wrong)
     image_tokens = getattr(model, "image_tokens", 0)
     return lambda samples, rng: collate_conversations(samples, tokenizer, stage.format, transform, limit, image_tokens,
                                                       rng)

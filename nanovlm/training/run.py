@@ -275,7 +275,7 @@ class Run:
 
     def sampler(self, model: nn.Module, job: Job) -> Callable | None:
         """What asks the model held-out questions now and then; None where it cannot answer."""
-        if not job.recipe.evaluate and not hasattr(model, "score"):
+        if not job.stage.evaluate and not hasattr(model, "score"):
             return None
         return lambda: evaluate.examples(model, job.recipe, job.stage, self.source, self.tokenizer, self.device)
 
@@ -297,10 +297,10 @@ class Run:
     def seconds(self) -> float:
         return self.seconds_before + time.monotonic() - self.began
 
-    def model_after(self, stage: Stage) -> tuple[nn.Module, int]:
-        """The recipe's model with the weights of its latest finished stage, and how many parameters that trained."""
+    def model_after(self, stage: Stage, weights: State | None = None) -> tuple[nn.Module, int]:
+        """The recipe's model with `weights`, those of its latest finished stage unless told; how many parameters learnt."""
         model = self.recipe.build(stage.name)
-        model.load_state_dict(self.finished[self.recipe.name])
+        model.load_state_dict(self.finished[self.recipe.name] if weights is None else weights)
         trained = freeze(model, stage.trains)
         count = sum(p.numel() for name, p in model.named_parameters() if name in trained)
         return model.to(self.device).eval(), count
@@ -313,8 +313,7 @@ class Run:
             "eval": {}, "notes": [], "versions": versions(),
         }
         if distributed.rank() == 0:
-            with checkpoint.undisturbed(model):
-                self.judge(model, summary)
+            self.judge(model, summary)
             summary["seconds"] = round(self.seconds(), 1)
             folder.write_json(self.folder / "summary.json", summary)
             report(summary, self.folder)
@@ -322,16 +321,20 @@ class Run:
         return summary
 
     def judge(self, model: nn.Module, summary: dict) -> None:
+        """Each stage's model by what that stage is to be judged by: what only an earlier one can do counts too."""
         skipped = getattr(self.source, "skipped", ())
         if skipped:
             record, reason = skipped[0]
             summary["notes"].append(f"{len(skipped)} records were left out (--on-missing skip), the first of them "
                                     f"{record}: {reason}.")
-        if not self.recipe.evaluate:
-            return
-        say("evaluating on held-out data")
-        stage = self.jobs[-1].stage
-        summary["eval"] = evaluate.evaluate(model, self.recipe, stage, self.source, self.tokenizer, self.device)
+        for stage in self.recipe.stages:
+            if not stage.evaluate:
+                continue
+            say(f"evaluating {stage.name} on held-out data")
+            last = stage == self.jobs[-1].stage
+            judged = model if last else self.model_after(stage, checkpoint.load(self.folder / f"{stage.name}.pt"))[0]
+            with checkpoint.undisturbed(judged):
+                summary["eval"] |= evaluate.evaluate(judged, self.recipe, stage, self.source, self.tokenizer, self.device)
         summary["notes"] += evaluate.notes(summary["eval"], self.source)
 
 

@@ -1,6 +1,7 @@
 """Vital signs: the bugs that let the loss fall all the same.
 
-    at the first step     loss beside that of a blind guess     ln V for "lm", ln of the number of candidates for "itc"
+    at the first step     loss beside that of a blind guess     ln V for "lm", ln of the number of candidates for "itc",
+                                                        H(1/3) for "itm"
     at steps 1 to 3       a part that should learn has no gradient
     at half time, end     the loss with the pictures exchanged = the loss with the right ones: the model ignores them
     at the end            a frozen part changed                 sha256 of every part, before and after
@@ -17,13 +18,16 @@ from torch import Tensor, nn
 
 from nanovlm.training.checkpoint import undisturbed
 
+PRIOR = math.log(3) - 2 / 3 * math.log(2)  # H(1/3) = 0.6365: one pair that belongs to two that do not
 SAME = 0.002  # relative difference of two losses below which they count as equal
 
 
 def guess(name: str, batch: dict, vocab: int, world: int) -> float | None:
     """The loss of a model that knows nothing, as it should be at a random initialisation; None where we cannot say."""
-    if name == "lm":
+    if name in ("lm", "itg"):
         return math.log(vocab)
+    if name == "itm":
+        return PRIOR
     if name == "itc":
         pairs = len(batch["images"]) * world
         own = batch["negative_ids"].shape[1] if "negative_ids" in batch else 0

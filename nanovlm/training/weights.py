@@ -56,12 +56,19 @@ def take_over(model: nn.Module, old: State) -> None:
 
 
 def load_part(model: nn.Module, module: str, old: State, part: str) -> None:
-    """Module `module` of the model := module `part` of the backbone, every tensor of it."""
+    """Module `module` of the model := module `part` of the backbone, as far as the model has it.
+
+    BLIP-2 leaves out the encoder's last block; what the model has and the backbone lacks is an error.
+    """
     prefix = part + "."
     weights = {name.removeprefix(prefix): tensor for name, tensor in old.items() if name.startswith(prefix)}
     if not weights:
         raise ValueError(f"init takes {part!r}, but the backbone has no such module.")
-    model.get_submodule(module).load_state_dict(weights)
+    fill(model.get_submodule(module), weights)
+
+
+def fill(module: nn.Module, weights: State) -> None:
+    module.load_state_dict({name: weights[name] for name in module.state_dict() if name in weights})
 
 
 def load_published(model: nn.Module, module: str, name: str) -> None:
@@ -74,4 +81,8 @@ def load_published(model: nn.Module, module: str, name: str) -> None:
     from nanovlm import hub
 
     loaded = hub.load(Path(home) / name)
-    model.get_submodule(module).load_state_dict(getattr(loaded, module, loaded).state_dict())
+    target = model.get_submodule(module)
+    if module == "qformer" and not hasattr(loaded, module):
+        target.take_bert(getattr(loaded, "bert", loaded))  # a text transformer is where it starts from
+    else:
+        fill(target, getattr(loaded, module, loaded).state_dict())

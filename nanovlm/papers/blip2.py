@@ -1,0 +1,229 @@
+"""BLIP-2: a small transformer learns to ask a frozen image encoder what a frozen language model wants to know.
+
+"BLIP-2: Bootstrapping Language-Image Pre-training with Frozen Image Encoders and Large Language Models" (2301.12597) §3
+
+    stage 1 (§3.1), no language model: the queries learn what text needs of a picture
+
+      image ─► ViT, frozen ─► norm ─► image tokens (B, N, D_v) ─┐
+                                              32 queries ─► Q-Former ◄─ text
+                                                               │
+          ITC   max_q ⟨query_q, [CLS]⟩ / τ     queries and text apart      who belongs to whom, among all of the batch
+          ITM   mean_q head(query_q)           queries and text together   is this text this picture's? hard negatives
+          ITG   text after [DEC], word by word text sees queries, not back say what is in the picture
+                                                               │  loss = ITC + ITM + ITG
+    stage 2 (§3.2): what they bring back is put before the words of a frozen language model
+
+      image ─► ViT ─► norm ─► Q-Former, text half cut away ─► (B, Q, D) ─► projection ─► (B, Q, D_lm) ─┐
+                          "<s> a red circle \\n" ─► word embeddings (B, T, D_lm) ──────────────────────┴─► LM ─► loss
+
+    frozen: ViT and LM. Learning: norm, Q-Former, heads or projection: 0.9 to 3.4 % of the whole.
+
+ITC and ITG share one pass of the queries: its keys and values are kept, and the text reads them. That equals one pass
+over both under the mask `multimodal_causal`, where queries do not look at text either.
+
+Legend: B pairs, G pairs on all ranks, Q queries, T text tokens, N image tokens, E width of the common space.
+Differs from the released code in: gathered features keep their gradient on every rank, as in one process with the whole
+batch (released: only the own half does); pairs with an equal text are no negatives (released: equal images only, and
+only in fine-tuning); the frozen LM is in eval(), without dropout.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nanovlm import generation, masks
+from nanovlm.attention import KVCache
+from nanovlm.bert import WordHead
+from nanovlm.contrastive import contrastive_loss, positives, similarities
+from nanovlm.decoder import Decoder, DecoderConfig
+from nanovlm.errors import UserError
+from nanovlm.lm_loss import IGNORE, lm_loss
+from nanovlm.matching import hard_negatives, matching_loss
+from nanovlm.papers.language_model import Output, mean_loss, prefill, step
+from nanovlm.qformer import QFormer, QFormerConfig
+from nanovlm.vit import ViT, ViTConfig
+
+
+@dataclass(frozen=True)
+class BLIP2Config:
+    vision: ViTConfig  # without the last block and the final norm (§3.4: second-to-last features)
+    qformer: QFormerConfig
+    language: DecoderConfig | None  # None where only stage 1 is wanted
+    embedding: int = 256  # E
+    decode_id: int = 30522  # [DEC], which opens a text to be written
+    smoothing: float = 0.1  # of ITC's and ITG's targets
+    eps: float = 1e-6  # of the norm behind the vision encoder
+    trains: bool = True  # False: stage 1 as published for retrieval, without word head and temperature
+
+
+class BLIP2Stage1(nn.Module):
+    """Image encoder and Q-Former, text half included: contrast, match, describe, retrieve."""
+
+    needs_whole_batch = True  # splitting a batch would change who is a negative
+
+    def __init__(self, config: BLIP2Config):
+        super().__init__()
+        self.config = config
+        D, E = config.qformer.text.width, config.embedding
+        self.vision = ViT(config.vision)
+        self.vision_norm = nn.LayerNorm(config.vision.width, config.eps)
+        self.qformer = QFormer(config.qformer)
+        self.word_head = WordHead(D, config.qformer.text.vocab, config.qformer.text.eps) if config.trains else None
+        self.image_projection = nn.Linear(D, E)
+        self.text_projection = nn.Linear(D, E)
+        self.match_head = nn.Linear(D, 2)
+        self.temperature = nn.Parameter(torch.tensor(0.07)) if config.trains else None
+        self.gather = lambda rows: rows  # one process has the whole batch already
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """images (B, 3, h, w) → image tokens (B, 1 + N, D_v), normed; the norm learns, the encoder does not."""
+        return self.vision_norm(self.vision(images))
+
+    def project_queries(self, queries: Tensor) -> Tensor:
+        """(B, Q, D) → unit vectors (B, Q, E)."""
+        return F.normalize(self.image_projection(queries), dim=-1)
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """ids (B, T), padded on the right → unit vectors (B, E), read off the first token, [CLS]."""
+        states = self.qformer(input_ids=input_ids, mask=masks.padding(attention_mask))  # (B, T, D)
+        return F.normalize(self.text_projection(states[:, 0]), dim=-1)
+
+    def losses(self, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """{"itc": …, "itm": …, "itg": …}, each (sum, count); batch as made by `collate_pairs`."""
+        image_tokens, cache = self.encode_image(batch["images"]), KVCache()
+        ids, mask = self.pad(batch["input_ids"], batch["attention_mask"])
+        queries = self.qformer(image_tokens, cache=cache)  # (B, Q, D)
+        i2t, t2i = similarities(self.project_queries(queries), self.encode_text(ids, mask), self.gather)  # (B, G)
+        i2t, t2i = i2t / self.temperature, t2i / self.temperature
+        right = positives(batch["text_group"], batch["image_group"], self.gather)  # (B, G)
+        return {"itc": contrastive_loss(i2t, t2i, right, smoothing=self.config.smoothing),
+                "itm": self.matching(image_tokens, ids, mask, i2t, t2i, right),
+                "itg": self.generation(ids, mask, cache)}
+
+    def pad(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """To the length of the longest text on any rank, so that all ranks' texts fit together."""
+        longest = int(self.gather(torch.tensor([ids.shape[1]], device=ids.device)).max())
+        missing = longest - ids.shape[1]
+        return F.pad(ids, (0, missing)), F.pad(mask, (0, missing))  # (B, longest)
+
+    def matching(self, image_tokens: Tensor, ids: Tensor, mask: Tensor, i2t: Tensor, t2i: Tensor,
+                 right: Tensor) -> tuple[Tensor, Tensor]:
+        """ITM on 3 B pairs: my pair, its text with a wrong image, its image with a wrong text."""
+        B = len(ids)
+        wrong_image, wrong_text = hard_negatives(t2i, right), hard_negatives(i2t, right)  # (B,), places among G
+        images = torch.cat([image_tokens, self.gather(image_tokens)[wrong_image], image_tokens])  # (3 B, N, D_v)
+        texts = torch.cat([ids, ids, self.gather(ids)[wrong_text]])  # (3 B, T)
+        text_mask = torch.cat([mask, mask, self.gather(mask)[wrong_text]])
+        belongs = torch.arange(3 * B, device=ids.device) < B
+        return matching_loss(self.match(images, texts, text_mask), belongs.long())
+
+    def match(self, image_tokens: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Pair p = (image tokens p, text p) → logits (P, 2): every query answers, and their mean counts."""
+        Q = self.config.qformer.queries
+        states = self.qformer(image_tokens, input_ids, masks.bidirectional(Q, attention_mask))  # (P, Q + T, D)
+        return self.match_head(states[:, :Q]).mean(dim=1)
+
+    def generation(self, ids: Tensor, mask: Tensor, cache: KVCache) -> tuple[Tensor, Tensor]:
+        """ITG: each word from [DEC], the words before it and the queries in `cache`, which learn through this too."""
+        Q = self.config.qformer.queries
+        read = torch.cat([torch.full_like(ids[:, :1], self.config.decode_id), ids[:, 1:]], dim=1)  # [DEC] for [CLS]
+        states = self.qformer(input_ids=read, mask=masks.multimodal_causal(Q, mask)[:, Q:], cache=cache)  # (B, T, D)
+        return lm_loss(self.word_head(states), self.qformer.embeddings.words.weight, ids.masked_fill(~mask, IGNORE),
+                       head_bias=self.word_head.bias, smoothing=self.config.smoothing)
+
+    @torch.no_grad()
+    def score(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Cosine of each image's best query with each text: (B, number of texts)."""
+        queries = self.project_queries(self.qformer(self.encode_image(images)))
+        return similarities(queries, self.encode_text(input_ids, attention_mask), lambda rows: rows)[0]
+
+    def generate(self, images: Tensor, max_new_tokens: int, stop: Sequence[int], beams: int = 1) -> Tensor:
+        """Captions by the Q-Former alone: new token ids (B, n), beginning after [DEC]."""
+        start = torch.full((len(images), 1), self.config.decode_id, device=images.device)
+
+        def prefill() -> tuple[Tensor, KVCache]:
+            cache = KVCache()
+            self.qformer(self.encode_image(images), cache=cache)
+            cache.extend_mask(start.new_ones(len(start), self.config.qformer.queries, dtype=torch.bool))
+            logits, cache = self.step(start, cache)
+            return logits[:, -1], cache
+
+        return generation.generate(prefill, self.step, max_new_tokens, stop, beams=beams)
+
+    def step(self, ids: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
+        """Read further words (B, T) behind the queries and words of the cache: logits (B, T, V) and the cache."""
+        T, Q = ids.shape[1], self.config.qformer.queries
+        seen = cache.extend_mask(torch.ones_like(ids, dtype=torch.bool))  # (B, S)
+        states = self.qformer(input_ids=ids, mask=masks.causal_with_padding(seen, T), cache=cache,
+                              first=seen.shape[1] - T - Q)
+        return self.word_head.logits(states, self.qformer.embeddings.words), cache
+
+
+class BLIP2(nn.Module):
+    """Stage 2: one picture before each text, and a frozen decoder LM that goes on from both."""
+
+    def __init__(self, config: BLIP2Config):
+        super().__init__()
+        self.config = config
+        self.vision = ViT(config.vision)
+        self.vision_norm = nn.LayerNorm(config.vision.width, config.eps)
+        self.qformer = QFormer(config.qformer)
+        self.projection = nn.Linear(config.qformer.text.width, config.language.width)
+        self.language = Decoder(config.language)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """images (B, 3, h, w) → image tokens (B, 1 + N, D_v), normed."""
+        return self.vision_norm(self.vision(images))
+
+    def image_prefix(self, images: Tensor) -> Tensor:
+        """images (B, 3, h, w) → (B, Q, D_lm), what the language model reads in place of the picture."""
+        return self.projection(self.qformer(self.encode_image(images)))
+
+    def prepend(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """One image before each text: embeddings (B, Q + T, D_lm) and mask bool (B, Q + T), for padding on either side."""
+        if len(images) != len(input_ids):
+            raise UserError(f"BLIP-2 reads one picture before each text; this batch has {len(images)} pictures for "
+                            f"{len(input_ids)} texts. Leave out records without a picture or with several.")
+        embeddings = torch.cat([self.image_prefix(images), self.language.embedding(input_ids)], dim=1)
+        return embeddings, masks.with_queries(self.config.qformer.queries, attention_mask)
+
+    def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None,
+                maps: list | None = None) -> Output:
+        """logits (B, Q + T, V), and the loss where labels (B, T) are given; maps as in the decoder."""
+        embeddings, mask = self.prepend(images, input_ids, attention_mask)
+        hidden = self.language(inputs_embeds=embeddings, attention_mask=mask, maps=maps)
+        loss = None if labels is None else mean_loss({"lm": self.caption_loss(hidden, labels)})
+        return Output(self.language.logits(hidden), loss)
+
+    def losses(self, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """{"lm": (sum over what is to be said, their number)}; batch as made by `collate_conversations`."""
+        embeddings, mask = self.prepend(batch["images"], batch["input_ids"], batch["attention_mask"])
+        hidden = self.language(inputs_embeds=embeddings, attention_mask=mask)
+        return {"lm": self.caption_loss(hidden, batch["labels"])}
+
+    def caption_loss(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Nothing is learned at the queries' places; the last of them may predict the text's first token."""
+        labels = F.pad(labels, (self.config.qformer.queries, 0), value=IGNORE)  # (B, Q + T)
+        return lm_loss(hidden, self.language.head_weight, labels)
+
+    def prefill(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, KVCache]:
+        """Read prompts, padded on the left, behind their images: next-token logits (B, V), cache."""
+        embeddings, mask = self.prepend(images, input_ids, attention_mask)
+        return prefill(self.language, mask, inputs_embeds=embeddings)
+
+    def generate(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int,
+                 stop: Sequence[int], beams: int = 1, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
+                 generator: torch.Generator | None = None) -> Tensor:
+        """New token ids only, int64 (B, n)."""
+        return generation.generate(lambda: self.prefill(images, input_ids, attention_mask),
+                                   lambda ids, cache: step(self.language, ids, cache), max_new_tokens, stop,
+                                   beams=beams, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+
+    def score(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor,
+              candidates: Sequence[Sequence[int]]) -> Tensor:
+        """log p of each candidate answer after each prompt → (B, number of candidates)."""
+        return generation.score_candidates(lambda: self.prefill(images, input_ids, attention_mask),
+                                           lambda ids, cache: step(self.language, ids, cache), candidates)

@@ -1,0 +1,97 @@
+"""BLIP-2's recipes: two stages, the tiny one and the published ones side by side.
+
+                 eyes (frozen)          Q-Former             LM (frozen)      stage 1              stage 2
+    tiny         clip/tiny, 17 tokens   4 × 96, 8 queries    lm/tiny          pairs               captions
+    small        clip/small, 197        6 × 384, 32          lm/small         the same            the same
+    vit-l-…      CLIP-L/14, 257         BERT-base, 32        OPT              129M, 250k steps    129M, 80k steps
+    vit-g-…      EVA-CLIP g/14, 257     BERT-base, 32        OPT              the same            the same
+
+What scale changes: sizes, steps, batches, BERT's weights to begin with. What it does not: which parts are frozen, and
+the three losses. Hyper-parameters of the published ones: BLIP-2 §3.4. Its minimal learning rate is stated for stage 2
+only. differs: the paper trains on six collections, of which COCO's and others' captions were rewritten by CapFilt.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+from torch import nn
+
+from nanovlm.bert import BertConfig
+from nanovlm.decoder import OPT_2_7B, OPT_6_7B, DecoderConfig
+from nanovlm.papers.blip2 import BLIP2, BLIP2Config, BLIP2Stage1
+from nanovlm.qformer import QFormerConfig
+from nanovlm.recipes import backbones
+from nanovlm.recipes.stage import Recipe, Stage
+from nanovlm.tokenizer import Tokenizer
+from nanovlm.vit import CLIP_L_14, EVA_CLIP_G_14, ViTConfig
+
+BRIDGE_1 = ("vision_norm", "qformer", "word_head", "image_projection", "text_projection", "match_head", "temperature")
+BRIDGE_2 = ("vision_norm", "qformer", "projection")
+QFORMER_TEXT = BertConfig(30523, 768, 12, 12, 3072)  # BERT-base's sizes and one more word, [DEC]
+
+
+def build_blip2(config: BLIP2Config, checkpointing: bool, stage: str) -> nn.Module:
+    if stage == "stage1":
+        return BLIP2Stage1(config)
+    model = BLIP2(replace(config, qformer=replace(config.qformer, reads=False)))
+    model.language.checkpointing = checkpointing
+    return model
+
+
+def without_last_block(vision: ViTConfig) -> ViTConfig:
+    """§3.4: the features of the second-to-last layer, so the last block and the norm behind it are not built."""
+    return replace(vision, layers=vision.layers - 1, final_norm=False)
+
+
+TINY_QFORMER = QFormerConfig(BertConfig(backbones.TINY_VOCAB, width=96, layers=4, heads=4, ffn=192, max_positions=64,
+                                        dropout=0.0), queries=8, image_width=backbones.TINY_VISION.width)
+TINY_CONFIG = BLIP2Config(without_last_block(backbones.TINY_VISION), TINY_QFORMER, backbones.TINY_LANGUAGE, embedding=64,
+                          decode_id=Tokenizer.SPECIALS.index("[DEC]"))
+
+TINY = Recipe(
+    name="blip2/tiny",
+    build=partial(build_blip2, TINY_CONFIG, False),
+    image_size=48,
+    vocab=backbones.TINY_VOCAB,
+    stages=(
+        Stage("stage1", BRIDGE_1, "pairs", steps=2400, batch_size=32, lr=1e-3, weight_decay=0.05, betas=(0.9, 0.98),
+              max_length=48, evaluate=("retrieval",), init=(("vision", "clip/tiny:vision"),)),
+        Stage("stage2", BRIDGE_2, "captions", format="blip2", steps=3000, batch_size=32, lr=1e-3, weight_decay=0.05,
+              betas=(0.9, 0.98), max_length=256, evaluate=("answers", "captions", "classes"),
+              init=(("language", "lm/tiny:language"),)),
+    ),
+)
+
+
+def published(name: str, vision: ViTConfig, vision_weights: str, language: DecoderConfig, language_weights: str,
+              batch_size: int) -> Recipe:
+    """BLIP-2 §3.4. batch_size: stage 1's; 2,320 for ViT-L and 1,680 for ViT-g, and 1,920 in stage 2 with OPT."""
+    config = BLIP2Config(without_last_block(vision), QFormerConfig(QFORMER_TEXT, 32, vision.width), language)
+    return Recipe(
+        name=name,
+        build=partial(build_blip2, config, True),
+        image_size=224,
+        vocab=language.vocab,
+        stages=(
+            Stage("stage1", BRIDGE_1, "pairs", steps=250_000, batch_size=batch_size, lr=1e-4, weight_decay=0.05,
+                  betas=(0.9, 0.98), warmup=2_000 / 250_000, augment=True, max_length=32, evaluate=("retrieval",),
+                  init=(("vision", f"published:{vision_weights}"), ("qformer", "published:google-bert/bert-base-uncased"))),
+            Stage("stage2", BRIDGE_2, "captions", format="blip2", steps=80_000, batch_size=1_920, lr=1e-4, min_lr=0.5,
+                  weight_decay=0.05, betas=(0.9, 0.98), warmup=2_000 / 80_000, augment=True, max_length=32,
+                  evaluate=("answers", "captions", "classes"), init=(("language", f"published:{language_weights}"),)),
+        ),
+    )
+
+
+CLIP_EYES = (replace(CLIP_L_14, align_corners=True), "openai/clip-vit-large-patch14", 2_320)
+EVA_EYES = (EVA_CLIP_G_14, "Salesforce/blip2-itm-vit-g", 1_680)
+
+
+def with_opt(name: str, eyes: tuple[ViTConfig, str, int], language: DecoderConfig, weights: str) -> Recipe:
+    vision, vision_weights, batch_size = eyes
+    return published(name, vision, vision_weights, language, weights, batch_size)
+
+
+RECIPES = (TINY, with_opt("blip2/vit-l-opt-2.7b", CLIP_EYES, OPT_2_7B, "facebook/opt-2.7b"),
+           with_opt("blip2/vit-g-opt-2.7b", EVA_EYES, OPT_2_7B, "facebook/opt-2.7b"),
+           with_opt("blip2/vit-g-opt-6.7b", EVA_EYES, OPT_6_7B, "facebook/opt-6.7b"))
