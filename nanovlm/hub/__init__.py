@@ -8,6 +8,7 @@
     clip_vision_model     CLIPVisionModel                    vit.ViT
     clip                  CLIPModel                          papers.clip.CLIP
     llama, opt            LlamaForCausalLM, OPTForCausalLM   papers.language_model.LanguageModel
+    t5                    T5ForConditionalGeneration         papers.encoder_decoder.EncoderDecoder
     llava                 LlavaForConditionalGeneration      papers.llava.LLaVA, projector of two layers
     llava, llava_llama    LlavaLlamaForCausalLM              papers.llava.LLaVA, projector of one or two layers
 
@@ -32,8 +33,9 @@ from torch import Tensor, nn
 
 from nanovlm.errors import UserError
 from nanovlm.hub import configs
-from nanovlm.hub.names import BUFFERS, LAYOUTS, Names, backwards, translate
+from nanovlm.hub.names import BUFFERS, COPIES, LAYOUTS, Names, backwards, translate
 from nanovlm.papers.clip import CLIP
+from nanovlm.papers.encoder_decoder import EncoderDecoder
 from nanovlm.papers.language_model import LanguageModel
 from nanovlm.papers.llava import LLaVA
 from nanovlm.vit import ViT
@@ -45,6 +47,7 @@ BUILD: dict[str, Callable[[dict], nn.Module]] = {
     "clip": lambda config: CLIP(configs.clip_both(config)),
     "llama": lambda config: LanguageModel(configs.llama_decoder(config)),
     "opt": lambda config: LanguageModel(configs.opt_decoder(config)),
+    "t5": lambda config: EncoderDecoder(configs.t5(config)),
     "llava": lambda config: LLaVA(configs.llava(config)),
     "llava (original)": lambda config: LLaVA(configs.original_llava(config)),
 }
@@ -89,7 +92,7 @@ def fill(model: nn.Module, state: State, layouts: tuple[Names, ...]) -> list[str
             found[ours] = tensor
             if tensor.shape != wanted[ours].shape:
                 problems.append(f"{name} has shape {tuple(tensor.shape)} instead of {tuple(wanted[ours].shape)}")
-        elif ours != "language.head.weight" or not is_tied(tensor, state, layout):
+        elif not name.endswith(COPIES) or not is_embedding(tensor, state, layout):
             problems.append(f"{name} is unused")
     problems += [f"{translate(ours, backwards(layout))} is missing" for ours in wanted if ours not in found]
     if not problems:
@@ -97,10 +100,11 @@ def fill(model: nn.Module, state: State, layouts: tuple[Names, ...]) -> list[str
     return problems
 
 
-def is_tied(head: Tensor, state: State, layout: Names) -> bool:
-    """Whether a head that our model does without is the embedding once more: some files hold it twice."""
+def is_embedding(copy: Tensor, state: State, layout: Names) -> bool:
+    """Whether a tensor that our model does without is the embedding once more: some files hold a tied head, or T5's
+    embedding for each of its stacks."""
     embedding = [tensor for name, tensor in state.items() if translate(name, layout) == "language.embedding.weight"]
-    return len(embedding) == 1 and torch.equal(head, embedding[0])
+    return len(embedding) == 1 and torch.equal(copy, embedding[0])
 
 
 # --- from disk ---

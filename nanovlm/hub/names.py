@@ -1,6 +1,7 @@
 """Who is who in a checkpoint: their names of tensors beside ours, one table per layout.
 
-    "layers.{i}.mlp.up_proj": "blocks.{i}.feedforward.up"        a module or a single tensor; {i} is a block's number
+    "layers.{i}.mlp.up_proj": "blocks.{i}.feedforward.up"        a module or a single tensor; {i} is a block's number,
+                                                                 the first number of a name
 
 A layout says where each part of the model stands: LLaVA's language model is `language_model.model.…` in the files of
 the hub, `model.language_model.…` in the memory of transformers 5 and plain `model.…` in the original code.
@@ -65,6 +66,10 @@ OPT: Names = {
     "final_layer_norm": "norm",
 }
 
+T5_ATTENTION: Names = {"q": "query", "k": "key", "v": "value", "o": "out"}
+T5_GATED: Names = {"wi_0": "gate", "wi_1": "up", "wo": "down"}  # T5 v1.1, FlanT5
+T5_PLAIN: Names = {"wi": "up", "wo": "down"}  # T5 v1.0
+
 HF_PROJECTOR: Names = {"linear_1": "first", "linear_2": "second"}
 ORIGINAL_LINEAR: Names = {"mm_projector": "first"}
 ORIGINAL_MLP: Names = {"mm_projector.0": "first", "mm_projector.2": "second"}  # 1 is the GELU between them
@@ -73,6 +78,28 @@ ORIGINAL_MLP: Names = {"mm_projector.0": "first", "mm_projector.2": "second"}  #
 def under(theirs: str, ours: str, table: Names) -> Names:
     """The table with a prefix before each name."""
     return {theirs + a: ours + b for a, b in table.items()}
+
+
+def t5(feedforward: Names) -> Names:
+    """T5 numbers the parts of a block too: layer.0 is self-attention; of the decoder, layer.1 is cross-attention."""
+    return {
+        "shared": "embedding",
+        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias": "encoder.position_bias",  # for all blocks
+        "encoder.block.{i}.layer.0.layer_norm": "encoder.blocks.{i}.norm1",
+        **under("encoder.block.{i}.layer.0.SelfAttention.", "encoder.blocks.{i}.attention.", T5_ATTENTION),
+        "encoder.block.{i}.layer.1.layer_norm": "encoder.blocks.{i}.norm2",
+        **under("encoder.block.{i}.layer.1.DenseReluDense.", "encoder.blocks.{i}.feedforward.", feedforward),
+        "encoder.final_layer_norm": "encoder.norm",
+        "decoder.block.0.layer.0.SelfAttention.relative_attention_bias": "decoder.position_bias",
+        "decoder.block.{i}.layer.0.layer_norm": "decoder.blocks.{i}.norm1",
+        **under("decoder.block.{i}.layer.0.SelfAttention.", "decoder.blocks.{i}.attention.", T5_ATTENTION),
+        "decoder.block.{i}.layer.1.layer_norm": "decoder.blocks.{i}.norm_cross",
+        **under("decoder.block.{i}.layer.1.EncDecAttention.", "decoder.blocks.{i}.cross_attention.", T5_ATTENTION),
+        "decoder.block.{i}.layer.2.layer_norm": "decoder.blocks.{i}.norm2",
+        **under("decoder.block.{i}.layer.2.DenseReluDense.", "decoder.blocks.{i}.feedforward.", feedforward),
+        "decoder.final_layer_norm": "decoder.norm",
+        "lm_head": "head",
+    }
 
 
 def llava(language: str, head: str, projector: Names, vision: str) -> Names:
@@ -99,6 +126,10 @@ LAYOUTS: dict[str, tuple[Names, ...]] = {
         {**under("model.decoder.", "language.", OPT), "lm_head": "language.head"},
         {**under("decoder.", "language.", OPT), "lm_head": "language.head"},
     ),
+    "t5": (
+        under("", "language.", t5(T5_GATED)),
+        under("", "language.", t5(T5_PLAIN)),
+    ),
     "llava": (
         # the files of the hub; the files that transformers 5 writes
         llava("language_model.model.", "language_model.lm_head", under("multi_modal_projector.", "", HF_PROJECTOR),
@@ -119,7 +150,9 @@ LAYOUTS: dict[str, tuple[Names, ...]] = {
     ),
 }
 
-BUFFERS = ("inv_freq", "position_ids", "decoder.version")  # computed, not learned: some files hold them, some do not
+BUFFERS = ("inv_freq", "position_ids", "decoder.version",  # computed, not learned: some files hold them, some do not
+           "EncDecAttention.relative_attention_bias.weight")  # in T5's first files, and never read
+COPIES = ("lm_head.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # may be the embedding again
 
 
 def translate(name: str, table: Names) -> str | None:
