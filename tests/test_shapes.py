@@ -19,8 +19,10 @@ from nanovlm.data.conversation import Sample
 from nanovlm.data.transforms import Transform
 from nanovlm.decoder import clip_text, llama, opt
 from nanovlm.papers.clip import CLIP, CLIPConfig
+from nanovlm.papers.encoder_decoder import EncoderDecoder
 from nanovlm.papers.language_model import LanguageModel
 from nanovlm.papers.llava import LLaVA, LLaVAConfig
+from nanovlm.t5 import T5Config
 from nanovlm.tokenizer import Tokenizer
 from nanovlm.vit import clip_vit, imagenet_vit
 
@@ -56,6 +58,17 @@ def run_language_model() -> None:
         model.score(ids(B, T), mask, [[5], [6, 7, 8]])
 
 
+def run_encoder_decoder() -> None:
+    mask = torch.ones(B, 13, dtype=torch.bool)
+    mask[0, :4] = False
+    for tied in (False, True):
+        model = EncoderDecoder(T5Config(VOCAB, 30, 2, 4, 6, 37, buckets=8, max_distance=9, tied=tied))
+        model(ids(B, 13), mask, labels=ids(B, T)).loss.backward()
+        model.losses({"input_ids": ids(B, 13), "attention_mask": mask, "labels": ids(B, T)})
+        model.generate(ids(B, 13), mask, max_new_tokens=4, stop=[2], beams=7)
+        model.score(ids(B, 13), mask, [[5], [6, 7, 8]])
+
+
 def run_llava() -> None:
     language = llama(VOCAB, width=30, layers=2, heads=3, ffn=37, max_positions=256)
     model = LLaVA(LLaVAConfig(VISION, language, image_token_id=3, projector_layers=2))
@@ -88,6 +101,7 @@ def checker() -> ShapeChecker:
     with ShapeChecker(sorted(PACKAGE.rglob("*.py"))) as checker:
         run_clip()
         run_language_model()
+        run_encoder_decoder()
         run_llava()
         run_the_rest()
     return checker
