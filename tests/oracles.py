@@ -1,5 +1,6 @@
 """Tiny models of transformers, with weights that bite: what ours are held against."""
 
+import torch
 import transformers
 from tools import bite
 from torch import nn
@@ -24,6 +25,10 @@ EVA = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_
        "patch_size": 5}
 QFORMER = {**{k: v for k, v in BERT.items() if k != "type_vocab_size"}, "cross_attention_frequency": 2}
 QUERIES = 7
+T5 = {"vocab_size": 53, "d_model": 26, "d_kv": 7, "d_ff": 34, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 5,
+      "relative_attention_num_buckets": 10, "relative_attention_max_distance": 13, "dropout_rate": 0.0,
+      "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
+      "decoder_start_token_id": 3, "eos_token_id": 2, "pad_token_id": 0}
 IMAGE_ID = 51
 
 
@@ -37,6 +42,25 @@ def hf_llama(seed: int, **changes) -> nn.Module:
 
 def hf_opt(seed: int, **changes) -> nn.Module:
     return bite(transformers.OPTForCausalLM(transformers.OPTConfig(**{**OPT, **changes})), seed)
+
+
+def hf_t5(seed: int, **changes) -> nn.Module:
+    """FlanT5, with a head of its own, as its files have it: transformers 5 ties the head of every new T5."""
+    hf = transformers.T5ForConditionalGeneration(transformers.T5Config(**{**T5, **changes}))
+    if hf.config.scale_decoder_outputs:
+        return bite(hf, seed)
+    hf.lm_head.weight = nn.Parameter(torch.empty_like(hf.lm_head.weight))
+    return bite(hf, seed, 0.15)  # its unscaled scores and logits make more of every rounding
+
+
+def hf_t5_exact(seed: int, **changes) -> nn.Module:
+    """As BLIP-2 runs it."""
+    return hf_t5(seed, **{"dense_act_fn": "gelu", **changes})
+
+
+def hf_t5_first(seed: int, **changes) -> nn.Module:
+    """T5 v1.0: no gate, and the head is the embedding."""
+    return hf_t5(seed, **{"feed_forward_proj": "relu", "tie_word_embeddings": True, **changes})
 
 
 def hf_llava(seed: int, **changes) -> nn.Module:

@@ -25,7 +25,7 @@ from nanovlm.tokenizer import Tokenizer
 
 CORPUS = "USER: what colour is it? ASSISTANT: red\n### Human: how many?\n### Assistant: two ###[INST] 你好 [/INST]"
 TOKENIZER = Tokenizer.train([CORPUS] * 5, 340)
-BYTES = Tokenizer.train([], 260)  # no merges: "###" is three tokens, and an answer may hold two of them
+BYTES = Tokenizer.train([], 261)  # no merges: "###" is three tokens, and an answer may hold two of them
 NAMES = sorted(FORMATS)
 # What each answer begins with and what closes it, written out here and not taken from the table under test.
 LEAD = {"plain": "", "v0": " ", "v1": " ", "llama_2": " ", "blip2": " ", "tiny": " "}

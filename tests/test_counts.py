@@ -8,6 +8,7 @@ from torch import nn
 
 from nanovlm import recipes
 from nanovlm.decoder import OPT_2_7B, OPT_6_7B, VICUNA_7B, VICUNA_13B, Decoder, DecoderConfig
+from nanovlm.t5 import FLAN_T5_XL, FLAN_T5_XXL, T5, T5Config
 from nanovlm.training.loop import freeze
 from nanovlm.vit import CLIP_L_14, CLIP_L_14_336, EVA_CLIP_G_14, VIT_B_16, VIT_L_16, ViT
 
@@ -111,6 +112,15 @@ def test_imagenet_vit(config, published):
 def test_language_models(config: DecoderConfig, published: int):
     """OPT's head is its embedding and is counted once; LLaMA's is its own."""
     assert count(on_meta(Decoder, config)) == published
+
+
+@pytest.mark.parametrize(("config", "published"), [
+    (FLAN_T5_XL, 2_849_757_184), (FLAN_T5_XXL, 11_135_332_352),
+    (replace(FLAN_T5_XL, activation="geglu"), 2_849_757_184),  # as in BLIP-2
+    (T5Config(32128, 768, 12, 12, 64, 3072, activation="relu", tied=True), 222_903_552)])
+def test_encoder_decoders(config: T5Config, published: int):
+    """FlanT5's head is its own; that of the first T5 (here "base", 220M in the paper) is its embedding."""
+    assert count(on_meta(T5, config)) == published
 
 
 def test_nothing_of_the_published_sizes_is_allocated():

@@ -1,6 +1,7 @@
 """Published weights: every layout they come in gives the same model; what does not fit is an error that lists it."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -17,6 +18,9 @@ from oracles import (
     hf_llama,
     hf_llava,
     hf_opt,
+    hf_t5,
+    hf_t5_exact,
+    hf_t5_first,
     ours,
 )
 from safetensors.torch import save_file
@@ -30,6 +34,7 @@ from nanovlm.hub.configs import IMAGE_TOKEN_INDEX, VISION_TOWERS, original_llava
 from nanovlm.hub.names import LAYOUTS, backwards, translate
 from nanovlm.papers.blip2 import BLIP2, BLIP2Stage1
 from nanovlm.papers.clip import CLIP as OurCLIP
+from nanovlm.papers.encoder_decoder import EncoderDecoder
 from nanovlm.papers.language_model import LanguageModel
 from nanovlm.papers.llava import LLaVA
 from nanovlm.vit import CLIP_L_14, ViT
@@ -54,9 +59,10 @@ def renamed(state: dict, *pairs: tuple[str, str]) -> dict:
     return state
 
 
-@pytest.mark.parametrize(("build", "kind"), [(hf_clip_vision, ViT), (hf_llama, LanguageModel), (hf_opt, LanguageModel),
-                                             (hf_llava, LLaVA), (hf_clip, OurCLIP), (hf_bert, MaskedLM),
-                                             (hf_blip2, BLIP2), (hf_blip2_retrieval, BLIP2Stage1)])
+@pytest.mark.parametrize(("build", "kind"), [
+    (hf_clip_vision, ViT), (hf_llama, LanguageModel), (hf_opt, LanguageModel), (hf_llava, LLaVA), (hf_clip, OurCLIP),
+    (hf_t5, EncoderDecoder), (hf_t5_exact, EncoderDecoder), (hf_t5_first, EncoderDecoder), (hf_bert, MaskedLM),
+    (hf_blip2, BLIP2), (hf_blip2_retrieval, BLIP2Stage1)])
 def test_from_disk_equals_from_memory(build, kind, tmp_path):
     """As transformers writes it: whole, and in shards with an index."""
     hf = build(1)
@@ -206,6 +212,10 @@ def test_every_size_is_read_and_none_assumed():
         for changes in ({"rms_norm_eps": 0.3}, {"rope_theta": 3.0}, {"tie_word_embeddings": True}):
             hf = hf_llama(7, **changes)
             close(ours(hf)(ids).logits, hf(ids).logits)
+        for changes in ({"layer_norm_epsilon": 0.3}, {"relative_attention_num_buckets": 6},
+                        {"relative_attention_max_distance": 6}, {"decoder_start_token_id": 17}):
+            hf = hf_t5(7, **changes)
+            close(ours(hf)(ids, None, ids).logits, hf(ids, labels=ids).logits)
         for changes in ({"layer_norm_eps": 0.3}, {"hidden_act": "gelu"}):
             hf = hf_clip_vision(7, **changes)
             close(ours(hf)(images), hf(images).last_hidden_state)
@@ -228,6 +238,14 @@ REFUSED = [
     (hf_opt, {"activation_function": "gelu"}, "activation_function is 'gelu'"),
     (hf_clip_vision, {"hidden_act": "relu"}, "hidden_act is 'relu'; supported: 'quick_gelu', 'gelu'"),
     (hf_clip_vision, {"num_channels": 1}, "num_channels is 1"),
+    (hf_t5, {"feed_forward_proj": "gated-silu"}, "feed_forward_proj is 'gated-silu'; supported: 'relu', 'gated-gelu'"),
+    (hf_t5, {"dense_act_fn": "relu"}, "dense_act_fn is 'relu'; supported: 'gelu_new', 'gelu'"),
+    (hf_t5_first, {"dense_act_fn": "gelu"}, "dense_act_fn is 'gelu'; supported: 'relu'"),
+    (hf_t5, {"is_encoder_decoder": False}, "is_encoder_decoder is False; supported: True"),
+    (hf_t5, {"num_decoder_layers": 0}, "num_decoder_layers is 0"),
+    (hf_t5, {"d_kv": "64"}, "d_kv is '64'; a int"),
+    (hf_t5, {"relative_attention_num_buckets": 2}, "2 buckets up to distance 13: at least 4 are needed"),
+    (hf_t5, {"model_type": "mt5"}, "model_type is 'mt5'; the supported ones are .*opt, .*t5, llava"),
     (hf_llava, {"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy is 'full'"),
     (hf_llava, {"vision_feature_layer": [-2, -5]}, r"vision_feature_layer is \[-2, -5\]"),
     (hf_llava, {"vision_feature_layer": -6}, "vision_feature_layer is -6, but the vision tower has 4 blocks"),
@@ -273,15 +291,42 @@ def test_all_that_does_not_fit_is_listed():
     assert str(error.value).count(";") == 4  # these five and no more
 
 
-@pytest.mark.parametrize("build", [hf_clip_vision, hf_llama, hf_opt, hf_llava, hf_clip])
+@pytest.mark.parametrize("build", [hf_clip_vision, hf_llama, hf_opt, hf_llava, hf_clip, hf_t5, hf_t5_first])
 def test_each_missing_tensor_is_noticed(build):
-    """Whichever is taken away, its own name is in the message (OPT's second copy of its embedding may go)."""
+    """Whichever is taken away, its own name is in the message (further copies of an embedding may go)."""
     config, state = parts(build(10))
+    copies = ["lm_head.weight"] if build in (hf_opt, hf_t5_first) else []
     for name in state:
-        if (build, name) == (hf_opt, "lm_head.weight") or any(f".{i}." in name for i in (1, 2, 3)):
+        if name in (*copies, *T5_COPIES) or re.search(r"(block|layers)\.[1-9]\.", name):
             continue  # block 0 stands for all
         with pytest.raises(UserError, match=f"{name} is missing"):
             from_hf(config, {other: t for other, t in state.items() if other != name})
+
+
+T5_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+
+
+def test_copies_of_t5s_embedding_may_be_there_or_not_but_not_differ():
+    for build, copies in ((hf_t5, T5_COPIES), (hf_t5_first, (*T5_COPIES, "lm_head.weight"))):
+        config, state = parts(build(11))
+        model = from_hf(config, state)
+        same(from_hf(config, {name: t for name, t in state.items() if name not in copies}), model)
+        for name in copies:
+            with pytest.raises(UserError, match=f"config.json: {name} is unused.$"):
+                from_hf(config, {**state, name: state[name] + 1})
+
+
+def test_t5_as_transformers_4_wrote_it():
+    """There tie_word_embeddings meant what it says; and T5's first files have a bias that its code never reads."""
+    for build, tied in ((hf_t5, False), (hf_t5_first, True)):
+        config, state = parts(build(12))
+        model = from_hf(config, state)
+        new = ("scale_decoder_outputs", "tie_word_embeddings", "dense_act_fn", "is_gated_act")
+        old = {name: value for name, value in config.items() if name not in new}
+        same(from_hf({**old, "tie_word_embeddings": tied}, state), model)
+        idle = {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight": torch.zeros(10, 5)}
+        same(from_hf(config, {**state, **idle}), model)
+        assert (model.language.head is None) == tied
 
 
 def test_a_tied_head_may_be_there_or_not_but_not_differ():

@@ -1,7 +1,8 @@
 """What must hold for every model, whatever it is made of. A further model adds one entry to CASES.
 
-An example is a text with its pictures; a case knows how to build its model and what its logits are. All else is the
-same for all: who sees what, padding, caches, learning ten examples by heart, frozen parts, two processes.
+An example is a text with its pictures; a case knows how to build its model, what its logits are, and whether a prompt
+and its answer are one sequence or two. All else is the same for all: who sees what, padding, caches, learning ten
+examples by heart, frozen parts, two processes.
 """
 
 import os
@@ -21,10 +22,12 @@ from nanovlm.bert import BertConfig
 from nanovlm.decoder import clip_text, llama, opt
 from nanovlm.papers.blip2 import BLIP2, BLIP2Config, BLIP2Stage1
 from nanovlm.papers.clip import CLIP, CLIPConfig
+from nanovlm.papers.encoder_decoder import EncoderDecoder, shift_right
 from nanovlm.papers.language_model import LanguageModel
 from nanovlm.papers.llava import LLaVA, LLaVAConfig
 from nanovlm.qformer import QFormerConfig
 from nanovlm.recipes.stage import Stage
+from nanovlm.t5 import T5Config
 from nanovlm.training import distributed
 from nanovlm.training.loop import freeze, train_stage
 from nanovlm.training.optim import make_optimiser
@@ -44,6 +47,8 @@ class Case:
     image_places: int  # positions that a picture takes in the text; 0: the model reads no pictures
     logits: Callable[[nn.Module, dict, str], tuple[Tensor, Tensor]]  # of a batch: (B, L, V), and which are real (B, L)
     one_first: bool = False  # one picture before each text, not where a mark stands
+    two: bool = False  # the prompt is read by an encoder, the answer stands in the labels alone
+    std: float = 0.3  # of the weights that bite
 
 
 def build_llava() -> nn.Module:
@@ -76,6 +81,15 @@ def blip2_logits(model: nn.Module, batch: dict, side: str) -> tuple[Tensor, Tens
     return model(batch["images"], batch["input_ids"], mask).logits, masks.with_queries(QUERIES, mask)
 
 
+def answer_logits(model: nn.Module, batch: dict, side: str) -> tuple[Tensor, Tensor]:
+    """After <start>, then after each token of the answer."""
+    ids, learned = shift_right(batch["labels"], model.language.config.start_id)
+    memory = model.language.encode(batch["input_ids"], attention_mask=batch["attention_mask"])
+    real = learned != -100
+    real[:, 0] = True
+    return model.language.logits(model.language.decode(ids, memory, batch["attention_mask"])), real
+
+
 TEXT = ("input_ids", "attention_mask")
 BRIDGE = ("vision_norm", "qformer", "projection")
 CASES = [
@@ -83,6 +97,9 @@ CASES = [
     Case("blip2", build_blip2, (BRIDGE, (*BRIDGE, "language")), ("images", *TEXT), QUERIES, blip2_logits, one_first=True),
     Case("llama", lambda: LanguageModel(llama(V, 40, 2, 5, 44)), (("language",),), TEXT, 0, text_logits),
     Case("opt", lambda: LanguageModel(opt(V, 40, 2, 5, 44)), (("language",),), TEXT, 0, text_logits),
+    Case("t5", lambda: EncoderDecoder(T5Config(V, 40, 2, 5, 7, 44, buckets=8, max_distance=12)),
+         (("language.encoder",), ("language",)), TEXT, 0, answer_logits, two=True,
+         std=0.2),  # nothing divides the scores: at 0.3 they are so sharp that every rounding shows
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 image_cases = pytest.mark.parametrize("case", [case for case in CASES if case.image_places], ids=lambda case: case.name)
@@ -119,8 +136,13 @@ def examples(case: Case, count: int = 10, seed: int = 0) -> list[Example]:
     return made
 
 
-def collate(rows: list[Example], side: str) -> dict:
+def collate(case: Case, rows: list[Example], side: str) -> dict:
     """Prompts and answers, padded on one side; only answers are learned."""
+    if case.two:
+        prompt = collate(replace(case, two=False), prompts(rows), side)
+        longest = max(len(row.answer) for row in rows)
+        answers = [[*row.answer, *[-100] * (longest - len(row.answer))] for row in rows]
+        return {**prompt, "labels": torch.tensor(answers, dtype=torch.long)}
     longest = max(len(row.ids) + len(row.answer) for row in rows)
     ids, labels = torch.full((len(rows), longest), PAD), torch.full((len(rows), longest), -100)
     mask = torch.zeros(len(rows), longest, dtype=torch.bool)
@@ -138,21 +160,27 @@ def prompts(rows: list[Example]) -> list[Example]:
 
 
 def generate(case: Case, model: nn.Module, rows: list[Example], new: int, stop: list[int], **how) -> list[list[int]]:
-    batch = collate(prompts(rows), "left")
+    batch = collate(case, prompts(rows), "left")
     return model.generate(**{name: batch[name] for name in case.inputs}, max_new_tokens=new, stop=stop, **how).tolist()
 
 
 def sharp(case: Case, seed: int = 0) -> nn.Module:
-    return bite(case.build(), seed, std=0.3)
+    return bite(case.build(), seed, case.std)
 
 
 # --- who sees what ---
 
 def perturbations(case: Case, rows: list[Example], side: str) -> Iterator[tuple[str, dict, int, int]]:
     """(what, changed batch, row, first place of the row that may notice; none if −1)."""
-    batch = collate(rows, side)
+    batch = collate(case, rows, side)
     for row in (0, 7):
         for t in (0, 2, len(rows[row].ids)):
+            if case.two:  # a word that is read shows everywhere, the answer's first from the second state on
+                where, column = ("input_ids", batch["attention_mask"][row].nonzero()[t]) if t <= 2 else ("labels", 0)
+                changed = {**batch, where: batch[where].clone()}
+                changed[where][row, column] = 4 + (changed[where][row, column] - 3) % (V - 4)
+                yield f"word {t} of row {row}", changed, row, 0 if t <= 2 else 1
+                continue
             if t < len(rows[row].ids) and rows[row].ids[t] == IMAGE:
                 continue
             changed = {**batch, "input_ids": batch["input_ids"].clone()}
@@ -182,7 +210,7 @@ def test_what_may_not_be_seen_changes_no_bit_and_what_may_be_seen_does(case, sid
     model, rows = sharp(case), examples(case)
     seen = 0
     with torch.no_grad():
-        logits, real = case.logits(model, collate(rows, side), side)
+        logits, real = case.logits(model, collate(case, rows, side), side)
         for what, changed, row, first in perturbations(case, rows, side):
             moved = (case.logits(model, changed, side)[0] - logits).abs().amax(dim=-1)
             may = torch.zeros_like(real)
@@ -198,7 +226,7 @@ def test_what_may_not_be_seen_changes_no_bit_and_what_may_be_seen_does(case, sid
 def test_the_image_matters(case):
     """Another picture moves the answer's probabilities more than rounding could, by far."""
     model, rows = sharp(case), examples(case)[:6]
-    batch = collate(rows, "right")
+    batch = collate(case, rows, "right")
     with torch.no_grad():
         right, real = case.logits(model, batch, "right")
         exchanged, _ = case.logits(model, {**batch, "images": batch["images"].roll(1, dims=0)}, "right")
@@ -212,9 +240,9 @@ def test_the_image_matters(case):
 def test_batch_equals_single(case, side):
     model, rows = sharp(case, 1), examples(case, seed=1)
     with torch.no_grad():
-        together, real = case.logits(model, collate(rows, side), side)
+        together, real = case.logits(model, collate(case, rows, side), side)
         for i, row in enumerate(rows):
-            alone, all_real = case.logits(model, collate([row], side), side)
+            alone, all_real = case.logits(model, collate(case, [row], side), side)
             assert all_real.all()
             close(together[i][real[i]], alone[0])
     said = generate(case, model, rows, 5, [])
@@ -231,7 +259,7 @@ def test_cache_equals_no_cache(case):
     grown = prompts(rows)
     with torch.no_grad():
         for _ in range(6):
-            best = case.logits(model, collate(grown, "left"), "left")[0][:, -1].argmax(dim=-1)
+            best = case.logits(model, collate(case, grown, "left"), "left")[0][:, -1].argmax(dim=-1)
             grown = [replace(row, answer=(*row.answer, int(token))) for row, token in zip(grown, best, strict=True)]
     assert generate(case, model, rows, 6, []) == [list(row.answer) for row in grown]
     stop = grown[0].answer[2]
@@ -270,7 +298,7 @@ def test_learns_ten_examples_by_heart(case):
     """Greedy answers exact; where the same is asked of six pictures, the pictures alone tell the answers apart."""
     torch.manual_seed(0)
     model, rows = case.build(), examples(case)
-    losses = train(model, case.stages[-1], [collate(rows, "right")] * 120, lr=5e-3)
+    losses = train(model, case.stages[-1], [collate(case, rows, "right")] * 120, lr=5e-3)
     assert losses[-1] < 0.02 < losses[0]
     model.eval()
     longest = max(len(row.answer) for row in rows)
@@ -288,7 +316,7 @@ def test_frozen_stays_frozen(case):
     model = case.build()
     for trains in case.stages:
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        train(model, trains, [collate(examples(case), "right")] * 3, lr=1e-2)
+        train(model, trains, [collate(case, examples(case), "right")] * 3, lr=1e-2)
         for name, p in model.named_parameters():
             learns = name.startswith(trains)
             assert p.requires_grad == learns, name
@@ -340,7 +368,7 @@ def share(case: Case | str, rank: int, world: int) -> tuple[nn.Module, tuple[str
     # the even ones have pictures and long answers, the odd ones none: rank 1 of 2 reads text only
     rows = examples(case, 12, seed=4)
     mixed = [row for pair in zip(rows[0:6:2], rows[7:12:2], strict=True) for row in pair]
-    return case.build(), case.stages[-1], [collate(mixed[rank::world], "right")] * 3
+    return case.build(), case.stages[-1], [collate(case, mixed[rank::world], "right")] * 3
 
 
 def trained(case: Case | str, rank: int, world: int) -> tuple[dict, list[dict]]:

@@ -14,6 +14,7 @@ from nanovlm.papers.blip2 import BLIP2Config
 from nanovlm.papers.clip import CLIPConfig
 from nanovlm.papers.llava import LLaVAConfig
 from nanovlm.qformer import QFormerConfig
+from nanovlm.t5 import T5Config
 from nanovlm.vit import CLIP_L_14, CLIP_L_14_336, ViTConfig
 
 # field: default
@@ -39,6 +40,9 @@ QFORMER = {"vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12, "nu
            "intermediate_size": 3072, "max_position_embeddings": 512, "hidden_act": "gelu", "layer_norm_eps": 1e-12,
            "hidden_dropout_prob": 0.1, "cross_attention_frequency": 2, "use_qformer_text_input": False}
 BLIP2 = {"num_query_tokens": 32, "image_text_hidden_size": 256}
+T5 = {"vocab_size": 32128, "d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8,
+      "feed_forward_proj": "relu", "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128,
+      "layer_norm_epsilon": 1e-6, "tie_word_embeddings": True, "decoder_start_token_id": 0, "is_encoder_decoder": True}
 LLAVA = {"image_token_index": 32000, "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
          "projector_hidden_act": "gelu", "multimodal_projector_bias": True}
 ORIGINAL_LLAVA = {"mm_projector_type": "linear", "mm_vision_select_feature": "patch"}
@@ -49,7 +53,11 @@ ONLY = {"num_channels": (3,), "attention_bias": (False,), "mlp_bias": (False,), 
         "activation_function": ("relu",), "projector_hidden_act": ("gelu",), "multimodal_projector_bias": (True,),
         "position_embedding_type": ("absolute",), "is_decoder": (False,), "add_cross_attention": (False,),
         "qkv_bias": (True,), "vision_feature_select_strategy": ("default",), "mm_vision_select_feature": ("patch",),
-        "mm_projector_type": ("linear", "mlp2x_gelu")}
+        "mm_projector_type": ("linear", "mlp2x_gelu"), "feed_forward_proj": ("relu", "gated-gelu"),
+        "is_encoder_decoder": (True,)}
+
+# feed_forward_proj: dense_act_fn: ours; the first is the default. BLIP-2's checkpoints say "gelu", FlanT5's nothing.
+T5_ACTIVATIONS = {"relu": {"relu": "relu"}, "gated-gelu": {"gelu_new": "geglu_tanh", "gelu": "geglu"}}
 
 VISION_TOWERS = {"openai/clip-vit-large-patch14": CLIP_L_14, "openai/clip-vit-large-patch14-336": CLIP_L_14_336}
 IMAGE_TOKEN_INDEX = -200  # <image> in the original code, outside of every vocabulary
@@ -144,6 +152,19 @@ def blip2(config: dict, retrieval: bool) -> BLIP2Config:
         read(language, {"model_type": "opt"}, model_type=("opt",))
     return BLIP2Config(vision, qformer, None if retrieval else opt_decoder(language), c["image_text_hidden_size"],
                        eps=v["layer_norm_eps"], trains=not retrieval)
+
+
+def t5(config: dict) -> T5Config:
+    c = read(config, T5)
+    activations = T5_ACTIVATIONS[c["feed_forward_proj"]]
+    default, *_ = activations
+    activation = read(config, {"dense_act_fn": default}, dense_act_fn=tuple(activations))["dense_act_fn"]
+    depth = read(config, {"num_decoder_layers": c["num_layers"]})["num_decoder_layers"]
+    # transformers 5 writes tie_word_embeddings = True for every T5; what it used to mean stands in a field of its own
+    tied = read(config, {"scale_decoder_outputs": c["tie_word_embeddings"]})["scale_decoder_outputs"]
+    return T5Config(c["vocab_size"], c["d_model"], c["num_layers"], c["num_heads"], c["d_kv"], c["d_ff"], depth,
+                    activations[activation], c["relative_attention_num_buckets"], c["relative_attention_max_distance"],
+                    c["layer_norm_epsilon"], tied, c["decoder_start_token_id"])
 
 
 def llava(config: dict) -> LLaVAConfig:

@@ -1,6 +1,7 @@
 """Who is who in a checkpoint: their names of tensors beside ours, one table per layout.
 
-    "layers.{i}.mlp.up_proj": "blocks.{i}.feedforward.up"        a module or a single tensor; {i} is a block's number
+    "layers.{i}.mlp.up_proj": "blocks.{i}.feedforward.up"        a module or a single tensor; {i} is a block's number,
+                                                                 the first number of a name
 
 A layout says where each part of the model stands: LLaVA's language model is `language_model.model.…` in the files of
 the hub, `model.language_model.…` in the memory of transformers 5 and plain `model.…` in the original code.
@@ -95,6 +96,10 @@ EVA_VISION: Names = {
     **{theirs.replace("out_proj", "projection"): ours for theirs, ours in CLIP_BLOCKS.items()},
 }
 
+T5_ATTENTION: Names = {"q": "query", "k": "key", "v": "value", "o": "out"}
+T5_GATED: Names = {"wi_0": "gate", "wi_1": "up", "wo": "down"}  # T5 v1.1, FlanT5
+T5_PLAIN: Names = {"wi": "up", "wo": "down"}  # T5 v1.0
+
 HF_PROJECTOR: Names = {"linear_1": "first", "linear_2": "second"}
 ORIGINAL_LINEAR: Names = {"mm_projector": "first"}
 ORIGINAL_MLP: Names = {"mm_projector.0": "first", "mm_projector.2": "second"}  # 1 is the GELU between them
@@ -120,6 +125,30 @@ BLIP2_EYES: Names = {
     "qformer.layernorm": "qformer.norm",
     **under("qformer.encoder.layer.{i}.", "qformer.layers.{i}.", QFORMER_LAYER),
 }
+
+
+def t5(feedforward: Names) -> Names:
+    """T5 numbers the parts of a block too: layer.0 is self-attention; of the decoder, layer.1 is cross-attention."""
+    return {
+        "shared": "embedding",
+        "encoder.embed_tokens": "encoder.embedding",  # the same once more, and again
+        "decoder.embed_tokens": "decoder.embedding",
+        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias": "encoder.position_bias",  # for all blocks
+        "encoder.block.{i}.layer.0.layer_norm": "encoder.blocks.{i}.norm1",
+        **under("encoder.block.{i}.layer.0.SelfAttention.", "encoder.blocks.{i}.attention.", T5_ATTENTION),
+        "encoder.block.{i}.layer.1.layer_norm": "encoder.blocks.{i}.norm2",
+        **under("encoder.block.{i}.layer.1.DenseReluDense.", "encoder.blocks.{i}.feedforward.", feedforward),
+        "encoder.final_layer_norm": "encoder.norm",
+        "decoder.block.0.layer.0.SelfAttention.relative_attention_bias": "decoder.position_bias",
+        "decoder.block.{i}.layer.0.layer_norm": "decoder.blocks.{i}.norm1",
+        **under("decoder.block.{i}.layer.0.SelfAttention.", "decoder.blocks.{i}.attention.", T5_ATTENTION),
+        "decoder.block.{i}.layer.1.layer_norm": "decoder.blocks.{i}.norm_cross",
+        **under("decoder.block.{i}.layer.1.EncDecAttention.", "decoder.blocks.{i}.cross_attention.", T5_ATTENTION),
+        "decoder.block.{i}.layer.2.layer_norm": "decoder.blocks.{i}.norm2",
+        **under("decoder.block.{i}.layer.2.DenseReluDense.", "decoder.blocks.{i}.feedforward.", feedforward),
+        "decoder.final_layer_norm": "decoder.norm",
+        "lm_head": "head",
+    }
 
 
 def llava(language: str, head: str, projector: Names, vision: str) -> Names:
@@ -164,6 +193,10 @@ LAYOUTS: dict[str, tuple[Names, ...]] = {
          "embeddings.position_embeddings": "qformer.embeddings.positions", "vision_projection": "image_projection",
          "text_projection": "text_projection", "itm_head": "match_head"},
     ),
+    "t5": (
+        under("", "language.", t5(T5_GATED)),
+        under("", "language.", t5(T5_PLAIN)),
+    ),
     "llava": (
         # the files of the hub; the files that transformers 5 writes
         llava("language_model.model.", "language_model.lm_head", under("multi_modal_projector.", "", HF_PROJECTOR),
@@ -185,11 +218,14 @@ LAYOUTS: dict[str, tuple[Names, ...]] = {
 }
 
 # second copies that some files hold and our models do without: ours, and what it must be equal to
-TIED = {"language.head.weight": "language.embedding.weight", "head.decoder.weight": "bert.embeddings.words.weight",
+TIED = {"language.head.weight": "language.embedding.weight", "language.encoder.embedding.weight": "language.embedding.weight",
+        "language.decoder.embedding.weight": "language.embedding.weight", "head.decoder.weight": "bert.embeddings.words.weight",
         "head.decoder.bias": "head.bias"}
-# computed, not learned; and BERT's parts for sentence pairs, which no paper here uses: some files hold them, some do not
-NOT_OURS = ("inv_freq", "position_ids", "decoder.version", "pooler.dense.weight", "pooler.dense.bias",
-            "seq_relationship.weight", "seq_relationship.bias")
+NOT_OURS = (  # some files hold them, some do not
+    "inv_freq", "position_ids", "decoder.version",  # computed, not learned
+    "EncDecAttention.relative_attention_bias.weight",  # in T5's first files, and never read
+    "pooler.dense.weight", "pooler.dense.bias", "seq_relationship.weight", "seq_relationship.bias",  # BERT's, for pairs
+)
 
 
 def translate(name: str, table: Names) -> str | None:
