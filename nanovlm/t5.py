@@ -6,13 +6,13 @@
 
     input_ids (B, S) ─► embedding ┐           (or inputs_embeds (B, S, D): BLIP-2 puts image queries before the words)
                                   ▼
-      encoder, blocks × L:   x = x + Attention(norm₁(x)) + b       both directions
+      encoder, blocks × L:   x = x + Attention(norm₁(x), b)        both directions
                              x = x + FeedForward(norm₂(x))
                                   ▼
                                 norm ─► memory (B, S, D) ──────────────┐
                                                                        │ keys and values
     decoder_ids (B, T) ─► embedding ─► decoder, blocks × L':           │
-                             x = x + Attention(norm₁(x)) + b           │                        causal
+                             x = x + Attention(norm₁(x), b)            │                        causal
                              x = x + Attention(norm_cross(x), memory) ◄┘                        no positions
                              x = x + FeedForward(norm₂(x))
                                   ▼
@@ -211,9 +211,9 @@ def initialise(t5: T5) -> None:
     """What enters a map with variance 1 leaves with it. The query maps start smaller by √d, for nothing else divides
     the scores (T5's own rule); those that write into the residual stream by √ of how many do so in their stack.
 
-    A head of its own is Normal(0, 0.02): the first guesses are nearly uniform, the loss starts at ln V. An embedding starts
-    as large as what the blocks will add to it, as in `decoder.initialise`. The position biases are Normal(0, 2), so that
-    each head prefers some distances from the first step on: "the word before" needs a bias of several units, and AdamW
+    A head of its own is Normal(0, 0.02): the first guesses are nearly uniform, the loss starts at ln V. Embeddings
+    start as large as what the blocks will add to them, as in `decoder.initialise`. Position biases are Normal(0, 2): so
+    each head prefers some distances from the first step on. "The word before" needs a bias of several units, and AdamW
     moves a number by little more than its learning rate in a step.
     """
     for name, parameter in t5.named_parameters():

@@ -1,4 +1,4 @@
-"""T5 against transformers' T5: memory, logits, gradients and generated tokens, padded on either side of what is read."""
+"""T5 against transformers' T5: memory, logits, gradients and generated tokens; what is read is padded on either side."""
 
 import math
 
@@ -187,6 +187,7 @@ def test_a_row_with_nothing_to_read_is_an_answer_by_itself():
         before = model(ids, mask, answers).logits
         ids[2] = random_ids(1, S, 8)
         close(model(ids, mask, answers).logits, before, 0)
+        assert model.language.encode(ids, attention_mask=mask, maps=[]).isfinite().all()  # where softmax is a plain one
         for block in model.language.decoder.blocks:
             block.cross_attention.out.weight.zero_()
         after = model(ids, mask, answers).logits
