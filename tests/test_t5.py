@@ -1,4 +1,4 @@
-"""T5 against transformers' T5: memory, logits, gradients and generated tokens; what is read is padded on either side."""
+"""T5 against transformers' T5: memory, logits, gradients, generated tokens; what is read is padded on either side."""
 
 import math
 
