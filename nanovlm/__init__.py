@@ -6,8 +6,9 @@ learns, on which data. The files lie on floors, and imports go down only (README
 
 import os
 
-# Threads that wait in turns of a loop are a little quicker on an idle machine, and forty times slower beside another
-# program. Read by OpenMP when torch is loaded, so it stands here; what the user has set remains.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# How often an OpenMP thread (GNU's) looks for work before it sleeps. With the library's own 300,000, two threads that
+# share their cores with another program mostly wait for each other; 2,000 costs nothing on an idle machine. It is read
+# when torch is loaded, so it stands here; what the user has set remains.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 __version__ = "0.1.0"

@@ -81,20 +81,28 @@ def hf_bert(seed: int, **changes) -> nn.Module:
     return bite(transformers.BertForMaskedLM(transformers.BertConfig(**{**BERT, **changes})), seed)
 
 
-def blip2_config(**qformer) -> transformers.Blip2Config:
-    return transformers.Blip2Config(vision_config=EVA, qformer_config={**QFORMER, **qformer},
-                                    text_config={"model_type": "opt", **OPT}, num_query_tokens=QUERIES,
-                                    image_text_hidden_size=9)
+def blip2_config(text: dict, **qformer) -> transformers.Blip2Config:
+    return transformers.Blip2Config(vision_config=EVA, qformer_config={**QFORMER, **qformer}, text_config=text,
+                                    num_query_tokens=QUERIES, image_text_hidden_size=9)
 
 
 def hf_blip2(seed: int) -> nn.Module:
-    config = blip2_config()
+    config = blip2_config({"model_type": "opt", **OPT})
     config.image_token_index = IMAGE_ID
     return without_key_bias(bite(transformers.Blip2ForConditionalGeneration(config), seed))
 
 
+def hf_blip2_t5(seed: int) -> nn.Module:
+    """On an encoder-decoder with the exact GELU, as BLIP-2's checkpoints have it, and a head of its own."""
+    config = blip2_config({"model_type": "t5", **T5, "dense_act_fn": "gelu"})
+    config.image_token_index = IMAGE_ID
+    hf = transformers.Blip2ForConditionalGeneration(config)
+    hf.language_model.lm_head.weight = nn.Parameter(torch.empty_like(hf.language_model.lm_head.weight))
+    return without_key_bias(bite(hf, seed, 0.15))
+
+
 def hf_blip2_retrieval(seed: int) -> nn.Module:
-    config = blip2_config(use_qformer_text_input=True)
+    config = blip2_config({"model_type": "opt", **OPT}, use_qformer_text_input=True)
     return without_key_bias(bite(transformers.Blip2ForImageTextRetrieval(config), seed))
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracles import IMAGE_ID, QUERIES, hf_bert, hf_blip2, hf_blip2_retrieval, hf_clip_vision, ours
+from oracles import IMAGE_ID, QUERIES, hf_bert, hf_blip2, hf_blip2_retrieval, hf_blip2_t5, hf_clip_vision, ours
 from tools import bite, close, moved_by_breaking, pad_mask, randn, random_ids
 from torch.nn import functional as F
 
@@ -18,6 +18,7 @@ from nanovlm.matching import hard_negatives, matching_loss
 from nanovlm.papers import blip2
 from nanovlm.papers.blip2 import BLIP2, BLIP2Config, BLIP2Stage1
 from nanovlm.qformer import QFormerConfig
+from nanovlm.t5 import T5
 from nanovlm.training.weights import load_published
 from nanovlm.vit import ViTConfig, clip_vit
 
@@ -76,6 +77,44 @@ def test_generated_tokens(beams, seed):
     want = want[:, -7:] if want.shape[1] > 7 else want
     got = ours(hf).generate(images, ids, mask, max_new_tokens=7, stop=[2], beams=beams)
     assert got.tolist() == want[:, -got.shape[1]:].tolist()
+
+
+# --- on an encoder-decoder: the prompt is encoded with the picture, the answer stands in the labels ---
+
+@SIDES
+def test_t5_logits_and_loss(side):
+    hf = hf_blip2_t5(1)
+    model = ours(hf)
+    assert type(model) is BLIP2 and type(model.language) is T5 and model.config.language.activation == "geglu"
+    images, ids, mask, theirs = prompts(side)
+    labels = random_ids(B, 6, 5).masked_fill(~pad_mask([6, 2, 5, 1], "right", 6), -100)
+    with torch.no_grad():
+        want = hf(**theirs, labels=labels)
+        got = model(images, ids, mask, labels)
+        assert want.logits[labels != -100].std() > 0.1
+        close(got.logits[labels != -100], want.logits[labels != -100])
+        close(got.loss, want.loss)
+        batch = {"images": images, "input_ids": ids, "attention_mask": mask, "labels": labels}
+        total, count = model.losses(batch)["lm"]
+        close(total / count, want.loss)
+        assert count == (labels != -100).sum()
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_t5_generated_tokens(beams):
+    hf = hf_blip2_t5(2)
+    images, ids, mask, theirs = prompts("left", 2)
+    want = hf.generate(**theirs, max_new_tokens=7, do_sample=False, num_beams=beams, eos_token_id=2, pad_token_id=0)
+    got = ours(hf).generate(images, ids, mask, max_new_tokens=7, stop=[2], beams=beams)
+    assert got.tolist() == want[:, 1:].tolist()  # theirs begins with <start>
+    assert len(set(map(tuple, got.tolist()))) > 1
+
+
+def test_the_weights_of_the_t5_test_bite():
+    images, ids, mask, _ = prompts("right")
+    labels = random_ids(B, 6, 5)
+    moved = moved_by_breaking(ours(hf_blip2_t5(1)), lambda m: m(images, ids, mask, labels).logits)
+    assert min(moved.values()) > 1e-3, moved
 
 
 def test_scores_are_those_of_the_whole_text():

@@ -13,6 +13,7 @@ from oracles import (
     hf_bert,
     hf_blip2,
     hf_blip2_retrieval,
+    hf_blip2_t5,
     hf_clip,
     hf_clip_vision,
     hf_llama,
@@ -62,7 +63,7 @@ def renamed(state: dict, *pairs: tuple[str, str]) -> dict:
 @pytest.mark.parametrize(("build", "kind"), [
     (hf_clip_vision, ViT), (hf_llama, LanguageModel), (hf_opt, LanguageModel), (hf_llava, LLaVA), (hf_clip, OurCLIP),
     (hf_t5, EncoderDecoder), (hf_t5_exact, EncoderDecoder), (hf_t5_first, EncoderDecoder), (hf_bert, MaskedLM),
-    (hf_blip2, BLIP2), (hf_blip2_retrieval, BLIP2Stage1)])
+    (hf_blip2, BLIP2), (hf_blip2_retrieval, BLIP2Stage1), (hf_blip2_t5, BLIP2)])
 def test_from_disk_equals_from_memory(build, kind, tmp_path):
     """As transformers writes it: whole, and in shards with an index."""
     hf = build(1)

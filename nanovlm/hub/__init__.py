@@ -10,7 +10,7 @@
     llama, opt            LlamaForCausalLM, OPTForCausalLM   papers.language_model.LanguageModel
     bert                  BertModel                          bert.Bert
     bert                  BertForMaskedLM, …ForPreTraining   bert.MaskedLM
-    blip-2                Blip2ForConditionalGeneration      papers.blip2.BLIP2, on OPT
+    blip-2                Blip2ForConditionalGeneration      papers.blip2.BLIP2, on OPT or T5
     blip-2                Blip2ForImageTextRetrieval         papers.blip2.BLIP2Stage1, without word head and temperature
     t5                    T5ForConditionalGeneration         papers.encoder_decoder.EncoderDecoder
     llava                 LlavaForConditionalGeneration      papers.llava.LLaVA, projector of two layers

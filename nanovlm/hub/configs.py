@@ -147,11 +147,13 @@ def blip2(config: dict, retrieval: bool) -> BLIP2Config:
                       q["intermediate_size"], q["max_position_embeddings"], eps=q["layer_norm_eps"],
                       dropout=q["hidden_dropout_prob"])
     qformer = QFormerConfig(text, c["num_query_tokens"], v["hidden_size"], q["cross_attention_frequency"], retrieval)
-    language = section(config, "text_config")
+    language = None
     if not retrieval:
-        read(language, {"model_type": "opt"}, model_type=("opt",))
-    return BLIP2Config(vision, qformer, None if retrieval else opt_decoder(language), c["image_text_hidden_size"],
-                       eps=v["layer_norm_eps"], trains=not retrieval)
+        text_config = section(config, "text_config")
+        kind = read(text_config, {"model_type": "opt"}, model_type=("opt", "t5"))["model_type"]
+        language = t5(text_config) if kind == "t5" else opt_decoder(text_config)
+    return BLIP2Config(vision, qformer, language, c["image_text_hidden_size"], eps=v["layer_norm_eps"],
+                       trains=not retrieval)
 
 
 def t5(config: dict) -> T5Config:

@@ -187,6 +187,7 @@ LAYOUTS: dict[str, tuple[Names, ...]] = {
     "blip-2": (
         {**BLIP2_EYES, "language_projection": "projection", "language_model.lm_head": "language.head",
          **under("language_model.model.decoder.", "language.", OPT)},
+        {**BLIP2_EYES, "language_projection": "projection", **under("language_model.", "language.", t5(T5_GATED))},
     ),
     "blip-2 (retrieval)": (
         {**BLIP2_EYES, "embeddings.word_embeddings": "qformer.embeddings.words",

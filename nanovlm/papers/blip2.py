@@ -42,8 +42,10 @@ from nanovlm.decoder import Decoder, DecoderConfig
 from nanovlm.errors import UserError
 from nanovlm.lm_loss import IGNORE, lm_loss
 from nanovlm.matching import hard_negatives, matching_loss
-from nanovlm.papers.language_model import Output, mean_loss, prefill, step
+from nanovlm.papers import encoder_decoder, language_model
+from nanovlm.papers.language_model import Output, mean_loss
 from nanovlm.qformer import QFormer, QFormerConfig
+from nanovlm.t5 import T5, T5Config
 from nanovlm.vit import ViT, ViTConfig
 
 
@@ -51,7 +53,7 @@ from nanovlm.vit import ViT, ViTConfig
 class BLIP2Config:
     vision: ViTConfig  # without the last block and the final norm (§3.4: second-to-last features)
     qformer: QFormerConfig
-    language: DecoderConfig | None  # None where only stage 1 is wanted
+    language: DecoderConfig | T5Config | None  # None where only stage 1 is wanted
     embedding: int = 256  # E
     decode_id: int = 30522  # [DEC], which opens a text to be written
     smoothing: float = 0.1  # of ITC's and ITG's targets
@@ -163,7 +165,7 @@ class BLIP2Stage1(nn.Module):
 
 
 class BLIP2(nn.Module):
-    """Stage 2: one picture before each text, and a frozen decoder LM that goes on from both."""
+    """Stage 2: one picture before each text, and a frozen language model that goes on from both."""
 
     def __init__(self, config: BLIP2Config):
         super().__init__()
@@ -172,7 +174,9 @@ class BLIP2(nn.Module):
         self.vision_norm = nn.LayerNorm(config.vision.width, config.eps)
         self.qformer = QFormer(config.qformer)
         self.projection = nn.Linear(config.qformer.text.width, config.language.width)
-        self.language = Decoder(config.language)
+        self.encodes = isinstance(config.language, T5Config)
+        self.language = T5(config.language) if self.encodes else Decoder(config.language)
+        self.speak = encoder_decoder if self.encodes else language_model  # each has a prefill and a step
 
     def encode_image(self, images: Tensor) -> Tensor:
         """images (B, 3, h, w) → image tokens (B, 1 + N, D_v), normed."""
@@ -190,40 +194,53 @@ class BLIP2(nn.Module):
         embeddings = torch.cat([self.image_prefix(images), self.language.embedding(input_ids)], dim=1)
         return embeddings, masks.with_queries(self.config.qformer.queries, attention_mask)
 
-    def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None,
-                maps: list | None = None) -> Output:
-        """logits (B, Q + T, V), and the loss where labels (B, T) are given; maps as in the decoder."""
+    def read(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor,
+             labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The language model's last states (B, L, D_lm), and what is learned at each of the L places, as `lm_loss` wants it.
+
+        labels: for a decoder the ids themselves (B, T), −100 where nothing is learned: nothing is at the queries' places,
+        the last of which may predict the text's first token. For an encoder-decoder the answers (B, T_out).
+        """
         embeddings, mask = self.prepend(images, input_ids, attention_mask)
-        hidden = self.language(inputs_embeds=embeddings, attention_mask=mask, maps=maps)
-        loss = None if labels is None else mean_loss({"lm": self.caption_loss(hidden, labels)})
-        return Output(self.language.logits(hidden), loss)
+        if self.encodes:
+            memory = self.language.encode(inputs_embeds=embeddings, attention_mask=mask)
+            ids, learned = encoder_decoder.shift_right(labels, self.config.language.start_id)
+            return self.language.decode(ids, memory, mask), learned
+        hidden = self.language(inputs_embeds=embeddings, attention_mask=mask)
+        return hidden, None if labels is None else F.pad(labels, (self.config.qformer.queries, 0), value=IGNORE)
+
+    def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> Output:
+        """logits: a decoder's (B, Q + T, V); an encoder-decoder's (B, T_out, V), of the token that labels hold there.
+
+        The loss where labels are given, without which an encoder-decoder has nothing to say.
+        """
+        hidden, learned = self.read(images, input_ids, attention_mask, labels)
+        loss = None if learned is None else mean_loss({"lm": lm_loss(hidden, self.language.head_weight, learned)})
+        return Output(self.language.logits(hidden[:, :-1] if self.encodes else hidden), loss)
 
     def losses(self, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         """{"lm": (sum over what is to be said, their number)}; batch as made by `collate_conversations`."""
-        embeddings, mask = self.prepend(batch["images"], batch["input_ids"], batch["attention_mask"])
-        hidden = self.language(inputs_embeds=embeddings, attention_mask=mask)
-        return {"lm": self.caption_loss(hidden, batch["labels"])}
-
-    def caption_loss(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Nothing is learned at the queries' places; the last of them may predict the text's first token."""
-        labels = F.pad(labels, (self.config.qformer.queries, 0), value=IGNORE)  # (B, Q + T)
-        return lm_loss(hidden, self.language.head_weight, labels)
+        hidden, learned = self.read(batch["images"], batch["input_ids"], batch["attention_mask"], batch["labels"])
+        return {"lm": lm_loss(hidden, self.language.head_weight, learned)}
 
     def prefill(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, KVCache]:
         """Read prompts, padded on the left, behind their images: next-token logits (B, V), cache."""
         embeddings, mask = self.prepend(images, input_ids, attention_mask)
-        return prefill(self.language, mask, inputs_embeds=embeddings)
+        return self.speak.prefill(self.language, mask, inputs_embeds=embeddings)
+
+    def step(self, ids: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
+        """Read further words (B, T): logits (B, T, V) and the cache."""
+        return self.speak.step(self.language, ids, cache)
 
     def generate(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int,
                  stop: Sequence[int], beams: int = 1, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
                  generator: torch.Generator | None = None) -> Tensor:
         """New token ids only, int64 (B, n)."""
-        return generation.generate(lambda: self.prefill(images, input_ids, attention_mask),
-                                   lambda ids, cache: step(self.language, ids, cache), max_new_tokens, stop,
-                                   beams=beams, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+        return generation.generate(lambda: self.prefill(images, input_ids, attention_mask), self.step, max_new_tokens,
+                                   stop, beams=beams, temperature=temperature, top_k=top_k, top_p=top_p,
+                                   generator=generator)
 
     def score(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor,
               candidates: Sequence[Sequence[int]]) -> Tensor:
         """log p of each candidate answer after each prompt → (B, number of candidates)."""
-        return generation.score_candidates(lambda: self.prefill(images, input_ids, attention_mask),
-                                           lambda ids, cache: step(self.language, ids, cache), candidates)
+        return generation.score_candidates(lambda: self.prefill(images, input_ids, attention_mask), self.step, candidates)
