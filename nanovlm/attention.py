@@ -145,17 +145,36 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 # --- the cache of keys and values ---
 
 class LayerCache:
-    """Keys and values (B, H, S, d) of one attention layer, growing along S."""
+    """Keys and values (B, H, S, d) of one attention layer, growing along S.
+
+    Where no gradient is wanted they are views of a store with room for ROOM more tokens, into which a new one is
+    written: to copy all the earlier ones for each would cost a tiny model more than the attention itself.
+    """
+
+    ROOM = 64
 
     def __init__(self):
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
+        self.store: Tensor | None = None  # keys and values one above the other, and S longer than they are
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if self.keys is not None:
-            k, v = torch.cat([self.keys, k], dim=2), torch.cat([self.values, v], dim=2)
-        self.keys, self.values = k, v
-        return k, v
+        if self.keys is None:
+            self.keys, self.values = k, v
+        elif torch.is_grad_enabled():  # what a gradient passes through may not be written over
+            self.keys, self.values = torch.cat([self.keys, k], dim=2), torch.cat([self.values, v], dim=2)
+        else:
+            self.keys, self.values = self.write(k, v)
+        return self.keys, self.values
+
+    def write(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        B, H, T, d = k.shape
+        S = self.keys.shape[2]
+        if self.store is None or self.store.shape[3] < S + T:
+            self.store = k.new_empty(2, B, H, S + T + self.ROOM, d)
+            self.store[:, :, :, :S] = torch.stack([self.keys, self.values])
+        torch.stack([k, v], out=self.store.narrow(3, S, T))
+        return self.store.narrow(3, 0, S + T).unbind()
 
 
 class KVCache:

@@ -11,7 +11,8 @@ that ignores its images scores the same on both; a model that uses them falls to
 A stage names what its model is judged by (`Stage.evaluate`):
 
     "answers"     vqa_accuracy, vqa_accuracy/<kind>       official VQA normalisation
-    "captions"    caption_exact, caption_cider            against every caption that counts as right
+    "captions"    caption_exact, caption_cider            against every caption that counts as right; or
+    "two"         the same, on scenes of two objects      of the embedded world
     "classes"     vqa_accuracy/class                      all class names ranked by log-likelihood
     "retrieval"   i2t_r1, i2t_r10, t2i_r1, t2i_r10        after re-ranking by image-text matching; …/itc before
 """
@@ -88,11 +89,14 @@ def evaluate(model: nn.Module, recipe: Recipe, stage: Stage, source: object, tok
     by_kind = defaultdict(list)
     for sample in source.exam():
         by_kind[sample.turns[-1].kind].append(sample)
+    if "two" in stage.evaluate:
+        by_kind["caption"] = source.exam(kinds=("caption of two",))
     results: dict[str, dict[str, float]] = {}
     marks: list[tuple[float, float, float]] = []  # value, chance, shuffled of every question
     for kind, samples in by_kind.items():
         if kind == "caption":
-            results |= judge_captions(examinee, samples, source)
+            if {"captions", "two"} & set(stage.evaluate):
+                results |= judge_captions(examinee, samples, source)
         elif "answers" in stage.evaluate:
             marks += (of_kind := judge_answers(examinee, samples))
             if kind:

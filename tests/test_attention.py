@@ -8,7 +8,7 @@ import torch
 from tools import bite, close, randn
 
 from nanovlm import masks
-from nanovlm.attention import Attention, KVCache, attend_fast, attend_readable, rope_angles, rotate
+from nanovlm.attention import Attention, KVCache, LayerCache, attend_fast, attend_readable, rope_angles, rotate
 
 B, T, S, D, H, D_KV, HEAD = 2, 5, 7, 12, 3, 10, 6  # head width 4 unless HEAD is given
 
@@ -176,8 +176,11 @@ def test_rotary_attention_sees_distances_only():
 
 # --- the cache ---
 
+@pytest.mark.parametrize("with_gradient", [True, False])
 @pytest.mark.parametrize("chunks", [[1] * T, [2, 3], [T], [4, 1]])
-def test_self_attention_with_a_cache(chunks):
+def test_self_attention_with_a_cache(chunks, with_gradient, monkeypatch):
+    """Without gradients new tokens are written into a store; it has room for two, so that it must grow."""
+    monkeypatch.setattr(LayerCache, "ROOM", 2)
     layer = bite(Attention(D, H), 9, 0.4)
     x, positions = randn(B, T, D), torch.arange(T).expand(B, T)
     whole = layer(x, mask=masks.causal(T), rope=rope_angles(positions, D // H))
@@ -186,8 +189,10 @@ def test_self_attention_with_a_cache(chunks):
         new = slice(seen, seen + n)
         seen += n
         rope = rope_angles(positions[:, new], D // H)
-        parts.append(layer(x[:, new], mask=masks.causal(n, seen), rope=rope, cache=cache[0]))
+        with torch.set_grad_enabled(with_gradient):
+            parts.append(layer(x[:, new], mask=masks.causal(n, seen), rope=rope, cache=cache[0]))
     close(torch.cat(parts, dim=1), whole, 1e-6)
+    assert (cache[0].store is None) == (with_gradient or len(chunks) == 1)
     assert cache[0].keys.shape == (B, H, T, D // H)
 
 
@@ -200,6 +205,21 @@ def test_cross_attention_reads_its_context_once():
     later = layer(x[:, :2], randn(B, S, D_KV, seed=2), cache=cache["cross", 1])  # this context it does not look at
     close(later, layer(x[:, :2], context), 1e-6)
     assert cache["cross", 1].keys.shape[2] == S  # it does not grow
+
+
+def test_a_reordered_cache_has_a_store_of_its_own():
+    """What one beam writes is not to be read by another, nor by the cache that it came from."""
+    layer, x = bite(Attention(D, H), 12), randn(B, T, D)
+    with torch.no_grad():
+        cache = KVCache()
+        for t in range(T):
+            layer(x[:, t:t + 1], cache=cache[0])
+        one, other = cache.reorder(torch.tensor([0, 1])), cache.reorder(torch.tensor([0, 1]))
+        before = cache[0].keys.clone()
+        layer(randn(B, 1, D, seed=1), cache=one[0])
+        layer(randn(B, 1, D, seed=2), cache=other[0])
+    assert torch.equal(cache[0].keys, before)
+    assert torch.equal(one[0].keys[:, :, :T], before) and not torch.equal(one[0].keys, other[0].keys)
 
 
 def test_reordering_a_cache():

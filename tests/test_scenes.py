@@ -184,6 +184,17 @@ def test_exam(kind):
         assert len(near) >= 4
 
 
+def test_an_exam_of_two_objects():
+    samples = Scenes().exam(30, ["caption of two"])
+    for sample in samples:
+        (turn,) = sample.turns
+        things = read(turn.answer).values()
+        assert turn.kind == "caption" and turn.answer in sample.references
+        assert len(things) == 2 and all(set(thing) == {"size", "colour", "shape"} for thing in things)
+        assert any((thing["colour"], thing["shape"]) in HELD_OUT for thing in things)
+    assert len({sample.references for sample in samples}) > 20
+
+
 def test_samples_depend_on_nothing_but_their_place():
     one, two = Scenes(seed=1), Scenes(seed=2)
     for view in VIEWS:

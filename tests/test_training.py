@@ -9,7 +9,7 @@ import torch
 import training_fakes as fakes
 from torch import nn
 
-from nanovlm import recipes
+from nanovlm import evaluate, recipes
 from nanovlm.errors import UserError
 from nanovlm.recipes.stage import Stage, resolve
 from nanovlm.tokenizer import Tokenizer
@@ -295,6 +295,13 @@ def test_looking_at_the_model_leaves_no_trace():
     assert torch.equal(torch.rand(3), expected) and model.language.training and not model.eyes.training
 
 
+def test_matching_that_sits_on_its_prior_is_named():
+    """H(1/3) = 0.6365 is what a blind guess costs; a loss that merely passes by is no cause for alarm elsewhere."""
+    assert "0.6361" in vitals.prior_warning({"itc": 2.0, "itm": 0.6361})
+    assert vitals.prior_warning({"itm": 0.61}) is None and vitals.prior_warning({"lm": 0.6365}) is None
+    assert vitals.guess("itm", {}, 100, 1) == pytest.approx(0.63651, abs=1e-5)
+
+
 # ---- whole runs, and the cache of backbones
 
 
@@ -362,6 +369,28 @@ def test_a_broken_cache_entry_is_trained_anew(world, capsys):
     assert "broken" in capsys.readouterr().err
     assert not second["stages"][0]["cached"] and second["stages"][0]["trained"] == first["stages"][0]["trained"]
     assert checkpoint.load(entries[0])["model"]
+
+
+def test_each_stage_is_judged_by_its_own_model(world, monkeypatch):
+    """BLIP-2's stage 1 retrieves, what stage 2 cannot; the figures stand side by side."""
+    whole = fakes.recipe()
+    stages = tuple(replace(stage, evaluate=(stage.name,)) for stage in whole.stages)
+    monkeypatch.setitem(recipes.RECIPES, "fake/tiny", replace(whole, stages=stages))
+    monkeypatch.setattr(evaluate, "examples", lambda *inputs: [])
+    judged = {}
+
+    def judge(model, recipe, stage, *rest):
+        judged[stage.name] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        assert not model.training
+        return {stage.name: {"value": 0.5, "n": 1, "chance": 0.1, "shuffled": 0.1}}
+
+    monkeypatch.setattr(evaluate, "evaluate", judge)
+    summary = run("fake/tiny", Options(out=str(world / "a")))
+    assert list(summary["eval"]) == list(judged) == ["align", "tune"]
+    for name, found in judged.items():
+        kept = checkpoint.load(world / f"a/{name}.pt")
+        assert all(torch.equal(found[part], kept[part]) for part in kept)
+    assert not torch.equal(judged["align"]["bridge.weight"], judged["tune"]["bridge.weight"])
 
 
 def test_a_trained_model_takes_any_stage_of_a_run_from_the_cache(world, monkeypatch):

@@ -97,6 +97,7 @@ SPLITS = ("train", "val")
 # view -> the lessons that come before conversations, each with the sample where it ends
 LESSONS = {"text": {"repeat": 16_000, "dense": 80_000}, "instruct": {"dense": 12_000}}
 
+TWO = "caption of two"  # to describe a scene of two objects and no sign, in an exam; "caption": any scene
 # The answers that exam() asks for in turn; a kind that is absent has too many to list.
 ANSWERS = {
     "colour": tuple(COLOURS),
@@ -192,15 +193,19 @@ class Scenes:
         goes for yes and no alike, and every second pair that is not there is a near miss. A follow-up stands after the
         turn that it needs.
         """
-        if unknown := set(kinds) - {*KINDS, "caption"}:
-            raise UserError(f"scenes have no questions of kind {min(unknown)!r}, only {', '.join(KINDS)} and caption")
+        if unknown := set(kinds) - {*KINDS, "caption", TWO}:
+            raise UserError(f"scenes have no questions of kind {min(unknown)!r}, only {', '.join(KINDS)}, caption and {TWO}")
         return [self._exam_question(kind, index) for kind in kinds for index in range(n)]
 
     def _exam_question(self, kind: str, index: int) -> Sample:
+        rng = Random(f"exam/{kind}/{index}")
         if kind == "caption":
             sample = self.sample("captions", "val", index)
             return replace(sample, turns=(Turn(f"<image>\n{DESCRIBE}", sample.caption, kind),))
-        rng = Random(f"exam/{kind}/{index}")
+        if kind == TWO:
+            scene = random_scene(rng, PAIRS, including=HELD_OUT, many=2, signs=0)
+            turns = (Turn(f"<image>\n{DESCRIBE}", caption(scene, rng), "caption"),)
+            return Sample(f"scenes/exam/{index}", (render(scene, self.image_size),), references=captions(scene), turns=turns)
         while True:
             scene = _val_scene(rng)
             asked = _examine(scene, rng, kind)

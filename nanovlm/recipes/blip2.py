@@ -1,7 +1,7 @@
 """BLIP-2's recipes: two stages, the tiny one and the published ones side by side.
 
                  eyes (frozen)          Q-Former             LM (frozen)      stage 1              stage 2
-    tiny         clip/tiny, 17 tokens   4 × 96, 8 queries    lm/tiny          pairs               captions
+    tiny         clip/tiny, 17 tokens   4 × 96, 16 queries   lm/tiny          pairs               captions
     small        clip/small, 197        6 × 384, 32          lm/small         the same            the same
     vit-l-…      CLIP-L/14, 257         BERT-base, 32        OPT              129M, 250k steps    129M, 80k steps
     vit-g-…      EVA-CLIP g/14, 257     BERT-base, 32        OPT              the same            the same
@@ -44,7 +44,7 @@ def without_last_block(vision: ViTConfig) -> ViTConfig:
 
 
 TINY_QFORMER = QFormerConfig(BertConfig(backbones.TINY_VOCAB, width=96, layers=4, heads=4, ffn=192, max_positions=64,
-                                        dropout=0.0), queries=8, image_width=backbones.TINY_VISION.width)
+                                        dropout=0.0), queries=16, image_width=backbones.TINY_VISION.width)
 TINY_CONFIG = BLIP2Config(without_last_block(backbones.TINY_VISION), TINY_QFORMER, backbones.TINY_LANGUAGE, embedding=64,
                           decode_id=Tokenizer.SPECIALS.index("[DEC]"))
 
@@ -54,11 +54,11 @@ TINY = Recipe(
     image_size=48,
     vocab=backbones.TINY_VOCAB,
     stages=(
-        Stage("stage1", BRIDGE_1, "pairs", steps=2400, batch_size=32, lr=1e-3, weight_decay=0.05, betas=(0.9, 0.98),
+        Stage("stage1", BRIDGE_1, "pairs", steps=1200, batch_size=32, lr=1e-3, weight_decay=0.05, betas=(0.9, 0.98),
               max_length=48, evaluate=("retrieval",), init=(("vision", "clip/tiny:vision"),)),
-        Stage("stage2", BRIDGE_2, "captions", format="blip2", steps=3000, batch_size=32, lr=1e-3, weight_decay=0.05,
-              betas=(0.9, 0.98), max_length=256, evaluate=("answers", "captions", "classes"),
-              init=(("language", "lm/tiny:language"),)),
+        Stage("stage2", BRIDGE_2, "captions", format="blip2", steps=5000, batch_size=32, lr=2e-3, weight_decay=0.05,
+              betas=(0.9, 0.98), max_length=256, evaluate=("answers", "two"),
+              on_data=(("evaluate", ("answers", "captions", "classes")),), init=(("language", "lm/tiny:language"),)),
     ),
 )
 

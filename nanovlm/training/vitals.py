@@ -1,9 +1,10 @@
 """Vital signs: the bugs that let the loss fall all the same.
 
-    at the first step     loss beside that of a blind guess     ln V for "lm", ln of the number of candidates for "itc",
-                                                        H(1/3) for "itm"
+    at the first step     loss beside that of a blind guess     ln V for "lm" and "itg", ln of the candidates for "itc",
+                                                                H(1/3) for "itm"
     at steps 1 to 3       a part that should learn has no gradient
     at half time, end     the loss with the pictures exchanged = the loss with the right ones: the model ignores them
+                          itm still costs what a blind guess costs
     at the end            a frozen part changed                 sha256 of every part, before and after
     always                a loss that is no number stops the run (loop.py)
 
@@ -68,6 +69,14 @@ def image_warning(right: float, exchanged: float) -> str | None:
         return None
     return (f"the loss with exchanged images ({exchanged:.4f}) equals that with the right ones ({right:.4f}): "
             "the model ignores them")
+
+
+def prior_warning(losses: dict[str, float]) -> str | None:
+    """Matching that has not begun to tell pairs apart still has a loss that looks fine."""
+    itm = losses.get("itm")
+    if itm is None or abs(itm - PRIOR) > 0.01:
+        return None
+    return f"itm is {itm:.4f}, where a blind guess has {PRIOR:.4f}: it does not tell which text belongs to which picture"
 
 
 def fingerprints(model: nn.Module) -> dict[str, str]:

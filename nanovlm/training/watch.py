@@ -84,6 +84,7 @@ class Watch:
             self.check_gradients(report.step == min(3, self.stage.steps))
         if last or report.step == self.stage.steps // 2:
             self.check_images(report)
+            self.note(vitals.prior_warning(report.losses), keep=last)
         if distributed.rank() > 0:
             return
         if last or report.step % LOG_STEPS == 0 or report.step == 1:
