@@ -55,10 +55,12 @@ TINY = Recipe(
     vocab=backbones.TINY_VOCAB,
     stages=(
         Stage("stage1", BRIDGE_1, "pairs", steps=1200, batch_size=32, lr=1e-3, weight_decay=0.05, betas=(0.9, 0.98),
-              max_length=48, evaluate=("retrieval",), init=(("vision", "clip/tiny:vision"),)),
+              max_length=48, evaluate=("retrieval",), on_data=(("augment", True),),
+              init=(("vision", "clip/tiny:vision"),)),
         Stage("stage2", BRIDGE_2, "captions", format="blip2", steps=5000, batch_size=32, lr=2e-3, weight_decay=0.05,
               betas=(0.9, 0.98), max_length=256, evaluate=("answers", "two"),
-              on_data=(("evaluate", ("answers", "captions", "classes")),), init=(("language", "lm/tiny:language"),)),
+              on_data=(("augment", True), ("evaluate", ("answers", "captions", "classes"))),
+              init=(("language", "lm/tiny:language"),)),
     ),
 )
 
