@@ -6,9 +6,9 @@ learns, on which data. The files lie on floors, and imports go down only (README
 
 import os
 
-# How often an OpenMP thread (GNU's) looks for work before it sleeps. With the library's own 300,000, two threads that
-# share their cores with another program mostly wait for each other; 2,000 costs nothing on an idle machine. It is read
-# when torch is loaded, so it stands here; what the user has set remains.
+# How often an OpenMP thread (GNU's) looks for work before it sleeps: 300,000 times unless told, which is long where it
+# shares a core with another program that could use it. It is read when torch is loaded, so it stands here; what the user
+# has set remains.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 __version__ = "0.1.0"

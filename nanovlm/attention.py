@@ -148,7 +148,7 @@ class LayerCache:
     """Keys and values (B, H, S, d) of one attention layer, growing along S.
 
     Where no gradient is wanted they are views of a store with room for ROOM more tokens, into which a new one is
-    written: to copy all the earlier ones for each would cost a tiny model more than the attention itself.
+    written, instead of copying all the earlier ones for each.
     """
 
     ROOM = 64

@@ -12,7 +12,7 @@
 The norm stands behind the sum (post-norm), unlike in every decoder here. One class is encoder and decoder: the mask is
 the caller's, `masks.padding` for the one, `masks.causal_with_padding` for the other (BLIP's MED).
 
-Legend: B batch, T text tokens, N image tokens, D width, V vocabulary, F feed-forward width.
+Legend: B batch, T text tokens, N image tokens, D width, V vocabulary.
 Differs from the paper in: no next-sentence head; attention weights are never dropped, only what each part adds.
 """
 

@@ -47,6 +47,12 @@ def world(monkeypatch, tmp_path):
     return tmp_path
 
 
+def test_a_stage_is_judged_by_what_exists():
+    """A misspelt evaluation would judge nothing, and say nothing."""
+    with pytest.raises(ValueError, match="tune.*caption.*captions"):
+        fakes.stage(evaluate=("caption",))
+
+
 # ---- learning rate and optimiser
 
 
@@ -374,7 +380,7 @@ def test_a_broken_cache_entry_is_trained_anew(world, capsys):
 def test_each_stage_is_judged_by_its_own_model(world, monkeypatch):
     """BLIP-2's stage 1 retrieves, what stage 2 cannot; the figures stand side by side."""
     whole = fakes.recipe()
-    stages = tuple(replace(stage, evaluate=(stage.name,)) for stage in whole.stages)
+    stages = tuple(replace(stage, evaluate=("answers",)) for stage in whole.stages)
     monkeypatch.setitem(recipes.RECIPES, "fake/tiny", replace(whole, stages=stages))
     monkeypatch.setattr(evaluate, "examples", lambda *inputs: [])
     judged = {}

@@ -24,7 +24,8 @@ over both under the mask `multimodal_causal`, where queries do not look at text 
 Legend: B pairs, G pairs on all ranks, Q queries, T text tokens, N image tokens, E width of the common space.
 Differs from the released code in: gathered features keep their gradient on every rank, as in one process with the whole
 batch (released: only the own half does); pairs with an equal text are no negatives (released: equal images only, and
-only in fine-tuning); the frozen LM is in eval(), without dropout.
+only in fine-tuning); the frozen LM is in eval(), without dropout; "<s>" is given, not learned (released: predicted from
+the last query, where there is no prompt).
 """
 
 from collections.abc import Sequence
@@ -102,8 +103,8 @@ class BLIP2Stage1(nn.Module):
         i2t, t2i = i2t / self.temperature, t2i / self.temperature
         right = positives(batch["text_group"], batch["image_group"], self.gather)  # (B, G)
         return {"itc": contrastive_loss(i2t, t2i, right, smoothing=self.config.smoothing),
-                "itm": self.matching(image_tokens, ids, mask, i2t, t2i, right),
-                "itg": self.generation(ids, mask, cache)}
+                "itm": self.itm_loss(image_tokens, ids, mask, i2t, t2i, right),
+                "itg": self.itg_loss(ids, mask, cache)}
 
     def pad(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """To the length of the longest text on any rank, so that all ranks' texts fit together."""
@@ -111,7 +112,7 @@ class BLIP2Stage1(nn.Module):
         missing = longest - ids.shape[1]
         return F.pad(ids, (0, missing)), F.pad(mask, (0, missing))  # (B, longest)
 
-    def matching(self, image_tokens: Tensor, ids: Tensor, mask: Tensor, i2t: Tensor, t2i: Tensor,
+    def itm_loss(self, image_tokens: Tensor, ids: Tensor, mask: Tensor, i2t: Tensor, t2i: Tensor,
                  right: Tensor) -> tuple[Tensor, Tensor]:
         """ITM on 3 B pairs: my pair, its text with a wrong image, its image with a wrong text."""
         B = len(ids)
@@ -128,7 +129,7 @@ class BLIP2Stage1(nn.Module):
         states = self.qformer(image_tokens, input_ids, masks.bidirectional(Q, attention_mask))  # (P, Q + T, D)
         return self.match_head(states[:, :Q]).mean(dim=1)
 
-    def generation(self, ids: Tensor, mask: Tensor, cache: KVCache) -> tuple[Tensor, Tensor]:
+    def itg_loss(self, ids: Tensor, mask: Tensor, cache: KVCache) -> tuple[Tensor, Tensor]:
         """ITG: each word from [DEC], the words before it and the queries in `cache`, which learn through this too."""
         Q = self.config.qformer.queries
         read = torch.cat([torch.full_like(ids[:, :1], self.config.decode_id), ids[:, 1:]], dim=1)  # [DEC] for [CLS]

@@ -2,7 +2,6 @@
 
                  eyes (frozen)          Q-Former             LM (frozen)      stage 1              stage 2
     tiny         clip/tiny, 17 tokens   4 × 96, 16 queries   lm/tiny          pairs               captions
-    small        clip/small, 197        6 × 384, 32          lm/small         the same            the same
     vit-l-…      CLIP-L/14, 257         BERT-base, 32        OPT              129M, 250k steps    129M, 80k steps
     vit-g-…      EVA-CLIP g/14, 257     BERT-base, 32        OPT              the same            the same
 
@@ -16,7 +15,7 @@ from functools import partial
 
 from torch import nn
 
-from nanovlm.bert import BertConfig
+from nanovlm.bert import BERT_BASE, BertConfig
 from nanovlm.decoder import OPT_2_7B, OPT_6_7B, DecoderConfig
 from nanovlm.papers.blip2 import BLIP2, BLIP2Config, BLIP2Stage1
 from nanovlm.qformer import QFormerConfig
@@ -27,7 +26,7 @@ from nanovlm.vit import CLIP_L_14, EVA_CLIP_G_14, ViTConfig
 
 BRIDGE_1 = ("vision_norm", "qformer", "word_head", "image_projection", "text_projection", "match_head", "temperature")
 BRIDGE_2 = ("vision_norm", "qformer", "projection")
-QFORMER_TEXT = BertConfig(30523, 768, 12, 12, 3072)  # BERT-base's sizes and one more word, [DEC]
+QFORMER_TEXT = replace(BERT_BASE, vocab=BERT_BASE.vocab + 1, segments=0)  # one more word, [DEC]
 
 
 def build_blip2(config: BLIP2Config, checkpointing: bool, stage: str) -> nn.Module:
@@ -65,9 +64,14 @@ TINY = Recipe(
 )
 
 
-def published(name: str, vision: ViTConfig, vision_weights: str, language: DecoderConfig, language_weights: str,
-              batch_size: int) -> Recipe:
-    """BLIP-2 §3.4. batch_size: stage 1's; 2,320 for ViT-L and 1,680 for ViT-g, and 1,920 in stage 2 with OPT."""
+# the encoder, its weights, and stage 1's batch with it (§3.4)
+CLIP_EYES = (replace(CLIP_L_14, align_corners=True), "openai/clip-vit-large-patch14", 2_320)
+EVA_EYES = (EVA_CLIP_G_14, "Salesforce/blip2-itm-vit-g", 1_680)
+
+
+def with_opt(name: str, eyes: tuple[ViTConfig, str, int], language: DecoderConfig, language_weights: str) -> Recipe:
+    """BLIP-2 §3.4."""
+    vision, vision_weights, batch_size = eyes
     config = BLIP2Config(without_last_block(vision), QFormerConfig(QFORMER_TEXT, 32, vision.width), language)
     return Recipe(
         name=name,
@@ -83,15 +87,6 @@ def published(name: str, vision: ViTConfig, vision_weights: str, language: Decod
                   evaluate=("answers", "captions", "classes"), init=(("language", f"published:{language_weights}"),)),
         ),
     )
-
-
-CLIP_EYES = (replace(CLIP_L_14, align_corners=True), "openai/clip-vit-large-patch14", 2_320)
-EVA_EYES = (EVA_CLIP_G_14, "Salesforce/blip2-itm-vit-g", 1_680)
-
-
-def with_opt(name: str, eyes: tuple[ViTConfig, str, int], language: DecoderConfig, weights: str) -> Recipe:
-    vision, vision_weights, batch_size = eyes
-    return published(name, vision, vision_weights, language, weights, batch_size)
 
 
 RECIPES = (TINY, with_opt("blip2/vit-l-opt-2.7b", CLIP_EYES, OPT_2_7B, "facebook/opt-2.7b"),

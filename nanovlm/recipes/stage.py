@@ -20,6 +20,7 @@ from nanovlm.errors import UserError
 
 VIEWS = ("pairs", "captions", "instruct", "text")
 SCHEDULES = ("cosine", "constant")
+EVALUATIONS = ("answers", "captions", "two", "classes", "retrieval")  # see evaluate.py
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,14 @@ class Stage:
     augment: bool = False  # random crops and flips
     init: tuple[tuple[str, str], ...] = ()
     max_length: int = 0  # of a sequence, image tokens included; 0 = no limit
-    evaluate: tuple[str, ...] = ()  # what its model is judged by, see evaluate.py
+    evaluate: tuple[str, ...] = ()  # what its model is judged by, of EVALUATIONS
     on_data: tuple[tuple[str, object], ...] = ()  # fields replaced with --data: few real pictures need augmentation
 
     def __post_init__(self):
         if self.view not in VIEWS or self.schedule not in SCHEDULES:
             raise ValueError(f"Stage {self.name}: view is one of {VIEWS}, schedule one of {SCHEDULES}.")
+        if not set(self.evaluate) <= set(EVALUATIONS):
+            raise ValueError(f"Stage {self.name}: evaluate is {self.evaluate}, but there are only {EVALUATIONS}.")
 
 
 @dataclass(frozen=True)

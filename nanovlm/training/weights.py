@@ -82,7 +82,7 @@ def load_published(model: nn.Module, module: str, name: str) -> None:
 
     loaded = hub.load(Path(home) / name)
     target = model.get_submodule(module)
-    if module == "qformer" and not hasattr(loaded, module):
-        target.take_bert(getattr(loaded, "bert", loaded))  # a text transformer is where it starts from
+    if hasattr(target, "take_bert") and not hasattr(loaded, module):  # a text transformer is where it starts from
+        target.take_bert(getattr(loaded, "bert", loaded))
     else:
         fill(target, getattr(loaded, module, loaded).state_dict())
