@@ -52,7 +52,10 @@ KEY_BIASES = 39 * 1408  # the published totals with EVA-CLIP count a key bias fo
 # blip2.md §0 and §1.2: what learns in stage 1, what learns in stage 2, published total of stage 2, zeros in it
 BLIP2 = {"blip2/vit-l-opt-2.7b": (183_165_758, 103_593_984, 3_045_772_288, 0),
          "blip2/vit-g-opt-2.7b": (186_705_470, 107_133_696, 3_744_679_936, KEY_BIASES),
-         "blip2/vit-g-opt-6.7b": (186_705_470, 108_314_880, 7_752_738_304, KEY_BIASES)}
+         "blip2/vit-g-opt-6.7b": (186_705_470, 108_314_880, 7_752_738_304, KEY_BIASES),
+         "blip2/vit-l-flan-t5-xl": (183_165_758, 103_200_256, 3_243_538_944, 0),
+         "blip2/vit-g-flan-t5-xl": (186_705_470, 106_739_968, 3_942_446_592, KEY_BIASES),
+         "blip2/vit-g-flan-t5-xxl": (186_705_470, 108_314_880, 12_229_596_672, KEY_BIASES)}
 
 
 @pytest.mark.parametrize("name", BLIP2)

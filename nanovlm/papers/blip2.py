@@ -218,7 +218,11 @@ class BLIP2(nn.Module):
         return {"lm": lm_loss(hidden, self.language.head_weight, learned)}
 
     def prefill(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, KVCache]:
-        """Read prompts, padded on the left, behind their images: next-token logits (B, V), cache."""
+        """Read prompts behind their images: next-token logits (B, V), cache.
+
+        A decoder's are padded on the left. T5's on the right: it counts distances by index, padding or not, and what
+        stands between a picture and its question would move them apart.
+        """
         embeddings, mask = self.prepend(images, input_ids, attention_mask)
         return encoder_decoder.prefill(self.language, mask, inputs_embeds=embeddings)
 
