@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from nanovlm import recipes
+from nanovlm.data.conversation import find_format
 from nanovlm.decoder import OPT_2_7B, OPT_6_7B, VICUNA_7B, VICUNA_13B, Decoder, DecoderConfig
 from nanovlm.t5 import FLAN_T5_XL, FLAN_T5_XXL, T5, T5Config
 from nanovlm.training.loop import freeze
@@ -68,6 +69,16 @@ def test_blip2(name):
     first, second, total, zeros = BLIP2[name]
     assert counts == [first, second]
     assert count(model) == total - zeros
+
+
+@pytest.mark.parametrize("name", [name for name in recipes.names() if "t5" in name or "/tiny" in name])
+def test_an_encoder_decoder_is_given_prompt_and_answer_apart_and_a_decoder_is_not(name):
+    for stage in recipes.get(name).stages:
+        language = getattr(recipes.build(name, stage=stage.name), "language", None)
+        assert find_format(stage.format).separate == isinstance(language, T5)
+        if isinstance(language, T5):
+            assert language.config.activation == "geglu", "LAVIS runs FlanT5 with the exact GELU"
+            assert "flan" not in name or stage.batch_size == 1_520
 
 
 @pytest.mark.parametrize(("name", "full", "pruned"), [("blip2/vit-g-opt-2.7b", 185_660_160, 105_137_664),
