@@ -27,7 +27,7 @@ from torch import nn
 
 from nanovlm import metrics
 from nanovlm.data.collate import PAIR_LENGTH, collate_prompts, collate_texts
-from nanovlm.data.conversation import Sample, answer_ids, prompt, stop_ids
+from nanovlm.data.conversation import Sample, answer_ids, find_format, prompt, stop_ids
 from nanovlm.data.transforms import Transform, load_image
 from nanovlm.recipes.stage import Recipe, Stage
 from nanovlm.tokenizer import Tokenizer
@@ -45,9 +45,9 @@ class Examinee:
         self.transform = Transform(recipe.image_size)
 
     def inputs(self, samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """images (n, 3, H, W), input_ids (B, T), attention_mask (B, T), padded on the left."""
+        """images (n, 3, H, W), input_ids (B, T), attention_mask (B, T), padded as `collate_prompts` does."""
         ids, mask = collate_prompts([prompt(s.turns, self.tokenizer, self.format, name=s.id) for s in samples],
-                                    self.tokenizer.pad_id)
+                                    self.tokenizer.pad_id, find_format(self.format).separate)
         size = self.transform.size
         images = [self.transform(picture(image)) for s in samples for image in s.images]
         images = torch.stack(images) if images else torch.zeros(0, 3, size, size)

@@ -10,15 +10,18 @@ from oracles import IMAGE_ID, QUERIES, hf_bert, hf_blip2, hf_blip2_retrieval, hf
 from tools import bite, close, moved_by_breaking, pad_mask, randn, random_ids
 from torch.nn import functional as F
 
-from nanovlm import masks
+from nanovlm import evaluate, masks
 from nanovlm.bert import BertConfig
 from nanovlm.contrastive import positives
+from nanovlm.data.scenes import Scenes
 from nanovlm.errors import UserError
 from nanovlm.matching import hard_negatives, matching_loss
 from nanovlm.papers import blip2
 from nanovlm.papers.blip2 import BLIP2, BLIP2Config, BLIP2Stage1
 from nanovlm.qformer import QFormerConfig
 from nanovlm.t5 import T5
+from nanovlm.training import watch
+from nanovlm.training.run import Options, run
 from nanovlm.training.weights import load_published
 from nanovlm.vit import ViTConfig, clip_vit
 
@@ -333,3 +336,23 @@ def test_the_qformer_alone_describes(beams):
             logits = model.word_head.logits(states[:, -1], model.qformer.embeddings.words)
             read = torch.cat([read, logits.argmax(dim=-1, keepdim=True)], dim=1)
     assert got.tolist() == read[:, 1:].tolist()
+
+
+# --- the tiny recipe on an encoder-decoder ---
+
+def test_a_short_run_on_t5(tmp_path, monkeypatch):
+    """Two steps of each of its four stages, then its whole exam: captions and answers are asked for in its format."""
+    exam, galleries = Scenes.exam, Scenes.galleries
+    monkeypatch.setattr(Scenes, "exam", lambda world, n=2, **kinds: exam(world, 2, **kinds))
+    monkeypatch.setattr(Scenes, "galleries", lambda world: galleries(world, 17))
+    monkeypatch.setattr(evaluate, "MAX_NEW_TOKENS", 5)
+    monkeypatch.setattr(watch, "save_curves", lambda *paths: None)
+    summary = run("blip2/tiny-t5", Options(out=str(tmp_path / "run"), cache=False, steps=2))
+    assert [stage["name"] for stage in summary["stages"]] == ["clip", "stage1", "lm-t5", "stage2"]
+    assert [sorted(stage["frozen"]) for stage in summary["stages"][1::2]] == [["vision"], ["language", "vision"]]
+    assert all(before == after for stage in summary["stages"] for before, after in stage["frozen"].values())
+    assert {"i2t_r1", "caption_exact", "vqa_accuracy", "vqa_accuracy/follow_up"} <= set(summary["eval"])
+    before, after = (torch.load(tmp_path / f"run/{name}.pt", weights_only=True) for name in ("lm-t5", "stage2"))
+    language = [name for name in after if name.startswith("language.")]
+    assert any("decoder" in name for name in language)
+    assert all(torch.equal(before[name], after[name]) for name in language), "the bridge learns for a frozen T5"

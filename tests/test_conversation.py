@@ -1,5 +1,6 @@
 """Conversations: exactly the answers and stop tokens carry loss, whatever people write; batches keep what they hold."""
 
+from collections import Counter
 from dataclasses import replace
 from random import Random
 
@@ -18,6 +19,7 @@ from nanovlm.data.conversation import (
     encode,
     prompt,
     stop_ids,
+    two_sequences,
 )
 from nanovlm.data.transforms import Transform
 from nanovlm.errors import UserError
@@ -28,8 +30,9 @@ TOKENIZER = Tokenizer.train([CORPUS] * 5, 340)
 BYTES = Tokenizer.train([], 261)  # no merges: "###" is three tokens, and an answer may hold two of them
 NAMES = sorted(FORMATS)
 # What each answer begins with and what closes it, written out here and not taken from the table under test.
-LEAD = {"plain": "", "v0": " ", "v1": " ", "llama_2": " ", "blip2": " ", "tiny": " "}
-CLOSE = {"plain": "\n", "v0": "\n###", "v1": "</s>", "llama_2": " </s>", "blip2": "\n", "tiny": "</s>"}
+LEAD = {"plain": "", "v0": " ", "v1": " ", "llama_2": " ", "blip2": " ", "flan_t5": " ", "tiny": " "}
+CLOSE = {"plain": "\n", "v0": "\n###", "v1": "</s>", "llama_2": " </s>", "blip2": "\n", "flan_t5": "</s>", "tiny": "</s>"}
+IMAGE_FIRST = ("blip2", "flan_t5")
 FORBIDDEN = {"plain": "\n", "v0": "###", "blip2": "\n"}
 
 # Texts that try to break out of the template, beside any Unicode.
@@ -39,20 +42,21 @@ TEXT = st.lists(st.one_of(st.text(max_size=12), SPITEFUL), max_size=4).map("".jo
 
 @st.composite
 def conversations(draw, name):
-    """Turns that the format can hold: 0-2 images in any question (blip2: one in the first), no empty answer, no stop text in an answer."""
+    """Turns that the format can hold: 0-2 images in any question (BLIP-2: one in the first), no empty answer, no stop text in one."""
     turns = []
     for _ in range(1 if name == "plain" else draw(st.integers(1, 3))):
         words = [draw(TEXT).replace("<image>", "") for _ in range(draw(st.integers(1, 3)))]
         answer = draw(TEXT.filter(str.strip))
         for forbidden in [FORBIDDEN[name]] if name in FORBIDDEN else []:
             answer = answer.replace(forbidden, "") or "x"
-        mark = "" if name == "blip2" and turns else "<image>"
-        turns.append(Turn(mark.join(words[:2] if name == "blip2" else words), answer if answer.strip() else "x"))
+        mark = "" if name in IMAGE_FIRST and turns else "<image>"
+        turns.append(Turn(mark.join(words[:2] if name in IMAGE_FIRST else words), answer if answer.strip() else "x"))
     return tuple(turns)
 
 
 def expected_trained(turns, name):
-    return "".join(LEAD[name] + turn.answer + CLOSE[name] for turn in turns)
+    learned = turns[-1:] if name == "flan_t5" else turns  # an encoder-decoder reads the answers before
+    return "".join(LEAD[name] + turn.answer + CLOSE[name] for turn in learned)
 
 
 def trained(labels):
@@ -73,8 +77,9 @@ def test_trained_tokens_are_exactly_answers_and_stops(name, data):
     everything = TOKENIZER.decode(ids, specials=True)
     assert len(rest) == len(everything) - len(expected_trained(turns, name))
     marks = sum(turn.question.count("<image>") for turn in turns)
-    assert ids.count(TOKENIZER.image_id) == (0 if name == "blip2" else marks)  # there the model puts the image first
-    assert ids.count(TOKENIZER.eos_id) == ("</s>" in CLOSE[name]) * len(turns)  # "</s>" that people write is no stop
+    assert ids.count(TOKENIZER.image_id) == (0 if name in IMAGE_FIRST else marks)  # there the model puts the image first
+    stops = 2 if name == "flan_t5" else ("</s>" in CLOSE[name]) * len(turns)  # there what is read ends with one too
+    assert ids.count(TOKENIZER.eos_id) == stops  # "</s>" that people write is no stop
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -162,6 +167,20 @@ def test_blip2_writes_no_image_mark_and_asks_for_no_caption():
         assert TOKENIZER.decode(trained(labels), specials=True) == learned
 
 
+@pytest.mark.parametrize(("turns", "read", "written"), [
+    (TWO_TURNS, "Question: what colour? Short answer: red Question: sure? Short answer:</s>", " yes</s>"),
+    ((Turn("<image>\ndescribe it.", "a hat", "caption"),), "</s>", " a hat</s>"),
+    ((Turn("a red hat.\nwhat colour?", "red"),), "a red hat.Question: what colour? Short answer:</s>", " red</s>"),
+    ((Turn("top: red hat.", "a hat", "caption"),), "top: red hat.</s>", " a hat</s>"),
+])
+def test_flan_t5_reads_all_but_the_last_answer(turns, read, written):
+    """BLIP-2 §4.1's prompt; what is told in the picture's place stands first. A prompt is exactly what is read."""
+    ids, answer = two_sequences(*encode(turns, TOKENIZER, "flan_t5"))
+    assert TOKENIZER.decode(ids, specials=True) == read and TOKENIZER.decode(answer, specials=True) == written
+    assert ids == prompt(turns, TOKENIZER, "flan_t5") and answer == answer_ids(turns[-1].answer, TOKENIZER, "flan_t5")
+    assert stop_ids("flan_t5", TOKENIZER) == [TOKENIZER.eos_id]
+
+
 def test_an_answer_is_the_same_tokens_as_inside_a_sentence():
     ids, labels = encode((Turn("what colour is it?", "red"),), TOKENIZER, "v1")
     assert trained(labels) == [*TOKENIZER.encode(" red"), TOKENIZER.eos_id]
@@ -179,9 +198,9 @@ def test_an_answer_is_the_same_tokens_as_inside_a_sentence():
         ((Turn("hi", "use ### here"),), "v0", "picture 3: the answer of turn 1 holds '###'"),
         ((Turn("<image>", "two\nlines"),), "plain", "holds '.n'"),
         ((Turn("<image>", "a"), Turn("b", "c")), "plain", "picture 3: the format plain holds one caption, not 2 turns"),
-        ((Turn("<image><image>", "a"),), "blip2", "picture 3: in the format blip2 one image stands before everything"),
-        ((Turn("hi", "a"), Turn("<image>", "c")), "blip2", "picture 3: in the format blip2 one image stands"),
-        ((Turn("hi", "a"),), "v9", "Unknown conversation format 'v9'.*plain, v0, v1, llama_2, blip2, tiny"),
+        ((Turn("<image><image>", "a"),), "blip2", "picture 3: in this format one image stands before everything"),
+        ((Turn("hi", "a"), Turn("<image>", "c")), "blip2", "picture 3: in this format one image stands"),
+        ((Turn("hi", "a"),), "v9", "Unknown conversation format 'v9'.*plain, v0, v1, llama_2, blip2, flan_t5, tiny"),
     ],
 )
 def test_what_cannot_be_encoded_is_said_in_one_sentence(turns, name, said):
@@ -228,6 +247,38 @@ def test_a_batch_of_conversations_holds_all_images_in_the_order_of_their_marks()
 def test_a_batch_without_images_has_an_empty_stack_of_the_right_shape():
     batch = collate_conversations([NO_IMAGE], TOKENIZER, "tiny", TRANSFORM, None, 5, Random(0))
     assert batch["images"].shape == (0, 3, 11, 11)
+
+
+def test_what_an_encoder_decoder_reads_and_what_it_writes():
+    """Any turn may be the last, and a caption begins anywhere in its first half; both from the generator alone.
+
+    3,000 draws: a frequency further off than 5 standard deviations comes once in a million.
+    """
+    turns = (Turn("<image>\nhow many?", "two"), Turn("what?", "red hats"), Turn("where?", "left"))
+    talk = Sample("a", (plain_picture(10),), turns=turns)
+    words = "a red hat and one blue coat"
+    told = Sample("b", (plain_picture(20),), turns=(Turn("<image>", words, "caption"),), format="blip2")
+    batch = collate_conversations([talk, told] * 3000, TOKENIZER, "flan_t5", TRANSFORM, None, 0, Random(0))
+    again = collate_conversations([talk, told], TOKENIZER, "flan_t5", TRANSFORM, None, 0, Random(0))
+    assert batch["images"].shape == (6000, 3, 11, 11) and batch["labels"].shape[1] < batch["input_ids"].shape[1]
+    rows = [(TOKENIZER.decode(ids[mask].tolist(), specials=True), trained(labels.tolist()))
+            for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"])]
+    for (read, written), mask, ids, labels in zip(rows[:2], again["attention_mask"], again["input_ids"], again["labels"]):
+        assert TOKENIZER.decode(ids[mask].tolist(), specials=True) == read and trained(labels.tolist()) == written
+    history = "Question: how many? Short answer: two"
+    prompts = {f"{history[:-4]}</s>": " two</s>", f"{history} Question: what? Short answer:</s>": " red hats</s>",
+               f"{history} Question: what? Short answer: red hats Question: where? Short answer:</s>": " left</s>"}
+    assert {read: TOKENIZER.decode(written, specials=True) for read, written in rows[::2]} == prompts
+    asked = Counter(read for read, _ in rows[::2])
+    assert all(abs(times - 1000) <= 5 * (3000 * 2 / 9) ** 0.5 for times in asked.values())
+    whole = TOKENIZER.encode(" " + words) + [TOKENIZER.eos_id]
+    given = Counter(len(whole) - len(written) for _, written in rows[1::2])
+    p = 1 / ((len(whole) - 1) // 2 + 1)
+    assert set(given) == set(range((len(whole) - 1) // 2 + 1)) and len(given) > 4
+    assert all(abs(times - 3000 * p) <= 5 * (3000 * p * (1 - p)) ** 0.5 for times in given.values())
+    for read, written in rows[1::2]:
+        assert written == whole[-len(written):]
+        assert read == TOKENIZER.decode([*whole[:-len(written)], TOKENIZER.eos_id], specials=True)
 
 
 def test_marks_and_images_must_match():

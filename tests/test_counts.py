@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from nanovlm import recipes
+from nanovlm.data.conversation import find_format
 from nanovlm.decoder import OPT_2_7B, OPT_6_7B, VICUNA_7B, VICUNA_13B, Decoder, DecoderConfig
 from nanovlm.t5 import FLAN_T5_XL, FLAN_T5_XXL, T5, T5Config
 from nanovlm.training.loop import freeze
@@ -52,7 +53,10 @@ KEY_BIASES = 39 * 1408  # the published totals with EVA-CLIP count a key bias fo
 # blip2.md §0 and §1.2: what learns in stage 1, what learns in stage 2, published total of stage 2, zeros in it
 BLIP2 = {"blip2/vit-l-opt-2.7b": (183_165_758, 103_593_984, 3_045_772_288, 0),
          "blip2/vit-g-opt-2.7b": (186_705_470, 107_133_696, 3_744_679_936, KEY_BIASES),
-         "blip2/vit-g-opt-6.7b": (186_705_470, 108_314_880, 7_752_738_304, KEY_BIASES)}
+         "blip2/vit-g-opt-6.7b": (186_705_470, 108_314_880, 7_752_738_304, KEY_BIASES),
+         "blip2/vit-l-flan-t5-xl": (183_165_758, 103_200_256, 3_243_538_944, 0),
+         "blip2/vit-g-flan-t5-xl": (186_705_470, 106_739_968, 3_942_446_592, KEY_BIASES),
+         "blip2/vit-g-flan-t5-xxl": (186_705_470, 108_314_880, 12_229_596_672, KEY_BIASES)}
 
 
 @pytest.mark.parametrize("name", BLIP2)
@@ -65,6 +69,16 @@ def test_blip2(name):
     first, second, total, zeros = BLIP2[name]
     assert counts == [first, second]
     assert count(model) == total - zeros
+
+
+@pytest.mark.parametrize("name", [name for name in recipes.names() if "t5" in name or "/tiny" in name])
+def test_an_encoder_decoder_is_given_prompt_and_answer_apart_and_a_decoder_is_not(name):
+    for stage in recipes.get(name).stages:
+        language = getattr(recipes.build(name, stage=stage.name), "language", None)
+        assert find_format(stage.format).separate == isinstance(language, T5)
+        if isinstance(language, T5):
+            assert language.config.activation == "geglu", "LAVIS runs FlanT5 with the exact GELU"
+            assert "flan" not in name or stage.batch_size == 1_520
 
 
 @pytest.mark.parametrize(("name", "full", "pruned"), [("blip2/vit-g-opt-2.7b", 185_660_160, 105_137_664),

@@ -35,8 +35,7 @@ from nanovlm.hub.configs import IMAGE_TOKEN_INDEX, VISION_TOWERS, original_llava
 from nanovlm.hub.names import LAYOUTS, backwards, translate
 from nanovlm.papers.blip2 import BLIP2, BLIP2Stage1
 from nanovlm.papers.clip import CLIP as OurCLIP
-from nanovlm.papers.encoder_decoder import EncoderDecoder
-from nanovlm.papers.language_model import LanguageModel
+from nanovlm.papers.encoder_decoder import LanguageModel
 from nanovlm.papers.llava import LLaVA
 from nanovlm.vit import CLIP_L_14, ViT
 
@@ -62,7 +61,7 @@ def renamed(state: dict, *pairs: tuple[str, str]) -> dict:
 
 @pytest.mark.parametrize(("build", "kind"), [
     (hf_clip_vision, ViT), (hf_llama, LanguageModel), (hf_opt, LanguageModel), (hf_llava, LLaVA), (hf_clip, OurCLIP),
-    (hf_t5, EncoderDecoder), (hf_t5_exact, EncoderDecoder), (hf_t5_first, EncoderDecoder), (hf_bert, MaskedLM),
+    (hf_t5, LanguageModel), (hf_t5_exact, LanguageModel), (hf_t5_first, LanguageModel), (hf_bert, MaskedLM),
     (hf_blip2, BLIP2), (hf_blip2_retrieval, BLIP2Stage1), (hf_blip2_t5, BLIP2)])
 def test_from_disk_equals_from_memory(build, kind, tmp_path):
     """As transformers writes it: whole, and in shards with an index."""

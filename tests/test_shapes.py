@@ -25,8 +25,7 @@ from nanovlm.decoder import clip_text, llama, opt
 from nanovlm.evaluate import Examinee, judge_retrieval
 from nanovlm.papers.blip2 import BLIP2, BLIP2Config, BLIP2Stage1
 from nanovlm.papers.clip import CLIP, CLIPConfig
-from nanovlm.papers.encoder_decoder import EncoderDecoder
-from nanovlm.papers.language_model import LanguageModel
+from nanovlm.papers.encoder_decoder import LanguageModel
 from nanovlm.papers.llava import LLaVA, LLaVAConfig
 from nanovlm.qformer import QFormerConfig
 from nanovlm.t5 import T5Config
@@ -70,7 +69,7 @@ def run_encoder_decoder() -> None:
     mask = torch.ones(B, 13, dtype=torch.bool)
     mask[0, :4] = False
     for tied in (False, True):
-        model = EncoderDecoder(T5Config(VOCAB, 30, 2, 4, 6, 37, buckets=8, max_distance=9, tied=tied))
+        model = LanguageModel(T5Config(VOCAB, 30, 2, 4, 6, 37, buckets=8, max_distance=9, tied=tied))
         model(ids(B, 13), mask, labels=ids(B, T)).loss.backward()
         model.losses({"input_ids": ids(B, 13), "attention_mask": mask, "labels": ids(B, T)})
         model.generate(ids(B, 13), mask, max_new_tokens=4, stop=[2], beams=7)

@@ -13,7 +13,7 @@ from nanovlm import t5 as module
 from nanovlm.attention import KVCache
 from nanovlm.hub import from_hf
 from nanovlm.lm_loss import lm_loss
-from nanovlm.papers.encoder_decoder import EncoderDecoder, prefill, shift_right, step
+from nanovlm.papers.encoder_decoder import LanguageModel, prefill, shift_right, step
 from nanovlm.t5 import T5Config, relative_buckets
 
 EACH = pytest.mark.parametrize("build", [hf_t5, hf_t5_exact, hf_t5_first], ids=["flan", "exact", "first"])
@@ -320,7 +320,7 @@ def test_initialisation():
     torch.manual_seed(0)
     V, d = 211, 16
     config = T5Config(V, 96, 4, 5, d, 131, decoder_layers=6)
-    model = EncoderDecoder(config)
+    model = LanguageModel(config)
     for name, p in model.language.named_parameters():
         gain = p.std().item() * p.shape[-1] ** 0.5
         if "blocks" in name and p.ndim == 2:

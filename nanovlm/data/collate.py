@@ -1,10 +1,12 @@
 """Lists of samples become batches: pictures, ids, masks and labels of one length.
 
     samples ──► collate_conversations   images, input_ids, attention_mask, labels       padded on the right, to train
+            │                           (an encoder-decoder's labels are sequences of their own)
             ├─► collate_pairs           images, input_ids, attention_mask, who is equal to whom, wrong captions
             └─► collate_prompts         input_ids, attention_mask                       padded on the left, to generate
+                                                                                        (on the right for an encoder)
 
-Legend: B batch, T text tokens, K negatives per pair, n images in the batch.
+Legend: B batch, T text tokens, T' tokens of answers, K negatives per pair, n images in the batch.
 """
 
 from collections.abc import Sequence
@@ -16,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nanovlm.data.conversation import IMAGE, Format, Sample, encode
+from nanovlm.data.conversation import IMAGE, Format, Sample, Turn, encode, find_format, two_sequences
 from nanovlm.data.transforms import Transform, load_image
 from nanovlm.errors import UserError
 from nanovlm.lm_loss import IGNORE
@@ -29,14 +31,23 @@ def collate_conversations(
     samples: Sequence[Sample], tokenizer: Tokenizer, format: str | Format, transform: Transform,
     max_length: int | None, image_tokens: int, rng: Random,
 ) -> dict[str, Tensor]:
-    """images (n, 3, H, W) in the order of their marks, input_ids (B, T), attention_mask (B, T), labels (B, T)."""
+    """images (n, 3, H, W) in the order of their marks, input_ids (B, T), attention_mask (B, T), labels (B, T).
+
+    In a `separate` format labels are (B, T'), the answers alone, and samples that name another format are in this one
+    all the same: an encoder-decoder reads no other.
+    """
     images, rows, labels = [], [], []
+    separate = find_format(format).separate
     for sample in samples:
         marks = sum(turn.question.count(IMAGE) for turn in sample.turns)
         if marks != len(sample.images):
             raise UserError(f'{sample.id}: {marks} "{IMAGE}" marks in its questions but {len(sample.images)} images; '
                             "there must be one mark for each image.")
-        row, row_labels = encode(sample.turns, tokenizer, sample.format or format, max_length, image_tokens, sample.id)
+        turns = sample.turns[:rng.randint(1, len(sample.turns))] if separate and sample.turns else sample.turns
+        layout = format if separate else sample.format or format
+        row, row_labels = encode(turns, tokenizer, layout, max_length, image_tokens, sample.id)
+        if separate:
+            row, row_labels = two_sequences(row, row_labels, _given(turns[-1], row_labels, rng))
         rows.append(row)
         labels.append(row_labels)
         images += [transform(_picture(image), rng) for image in sample.images]
@@ -44,6 +55,16 @@ def collate_conversations(
     batch["labels"] = _pad_right(labels, IGNORE)["input_ids"]
     batch["images"] = torch.stack(images) if images else torch.zeros(0, 3, transform.size, transform.size)
     return batch
+
+
+def _given(turn: Turn, labels: Sequence[int], rng: Random) -> int:
+    """How many tokens of a caption an encoder-decoder is given: BLIP-2 §3.2, prefix language modelling.
+
+    differs: from none to half of them; the authors' from one (issue 139 of LAVIS), for they ask with "a photo of". Where
+    one is always given, a model learns nothing about the first, and here it is asked for whole captions.
+    """
+    learned = sum(label != IGNORE for label in labels) - 1  # without "</s>"
+    return rng.randint(0, learned // 2) if turn.kind == "caption" else 0
 
 
 def collate_pairs(
@@ -82,8 +103,14 @@ def collate_texts(texts: Sequence[str], tokenizer: Tokenizer, max_length: int) -
     return padded["input_ids"], padded["attention_mask"]
 
 
-def collate_prompts(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """input_ids and attention_mask (B, T), padded on the left: every row ends where its answer begins."""
+def collate_prompts(prompts: Sequence[Sequence[int]], pad_id: int, separate: bool = False) -> tuple[Tensor, Tensor]:
+    """input_ids and attention_mask (B, T), padded on the left: every row ends where its answer begins.
+
+    separate: the answer begins elsewhere. Then on the right, as in training: T5 counts distances by index, and padding
+    between an image and its question would move them apart.
+    """
+    if separate:
+        return tuple(_pad_right(prompts, pad_id).values())
     turned = _pad_right([list(reversed(ids)) for ids in prompts], pad_id)
     return turned["input_ids"].flip(1), turned["attention_mask"].flip(1)
 

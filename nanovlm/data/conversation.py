@@ -72,6 +72,7 @@ class Format:
     forbidden: str = ""  # a text at which generation stops, so no answer may hold it
     marks_only: bool = False  # one turn, of whose question only the "<image>" marks are kept
     image_first: bool = False  # image tokens stand before `begin`, put there by the model; a caption needs no question
+    separate: bool = False  # for an encoder-decoder: all but the last answer is read, "</s>" after it, and never learned
 
 
 # The system sentences are part of the published formats: weights tuned on them expect them to the letter.
@@ -99,6 +100,10 @@ FORMATS = {
     # BLIP-2 §3.3 and §4.1: [image tokens] <s> caption \n, or [image tokens] <s> Question: ... Answer: ... \n
     "blip2": Format("<s>", "", ("", ""), "Question: ", "Question: ", " Answer:", " ", "\n", forbidden="\n",
                     image_first=True),
+    # The same on FlanT5: [image tokens] Question: ... Short answer: </s> is read, ... </s> is written. Its vocabulary has
+    # no line end, so earlier turns stand before the question with blanks between them.
+    "flan_t5": Format("", "", ("", ""), "Question: ", " Question: ", " Short answer:", " ", "</s>", image_first=True,
+                      separate=True),
     # v1 without its 30 words of system prompt: a tiny model on a CPU has better uses for its context.
     "tiny": Format("<s>", "", ("", " "), "USER: ", "USER: ", " ASSISTANT:", " ", "</s>"),
 }
@@ -128,6 +133,7 @@ def encode(
 ) -> tuple[list[int], list[int]]:
     """Ids and labels of a whole conversation; labels are -100 except on answers and what closes them.
 
+    In a `separate` format only the last answer is learned, and nothing stands behind it: `two_sequences` cuts there.
     image_tokens: embeddings that one <image> becomes. max_length: counts those too; what is longer loses its end.
     name: what messages call this conversation.
     """
@@ -164,6 +170,16 @@ def stop_ids(format: str | Format, tokenizer: Tokenizer) -> list[int]:
     return ids[-1:] if ids[-1] == tokenizer.eos_id else ids
 
 
+def two_sequences(ids: Sequence[int], labels: Sequence[int], given: int = 0) -> tuple[list[int], list[int]]:
+    """What an encoder reads and what a decoder writes, of a `separate` format's ids and labels.
+
+    given: so many tokens of the answer are read too, before the "</s>", and the answer goes on from there.
+    """
+    read = [i for i, label in zip(ids, labels) if label == IGNORE]
+    written = [label for label in labels if label != IGNORE]
+    return [*read[:-1], *written[:given], read[-1]], written[given:]
+
+
 def expanded_length(ids: Sequence[int], image_id: int, image_tokens: int) -> int:
     return sum(image_tokens if i == image_id else 1 for i in ids)
 
@@ -188,8 +204,12 @@ def _pieces(turns: Sequence[Turn], tokenizer: Tokenizer, layout: Format, name: s
             question = IMAGE * turn.question.count(IMAGE) if layout.marks_only else turn.question
             pieces += _split(question, {IMAGE: tokenizer.image_id})
             pieces += _template(layout.reply, tokenizer)
-        if not (open_end and number == len(turns) - 1):
-            pieces += _answer_pieces(turn.answer, tokenizer, layout, f"{name}: the answer of turn {number + 1}")
+        last = number == len(turns) - 1
+        if last and layout.separate:
+            pieces.append((tokenizer.eos_id, False))  # T5's tokenizer ends whatever it is given with "</s>"
+        if not (open_end and last):
+            answer = _answer_pieces(turn.answer, tokenizer, layout, f"{name}: the answer of turn {number + 1}")
+            pieces += answer if last or not layout.separate else [(answer[0][0], False)]
     return pieces
 
 
@@ -198,7 +218,7 @@ def _told_first(turns: Sequence[Turn], name: str) -> tuple[str, Sequence[Turn]]:
     first = turns[0]
     told, _, question = first.question.rpartition("\n")
     if sum(turn.question.count(IMAGE) for turn in turns) > min(1, first.question.count(IMAGE)):
-        raise UserError(f'{name}: in the format blip2 one image stands before everything; "{IMAGE}" may stand once, in '
+        raise UserError(f'{name}: in this format one image stands before everything; "{IMAGE}" may stand once, in '
                         "the first question.")
     if IMAGE in first.question:
         told, question = "", first.question.replace(f"{IMAGE}\n", "").replace(IMAGE, "")

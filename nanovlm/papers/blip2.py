@@ -39,14 +39,14 @@ from nanovlm import generation, masks
 from nanovlm.attention import KVCache
 from nanovlm.bert import WordHead
 from nanovlm.contrastive import contrastive_loss, positives, similarities
-from nanovlm.decoder import Decoder, DecoderConfig
+from nanovlm.decoder import DecoderConfig
 from nanovlm.errors import UserError
 from nanovlm.lm_loss import IGNORE, lm_loss
 from nanovlm.matching import hard_negatives, matching_loss
-from nanovlm.papers import encoder_decoder, language_model
-from nanovlm.papers.language_model import Output, mean_loss
+from nanovlm.papers import encoder_decoder
+from nanovlm.papers.language_model import Output
 from nanovlm.qformer import QFormer, QFormerConfig
-from nanovlm.t5 import T5, T5Config
+from nanovlm.t5 import T5Config
 from nanovlm.vit import ViT, ViTConfig
 
 
@@ -175,9 +175,7 @@ class BLIP2(nn.Module):
         self.vision_norm = nn.LayerNorm(config.vision.width, config.eps)
         self.qformer = QFormer(config.qformer)
         self.projection = nn.Linear(config.qformer.text.width, config.language.width)
-        self.encodes = isinstance(config.language, T5Config)
-        self.language = T5(config.language) if self.encodes else Decoder(config.language)
-        self.speak = encoder_decoder if self.encodes else language_model  # each has a prefill and a step
+        self.language = encoder_decoder.build(config.language)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """images (B, 3, h, w) → image tokens (B, 1 + N, D_v), normed."""
@@ -203,21 +201,16 @@ class BLIP2(nn.Module):
         the last of which may predict the text's first token. For an encoder-decoder the answers (B, T_out).
         """
         embeddings, mask = self.prepend(images, input_ids, attention_mask)
-        if self.encodes:
-            memory = self.language.encode(inputs_embeds=embeddings, attention_mask=mask)
-            ids, learned = encoder_decoder.shift_right(labels, self.config.language.start_id)
-            return self.language.decode(ids, memory, mask), learned
-        hidden = self.language(inputs_embeds=embeddings, attention_mask=mask)
-        return hidden, None if labels is None else F.pad(labels, (self.config.qformer.queries, 0), value=IGNORE)
+        if labels is not None and not isinstance(self.config.language, T5Config):
+            labels = F.pad(labels, (self.config.qformer.queries, 0), value=IGNORE)
+        return encoder_decoder.read(self.language, mask, labels, inputs_embeds=embeddings)
 
     def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> Output:
         """logits: a decoder's (B, Q + T, V); an encoder-decoder's (B, T_out, V), of the token that labels hold there.
 
         The loss where labels are given, without which an encoder-decoder has nothing to say.
         """
-        hidden, learned = self.read(images, input_ids, attention_mask, labels)
-        loss = None if learned is None else mean_loss({"lm": lm_loss(hidden, self.language.head_weight, learned)})
-        return Output(self.language.logits(hidden[:, :-1] if self.encodes else hidden), loss)
+        return encoder_decoder.output(self.language, *self.read(images, input_ids, attention_mask, labels))
 
     def losses(self, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         """{"lm": (sum over what is to be said, their number)}; batch as made by `collate_conversations`."""
@@ -225,13 +218,17 @@ class BLIP2(nn.Module):
         return {"lm": lm_loss(hidden, self.language.head_weight, learned)}
 
     def prefill(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, KVCache]:
-        """Read prompts, padded on the left, behind their images: next-token logits (B, V), cache."""
+        """Read prompts behind their images: next-token logits (B, V), cache.
+
+        A decoder's are padded on the left. T5's on the right: it counts distances by index, padding or not, and what
+        stands between a picture and its question would move them apart.
+        """
         embeddings, mask = self.prepend(images, input_ids, attention_mask)
-        return self.speak.prefill(self.language, mask, inputs_embeds=embeddings)
+        return encoder_decoder.prefill(self.language, mask, inputs_embeds=embeddings)
 
     def step(self, ids: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
         """Read further words (B, T): logits (B, T, V) and the cache."""
-        return self.speak.step(self.language, ids, cache)
+        return encoder_decoder.step(self.language, ids, cache)
 
     def generate(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int,
                  stop: Sequence[int], beams: int = 1, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,

@@ -2,23 +2,27 @@
 
     clip/tiny   48-pixel pictures, 16 image tokens; captions with hard negatives       → module `vision`
     lm/tiny     documents in which a description stands where the image will stand     → module `language`
+    lm/tiny-t5  the same documents, read by an encoder and answered by a decoder       → module `language`
 
 Both are trained on the spot, from the embedded world or from the user's own --data, and then cached.
 """
 
+from dataclasses import replace
 from functools import partial
 
 from torch import nn
 
 from nanovlm.decoder import clip_text, llama
 from nanovlm.papers.clip import CLIP, CLIPConfig
-from nanovlm.papers.language_model import LanguageModel
+from nanovlm.papers.encoder_decoder import LanguageModel
 from nanovlm.recipes.stage import Recipe, Stage
+from nanovlm.t5 import T5Config
 from nanovlm.vit import clip_vit
 
 TINY_VOCAB = 1024
 TINY_VISION = clip_vit(image_size=48, patch=12, width=128, layers=4, heads=4)  # 16 image tokens
 TINY_LANGUAGE = llama(TINY_VOCAB, width=64, layers=4, heads=4, ffn=176, max_positions=512)
+TINY_T5 = T5Config(TINY_VOCAB, width=64, layers=3, heads=4, head_dim=16, ffn=176, activation="geglu")
 
 SMALL_VOCAB = 16384
 SMALL_VISION = clip_vit(image_size=224, patch=16, width=384, layers=12, heads=6)  # 196 image tokens
@@ -54,6 +58,13 @@ LM_TINY = Recipe(
                   betas=(0.9, 0.98), max_length=256, on_data=(("steps", 800),)),),
 )
 
+LM_TINY_T5 = replace(
+    LM_TINY,
+    name="lm/tiny-t5",
+    build=partial(build_language_model, TINY_T5),
+    stages=(replace(LM_TINY.stages[0], name="lm-t5", format="flan_t5"),),
+)
+
 CLIP_SMALL = Recipe(
     name="clip/small",
     build=partial(build_clip, CLIPConfig(SMALL_VISION, clip_text(SMALL_VOCAB, 384, 6, 6), 256)),
@@ -72,4 +83,4 @@ LM_SMALL = Recipe(
                   betas=(0.9, 0.95), min_lr=0.1, max_length=1024),),
 )
 
-RECIPES = (CLIP_TINY, LM_TINY, CLIP_SMALL, LM_SMALL)
+RECIPES = (CLIP_TINY, LM_TINY, LM_TINY_T5, CLIP_SMALL, LM_SMALL)

@@ -2,8 +2,9 @@
 
                  eyes (frozen)          Q-Former             LM (frozen)      stage 1              stage 2
     tiny         clip/tiny, 17 tokens   4 × 96, 16 queries   lm/tiny          pairs               captions
-    vit-l-…      CLIP-L/14, 257         BERT-base, 32        OPT              129M, 250k steps    129M, 80k steps
-    vit-g-…      EVA-CLIP g/14, 257     BERT-base, 32        OPT              the same            the same
+    tiny-t5      the same               the same             lm/tiny-t5       the same            the same
+    vit-l-…      CLIP-L/14, 257         BERT-base, 32        OPT or FlanT5    129M, 250k steps    129M, 80k steps
+    vit-g-…      EVA-CLIP g/14, 257     BERT-base, 32        OPT or FlanT5    the same            the same
 
 What scale changes: sizes, steps, batches, BERT's weights to begin with. What it does not: which parts are frozen, and
 the three losses. Hyper-parameters of the published ones: BLIP-2 §3.4. Its minimal learning rate is stated for stage 2
@@ -21,6 +22,7 @@ from nanovlm.papers.blip2 import BLIP2, BLIP2Config, BLIP2Stage1
 from nanovlm.qformer import QFormerConfig
 from nanovlm.recipes import backbones
 from nanovlm.recipes.stage import Recipe, Stage
+from nanovlm.t5 import FLAN_T5_XL, FLAN_T5_XXL, T5Config
 from nanovlm.tokenizer import Tokenizer
 from nanovlm.vit import CLIP_L_14, EVA_CLIP_G_14, ViTConfig
 
@@ -63,16 +65,27 @@ TINY = Recipe(
     ),
 )
 
+# Stage 1 knows no language model: it is the same, but from random numbers of this recipe's own.
+TINY_T5 = replace(
+    TINY,
+    name="blip2/tiny-t5",
+    build=partial(build_blip2, replace(TINY_CONFIG, language=backbones.TINY_T5), False),
+    stages=(TINY.stages[0],
+            replace(TINY.stages[1], format="flan_t5", init=(("language", "lm/tiny-t5:language"),))),
+)
+
 
 # the encoder, its weights, and stage 1's batch with it (§3.4)
 CLIP_EYES = (replace(CLIP_L_14, align_corners=True), "openai/clip-vit-large-patch14", 2_320)
 EVA_EYES = (EVA_CLIP_G_14, "Salesforce/blip2-itm-vit-g", 1_680)
 
 
-def with_opt(name: str, eyes: tuple[ViTConfig, str, int], language: DecoderConfig, language_weights: str) -> Recipe:
-    """BLIP-2 §3.4."""
+def published(name: str, eyes: tuple[ViTConfig, str, int], language: DecoderConfig | T5Config,
+              language_weights: str) -> Recipe:
+    """BLIP-2 §3.4. OPT is told nothing before a caption, FlanT5 its beginning."""
     vision, vision_weights, batch_size = eyes
     config = BLIP2Config(without_last_block(vision), QFormerConfig(QFORMER_TEXT, 32, vision.width), language)
+    format, second_batch = ("flan_t5", 1_520) if isinstance(language, T5Config) else ("blip2", 1_920)
     return Recipe(
         name=name,
         build=partial(build_blip2, config, True),
@@ -82,13 +95,19 @@ def with_opt(name: str, eyes: tuple[ViTConfig, str, int], language: DecoderConfi
             Stage("stage1", BRIDGE_1, "pairs", steps=250_000, batch_size=batch_size, lr=1e-4, weight_decay=0.05,
                   betas=(0.9, 0.98), warmup=2_000 / 250_000, augment=True, max_length=32, evaluate=("retrieval",),
                   init=(("vision", f"published:{vision_weights}"), ("qformer", "published:google-bert/bert-base-uncased"))),
-            Stage("stage2", BRIDGE_2, "captions", format="blip2", steps=80_000, batch_size=1_920, lr=1e-4, min_lr=0.5,
+            Stage("stage2", BRIDGE_2, "captions", format=format, steps=80_000, batch_size=second_batch, lr=1e-4, min_lr=0.5,
                   weight_decay=0.05, betas=(0.9, 0.98), warmup=2_000 / 80_000, augment=True, max_length=32,
                   evaluate=("answers", "captions", "classes"), init=(("language", f"published:{language_weights}"),)),
         ),
     )
 
 
-RECIPES = (TINY, with_opt("blip2/vit-l-opt-2.7b", CLIP_EYES, OPT_2_7B, "facebook/opt-2.7b"),
-           with_opt("blip2/vit-g-opt-2.7b", EVA_EYES, OPT_2_7B, "facebook/opt-2.7b"),
-           with_opt("blip2/vit-g-opt-6.7b", EVA_EYES, OPT_6_7B, "facebook/opt-6.7b"))
+# with the exact GELU, as in the released code; FlanT5 itself was trained with the tanh form
+T5_XL, T5_XXL = (replace(config, activation="geglu") for config in (FLAN_T5_XL, FLAN_T5_XXL))
+RECIPES = (TINY, TINY_T5,
+           published("blip2/vit-l-opt-2.7b", CLIP_EYES, OPT_2_7B, "facebook/opt-2.7b"),
+           published("blip2/vit-g-opt-2.7b", EVA_EYES, OPT_2_7B, "facebook/opt-2.7b"),
+           published("blip2/vit-g-opt-6.7b", EVA_EYES, OPT_6_7B, "facebook/opt-6.7b"),
+           published("blip2/vit-l-flan-t5-xl", CLIP_EYES, T5_XL, "google/flan-t5-xl"),
+           published("blip2/vit-g-flan-t5-xl", EVA_EYES, T5_XL, "google/flan-t5-xl"),
+           published("blip2/vit-g-flan-t5-xxl", EVA_EYES, T5_XXL, "google/flan-t5-xxl"))
