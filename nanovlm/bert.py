@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nanovlm.attention import Attention, KVCache
+from nanovlm.errors import UserError
 from nanovlm.feedforward import FeedForward
 
 
@@ -54,7 +55,10 @@ class Embeddings(nn.Module):
 
     def forward(self, input_ids: Tensor, first: int = 0) -> Tensor:
         """first: the place of the first id, after those that a cache holds."""
-        T = input_ids.shape[1]
+        T, room = input_ids.shape[1], len(self.positions.weight)
+        if first + T > room:
+            raise UserError(f"A text of {first + T} tokens does not fit into the {room} positions of this text "
+                            "transformer; cut it (max_length of the stage) or build it with more max_positions.")
         x = self.words(input_ids) + self.positions.weight[first:first + T]  # (B, T, D)
         return x if self.segments is None else x + self.segments.weight[0]  # one sentence: all in the first
 

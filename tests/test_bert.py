@@ -9,6 +9,7 @@ from tools import bite, close, moved_by_breaking, pad_mask, randn, random_ids
 from nanovlm import masks
 from nanovlm.attention import KVCache
 from nanovlm.bert import Bert, BertConfig
+from nanovlm.errors import UserError
 from nanovlm.hub.names import BERT as BERT_NAMES
 from nanovlm.hub.names import translate
 
@@ -111,3 +112,10 @@ def test_dropout_acts_in_training_only():
     ids = random_ids(B, T, 7)
     assert not torch.equal(model.train()(ids), model(ids))
     assert torch.equal(model.eval()(ids), model(ids))
+
+
+def test_a_text_longer_than_the_positions_is_refused():
+    model = Bert(BertConfig(53, 30, 3, 5, 44, max_positions=23))
+    model(torch.zeros(1, 23, dtype=torch.int64))
+    with pytest.raises(UserError, match="24 tokens does not fit into the 23 positions.*max_length"):
+        model(torch.zeros(1, 24, dtype=torch.int64))
