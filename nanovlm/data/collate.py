@@ -1,6 +1,7 @@
 """Lists of samples become batches: pictures, ids, masks and labels of one length.
 
     samples ──► collate_conversations   images, input_ids, attention_mask, labels       padded on the right, to train
+            ├─► collate_questions       qformer_input_ids, qformer_attention_mask       the same, for a bridge that reads
             ├─► collate_pairs           images, input_ids, attention_mask, who is equal to whom, wrong captions
             └─► collate_prompts         input_ids, attention_mask                       padded on the left, to generate
 
@@ -27,9 +28,12 @@ PAIR_LENGTH = 64  # longest text of a pair, where a stage gives no other
 
 def collate_conversations(
     samples: Sequence[Sample], tokenizer: Tokenizer, format: str | Format, transform: Transform,
-    max_length: int | None, image_tokens: int, rng: Random,
+    max_length: int | None, image_tokens: int, rng: Random, asks: bool = False,
 ) -> dict[str, Tensor]:
-    """images (n, 3, H, W) in the order of their marks, input_ids (B, T), attention_mask (B, T), labels (B, T)."""
+    """images (n, 3, H, W) in the order of their marks, input_ids (B, T), attention_mask (B, T), labels (B, T).
+
+    asks: also what a bridge reads that knows the question, see `collate_questions`.
+    """
     images, rows, labels = [], [], []
     for sample in samples:
         marks = sum(turn.question.count(IMAGE) for turn in sample.turns)
@@ -43,7 +47,20 @@ def collate_conversations(
     batch = _pad_right(rows, tokenizer.pad_id)
     batch["labels"] = _pad_right(labels, IGNORE)["input_ids"]
     batch["images"] = torch.stack(images) if images else torch.zeros(0, 3, transform.size, transform.size)
-    return batch
+    return {**batch, **(collate_questions(samples, tokenizer) if asks else {})}
+
+
+def collate_questions(samples: Sequence[Sample], tokenizer: Tokenizer) -> dict[str, Tensor]:
+    """qformer_input_ids and qformer_attention_mask (B, T_q): "<s> question </s>", padded on the right.
+
+    There is one bridge output for a whole conversation, so it reads all of its questions, one after the other; of too
+    many the last ones, which are answered next. In an exam nothing follows the question that is to be answered.
+    """
+    rows = []
+    for sample in samples:
+        asked = " ".join(turn.question.replace(IMAGE, "").strip() for turn in sample.turns)
+        rows.append([tokenizer.bos_id, *tokenizer.encode(asked)[2 - PAIR_LENGTH:], tokenizer.eos_id])
+    return {f"qformer_{name}": tensor for name, tensor in _pad_right(rows, tokenizer.pad_id).items()}
 
 
 def collate_pairs(

@@ -41,6 +41,7 @@ class Stage:
     min_lr: float = 0.0  # where the cosine ends, as a fraction of lr
     warmup: float = 0.03  # fraction of the steps
     weight_decay: float = 0.0  # on matrices only
+    layer_decay: float = 1.0  # below 1 the encoder's early layers learn slower, see optim.py
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float = 1.0  # global gradient norm; 0 = no clipping
     accumulate: int = 1  # micro-batches per optimiser step: less memory, the same gradient
