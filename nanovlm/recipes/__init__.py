@@ -4,10 +4,11 @@ import torch
 from torch import nn
 
 from nanovlm.errors import UserError
-from nanovlm.recipes import backbones, blip2, llava
+from nanovlm.recipes import backbones, blip2, blip2_finetuning, llava
 from nanovlm.recipes.stage import Recipe
 
-RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (*backbones.RECIPES, *llava.RECIPES, *blip2.RECIPES)}
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (
+    *backbones.RECIPES, *llava.RECIPES, *blip2.RECIPES, *blip2_finetuning.RECIPES)}
 
 
 def names() -> list[str]:
