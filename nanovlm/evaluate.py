@@ -208,7 +208,7 @@ def examples(model: nn.Module, recipe: Recipe, stage: Stage, source: object, tok
         samples = [exam[i * len(exam) // n] for i in range(min(n, len(exam)))]
     else:  # before instruction tuning: what it says of a picture, of a text, or which caption it finds the best
         samples = [source.sample(stage.view, "val", i) for i in range(min(n, source.size(stage.view, "val")))]
-        if stage.view == "pairs":
+        if stage.pairs:
             return best_captions(examinee, samples)
         samples = [replace(s, turns=s.turns[:1]) for s in samples]
     answers = examinee.answer(samples)

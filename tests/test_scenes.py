@@ -35,7 +35,7 @@ from nanovlm.data.scene_world import (
 from nanovlm.data.scenes import LESSONS, VIEWS, Scenes
 from nanovlm.errors import UserError
 
-IMAGE_VIEWS = ("pairs", "captions", "instruct")
+IMAGE_VIEWS = ("pairs", "captions", "described", "instruct")
 
 
 def test_pixels_are_where_the_truth_says():
@@ -91,7 +91,7 @@ def test_no_held_out_pair_in_any_training_picture(monkeypatch):
             texts += [text for turn in sample.turns for text in (turn.question, turn.answer)]
             assert sample.images == ("picture",)
             assert not any(name in text for text in texts for name in HELD_OUT_NAMES)
-    assert len(drawn) == 6000
+    assert len(drawn) == 8000
     shown = {(thing.colour, thing.shape) for scene in drawn for thing in scene.objects}
     unnamed = {colour for colour, _ in shown} - set(COLOURS)
     assert {(colour, shape) for colour, shape in shown if colour in COLOURS} == set(PAIRS) - set(HELD_OUT)
@@ -134,12 +134,14 @@ def test_the_text_view_tells_before_it_asks():
 def test_image_views_have_the_shape_that_training_expects():
     source = Scenes(seed=3, size=40)
     for split, index in product(("train", "val"), range(100)):
-        pair, told, talk = (source.sample(view, split, index) for view in IMAGE_VIEWS)
+        pair, told, silent, talk = (source.sample(view, split, index) for view in IMAGE_VIEWS)
         assert pair.id == f"scenes/{split}/{index}" and pair.images[0].size == (40, 40)
         assert split == "train" or pair.caption in source.references(pair)  # in training it may leave facts out
         assert len(pair.negatives) == 2 and pair.turns == ()
         assert [turn.question for turn in told.turns] == ["<image>"] and told.turns[0].answer == told.caption
         assert told.caption in told.references
+        assert [turn.answer for turn in silent.turns] == [silent.caption] and silent.negatives == ()
+        assert split == "train" or silent.caption in silent.references
         first, *others = talk.turns
         assert first.question.startswith("<image>\n") and not any("<image>" in turn.question for turn in others)
         assert 1 <= len(talk.turns) <= 3
@@ -289,3 +291,18 @@ def test_some_pictures_have_colours_without_names():
             assert named
     # Binomial(1000, 0.15): 150 ± 57 (five standard deviations) once in 1.7 million seeds.
     assert abs(silent - 150) < 57
+
+
+def test_one_described_picture_in_four_is_silent_on_colour():
+    source, silent = Scenes(), 0
+    for index in range(1000):
+        sample = source.sample("described", "train", index)
+        named = {tuple(pixel) for pixel in np.array(sample.images[0]).reshape(-1, 3)} & set(COLOURS.values())
+        if sample.caption not in sample.references:
+            silent += 1
+            assert not named
+            assert sample.caption in {re.sub(f"({'|'.join(COLOURS)}) ", "", whole) for whole in sample.references}
+        else:
+            assert named
+    # Binomial(1000, 0.25): 250 ± 69 (five standard deviations) once in 1.7 million seeds.
+    assert abs(silent - 250) < 69

@@ -6,6 +6,7 @@ The interface is that of `scenes.Scenes`, so the loop does not know whether the 
                                    images        text
     pairs      for contrast        one           the caption
     captions   for alignment       one           "<image>" → the caption
+    described  the same            one           the same: there is nothing here to vary
     instruct   for instruction     any number    the conversation, or "<image>\\nwhat is in the picture?" → the caption
     text       for the LM          none          the same, with the caption where the image would stand
 
@@ -29,7 +30,7 @@ from nanovlm.data.conversation import IMAGE, Sample, Turn
 from nanovlm.data.transforms import load_image
 from nanovlm.errors import UserError
 
-VIEWS = ("pairs", "captions", "instruct", "text")
+VIEWS = ("pairs", "captions", "described", "instruct", "text")
 SPLITS = ("train", "val")
 QUESTIONS = ("what is in the picture?", "what does the picture show?", "what do you see?", "describe the picture.")
 KEPT_PICTURES, KEPT_BYTES = 20_000, 1 << 30  # a set beyond either is decoded anew in every epoch
@@ -161,7 +162,7 @@ class Records:
         """(record, caption) for each index: a picture with five captions is met five times an epoch, once in val."""
         entries = []
         for record in self._records[split]:
-            if view in ("pairs", "captions") and len(record.images) != 1:
+            if view in ("pairs", "captions", "described") and len(record.images) != 1:
                 continue
             several = record.references if split == "train" and not record.turns else (record.caption,)
             entries += [(record, caption) for caption in several]
@@ -172,7 +173,7 @@ def as_view(record: Sample, caption: str, view: str, rng: Random) -> Sample:
     """The record as one of the four views shows it, with `caption` for its text where it is no conversation."""
     if view == "pairs":
         turns = ()
-    elif view == "captions":
+    elif view in ("captions", "described"):
         turns = (Turn(IMAGE, caption, "caption"),)
     else:
         turns = record.turns or (Turn(f"{IMAGE}\n{rng.choice(QUESTIONS)}", caption, "caption"),)

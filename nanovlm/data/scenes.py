@@ -12,10 +12,11 @@ A worked example, sample("instruct", "train", i):
     |           |     v     |
     +-----------+-----------+
 
-Four views of the world:
+Five views of the world:
 
     pairs     picture + caption + captions with one fact wrong       contrastive learning
     captions  "<image>" -> caption                                   the bridge learns to pass on what is there
+    described the same, some in colours without names                and where it learns from captions alone
     instruct  "<image>\\n" question -> answer, several turns           instruction tuning
     text      description "\\n" question -> answer, no picture         what the tiny language model reads beforehand
 
@@ -38,7 +39,8 @@ look for the square. LESSONS, before the questions, leave it no such way out:
              sides of square red.           -> square red right.
 
 In the view "instruct" about one picture in seven then shows its objects in colours that have no name ("take notes, colours
-aside."): a shape in a colour in which it was never met is no new thing to a model that has met shapes in any colour.
+aside."): a shape in a colour in which it was never met is no new thing to a model that has met shapes in any colour. In
+"described" it is one in four, and its caption does not tell colours.
 
 Split "train": pictures, captions and questions show and mention SEEN pairs only; texts tell of all pairs.
 Split "val": every scene has an object with a HELD_OUT pair. These scenes do not depend on the seed, so that all runs
@@ -92,7 +94,7 @@ from nanovlm.data.scene_world import (
 )
 from nanovlm.errors import UserError
 
-VIEWS = ("pairs", "captions", "instruct", "text")
+VIEWS = ("pairs", "captions", "described", "instruct", "text")
 SPLITS = ("train", "val")
 # view -> the lessons that come before conversations, each with the sample where it ends
 LESSONS = {"text": {"repeat": 16_000, "dense": 80_000}, "instruct": {"dense": 12_000}}
@@ -148,13 +150,15 @@ class Scenes:
             return self._pair(name, scene, rng, pairs, split)
         if view == "instruct" and split == "train" and rng.random() < 0.15:
             return self._colourless(name, scene, rng)
-        images = (render(scene, self.image_size),)
         if view == "instruct":
             turns = _put_before((dense(scene, rng, pairs),) if lesson else conversation(scene, rng, pairs), "<image>")
-            return Sample(name, images, references=captions(scene), turns=turns)
-        true = caption(scene, rng)
+            return Sample(name, (render(scene, self.image_size),), references=captions(scene), turns=turns)
+        wording, shown = rng.choice(wordings(scene)), scene
+        if view == "described" and split == "train" and rng.random() < 0.25:
+            wording, shown = wording._replace(left_out=frozenset({"colour"})), recoloured(scene, rng)
+        true = say(scene, wording)
         turns = (Turn("<image>", true, "caption"),)
-        return Sample(name, images, caption=true, references=captions(scene), turns=turns)
+        return Sample(name, (render(shown, self.image_size),), caption=true, references=captions(scene), turns=turns)
 
     def _pair(self, name: str, scene: Scene, rng: Random, pairs: tuple, split: str) -> Sample:
         """A picture and what is said of it; in training, facts are left out of the text now and then."""

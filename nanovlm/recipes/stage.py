@@ -21,7 +21,7 @@ from torch import nn
 
 from nanovlm.errors import UserError
 
-VIEWS = ("pairs", "captions", "instruct", "text")
+VIEWS = ("pairs", "captions", "described", "instruct", "text")
 SCHEDULES = ("cosine", "constant")
 EVALUATIONS = ("answers", "captions", "two", "classes", "retrieval")  # see evaluate.py
 
@@ -32,11 +32,11 @@ class Stage:
 
     name: str  # unique among all stages of a run, backbones' too: it names the checkpoint
     trains: tuple[str, ...]  # modules or parameters of the model, by name: ("projector",)
-    view: str  # how the source shows itself: "pairs" | "captions" | "instruct" | "text"
+    view: str  # how the source shows itself: "pairs" | "captions" | "described" | "instruct" | "text"
     steps: int
     batch_size: int  # of one optimiser step, over all ranks and micro-batches together
     lr: float  # the highest, reached after the warm-up
-    format: str = "plain"  # conversation format of "captions" and "instruct"
+    format: str = "plain"  # conversation format; "pair": the caption alone, for contrast, as always in view "pairs"
     schedule: str = "cosine"  # or "constant"
     min_lr: float = 0.0  # where the cosine ends, as a fraction of lr
     warmup: float = 0.03  # fraction of the steps
@@ -56,6 +56,11 @@ class Stage:
             raise ValueError(f"Stage {self.name}: view is one of {VIEWS}, schedule one of {SCHEDULES}.")
         if not set(self.evaluate) <= set(EVALUATIONS):
             raise ValueError(f"Stage {self.name}: evaluate is {self.evaluate}, but there are only {EVALUATIONS}.")
+
+    @property
+    def pairs(self) -> bool:
+        """Whether a batch is pictures and texts that belong together, rather than conversations."""
+        return self.view == "pairs" or self.format == "pair"
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def make_collate(recipe: Recipe, stage: Stage, tokenizer: Tokenizer, model: nn.M
     """(samples, rng) → batch, as the stage's view and format ask for it."""
     transform = Transform(recipe.image_size, augment=stage.augment)
     limit = stage.max_length or None
-    if stage.view == "pairs":
+    if stage.pairs:
         wrong = getattr(model, "reads_negatives", False)
         return lambda samples, rng: collate_pairs(samples, tokenizer, transform, limit or PAIR_LENGTH, rng, wrong)
     image_tokens, asks = getattr(model, "image_tokens", 0), getattr(model, "asks", False)
