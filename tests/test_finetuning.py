@@ -321,3 +321,5 @@ def test_the_encoder_learns_and_the_language_model_does_not(runs, monkeypatch, t
     size = recipes.get(f"blip2/tiny-{task}").image_size
     tokens = recipes.build(f"blip2/tiny-{task}", "cpu").encode_image(randn(1, 3, size, size)).shape[1]
     assert (len(new["vision.positions"]), tokens) == (17, 17 if task == "vqa" else 37), "positions are stretched"
+    steps = (new["vision.positions"] - begun["vision.positions"]).abs().amax(dim=1)
+    assert steps.min() > 1e-4, "and learn through that: weight decay alone is ten times smaller"
