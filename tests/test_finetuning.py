@@ -150,7 +150,7 @@ def asking() -> tuple:
     """InstructBLIP's model of transformers, and ours with its weights."""
     hf = hf_instructblip(1)
     config = configs.blip2(hf.config.to_dict(), retrieval=False)
-    model = BLIP2(replace(config, qformer=replace(config.qformer, reads=True)))
+    model = BLIP2(replace(config, asks=True, qformer=replace(config.qformer, reads=True)))
     layout = {**names.BLIP2_EYES, "qformer.embeddings.word_embeddings": "qformer.embeddings.words",
               "qformer.embeddings.position_embeddings": "qformer.embeddings.positions",
               "qformer.embeddings.layernorm": "qformer.norm", "language_projection": "projection",
@@ -194,7 +194,7 @@ def test_whoever_answers_has_heard_the_question(asking):
     with pytest.raises(UserError, match="reads the question too: give qformer_input_ids"):
         model.image_prefix(images)
     pruned = recipes.build("blip2/tiny", "cpu")
-    with pytest.raises(UserError, match="no text half: leave out"):
+    with pytest.raises(UserError, match="reads no question: leave out"):
         pruned.image_prefix(randn(B, 3, 48, 48), **asked)
 
 

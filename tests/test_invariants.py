@@ -71,9 +71,9 @@ def blip2_config(text: int) -> BLIP2Config:
     return BLIP2Config(vision, qformer, llama(V, width=40, layers=2, heads=5, ffn=44), embedding=14, decode_id=1)
 
 
-def build_blip2(reads: bool = False) -> nn.Module:
-    config = blip2_config(text=19 if reads else 1)
-    return BLIP2(replace(config, qformer=replace(config.qformer, reads=reads)))
+def build_blip2(asks: bool = False) -> nn.Module:
+    config = blip2_config(text=19 if asks else 1)
+    return BLIP2(replace(config, asks=asks, qformer=replace(config.qformer, reads=asks)))
 
 
 def blip2_logits(model: nn.Module, batch: dict, side: str) -> tuple[Tensor, Tensor]:
@@ -96,7 +96,7 @@ BRIDGE = ("vision_norm", "qformer", "projection")
 CASES = [
     Case("llava", build_llava, (("projector",), ("projector", "language")), ("images", *TEXT), N, llava_logits),
     Case("blip2", build_blip2, (BRIDGE, (*BRIDGE, "language")), ("images", *TEXT), QUERIES, blip2_logits, one_first=True),
-    Case("blip2 asked", lambda: build_blip2(reads=True), (("vision", *BRIDGE), ("vision", *BRIDGE, "language")),
+    Case("blip2 asked", lambda: build_blip2(asks=True), (("vision", *BRIDGE), ("vision", *BRIDGE, "language")),
          ("images", *TEXT, *QUESTION), QUERIES, blip2_logits, one_first=True, std=0.2),
     Case("llama", lambda: LanguageModel(llama(V, 40, 2, 5, 44)), (("language",),), TEXT, 0, text_logits),
     Case("opt", lambda: LanguageModel(opt(V, 40, 2, 5, 44)), (("language",),), TEXT, 0, text_logits),

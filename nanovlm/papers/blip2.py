@@ -19,7 +19,7 @@
     frozen: ViT and LM. Learning: norm, Q-Former, heads or projection: 0.9 to 3.4 % of the whole.
 
     fine-tuning (§4.2 to §4.4): the ViT learns too, the LM stays frozen. Captions go on from stage 2, retrieval from
-    stage 1. For questions the Q-Former keeps its text half, so that the queries know what is asked (`qformer.reads`):
+    stage 1. For questions the Q-Former keeps its text half, so that the queries know what is asked (`asks`):
 
       image ─► ViT ─► norm ─► queries + question, both ways ─► Q-Former ─► what the queries say, (B, Q, D) ─► as above
 
@@ -65,6 +65,7 @@ class BLIP2Config:
     smoothing: float = 0.1  # of ITC's and ITG's targets
     eps: float = 1e-6  # of the norm behind the vision encoder
     trains: bool = True  # False: stage 1 as published for retrieval, without word head and temperature
+    asks: bool = False  # stage 2's Q-Former reads the question too, for which it needs `qformer.reads`
 
 
 class BLIP2Stage1(nn.Module):
@@ -180,7 +181,7 @@ class BLIP2Stage1(nn.Module):
 class BLIP2(nn.Module):
     """Stage 2: one picture before each text, and a frozen language model that goes on from both.
 
-    Where `config.qformer.reads`, `qformer_input_ids` and `qformer_attention_mask` (B, T_q), padded on the right, are the
+    Where `config.asks`, `qformer_input_ids` and `qformer_attention_mask` (B, T_q), padded on the right, are the
     question that the Q-Former reads beside the picture, in its own words and between its own [CLS] and [SEP].
     """
 
@@ -190,7 +191,7 @@ class BLIP2(nn.Module):
         self.vision = ViT(config.vision)
         self.vision_norm = nn.LayerNorm(config.vision.width, config.eps)
         self.qformer = QFormer(config.qformer)
-        self.asks = config.qformer.reads
+        self.asks = config.asks
         last = f"qformer.layers.{config.qformer.text.layers - 1}"
         # only the queries are heard: what the last layer makes of the question plays no part in anything
         self.idle = (f"{last}.feedforward", f"{last}.residual2") if self.asks else ()
@@ -209,7 +210,7 @@ class BLIP2(nn.Module):
         image_tokens, ids, mask = self.encode_image(images), qformer_input_ids, qformer_attention_mask
         if self.asks != (ids is not None) or (ids is None) != (mask is None):
             raise UserError("The Q-Former of this BLIP-2 reads the question too: give qformer_input_ids and "
-                            "qformer_attention_mask." if self.asks else "The Q-Former of this BLIP-2 has no text half: "
+                            "qformer_attention_mask." if self.asks else "The Q-Former of this BLIP-2 reads no question: "
                             "leave out qformer_input_ids and qformer_attention_mask.")
         if not self.asks:
             return self.projection(self.qformer(image_tokens))

@@ -33,7 +33,8 @@ def build_blip2(config: BLIP2Config, checkpointing: bool, stage: str) -> nn.Modu
     """The model of one of the stages here or in blip2_finetuning.py."""
     if stage in ("stage1", "retrieval"):
         return BLIP2Stage1(config)
-    model = BLIP2(replace(config, qformer=replace(config.qformer, reads=stage == "vqa")))
+    asks = stage == "vqa"
+    model = BLIP2(replace(config, asks=asks, qformer=replace(config.qformer, reads=asks)))
     model.language.checkpointing = checkpointing
     return model
 

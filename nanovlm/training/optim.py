@@ -39,7 +39,7 @@ def make_optimiser(model: nn.Module, stage: Stage) -> torch.optim.AdamW:
     """Frozen parameters are left out, so that they cost no optimiser state."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     last = 1 + max((layer for name, _ in model.named_parameters() if (layer := layer_of(name)) is not None), default=0)
-    groups = defaultdict(list)  # (weight decay, factor of the learning rate) → parameters
+    groups = defaultdict(list)  # parameters by weight decay and factor of the learning rate
     for name, p in trained.items():
         layer = last if (found := layer_of(name)) is None else found
         groups[stage.weight_decay if p.ndim >= 2 else 0.0, stage.layer_decay ** (last - layer)].append(p)
