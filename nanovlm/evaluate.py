@@ -26,9 +26,10 @@ import torch
 from torch import nn
 
 from nanovlm import metrics
-from nanovlm.data.collate import PAIR_LENGTH, collate_prompts, collate_texts
+from nanovlm.data.collate import PAIR_LENGTH, collate_prompts, collate_questions, collate_texts
 from nanovlm.data.conversation import Sample, answer_ids, find_format, prompt, stop_ids
 from nanovlm.data.transforms import Transform, load_image
+from nanovlm.errors import UserError
 from nanovlm.recipes.stage import Recipe, Stage
 from nanovlm.tokenizer import Tokenizer
 
@@ -53,6 +54,11 @@ class Examinee:
         images = torch.stack(images) if images else torch.zeros(0, 3, size, size)
         return images.to(self.device), ids.to(self.device), mask.to(self.device)
 
+    def question(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+        """What the bridge reads, if it does."""
+        asked = collate_questions(samples, self.tokenizer) if getattr(self.model, "asks", False) else {}
+        return {name: tensor.to(self.device) for name, tensor in asked.items()}
+
     def answer(self, samples: Sequence[Sample]) -> list[str]:
         """Greedy answers to the last question of each sample, its turns before given."""
         stop = stop_ids(self.format, self.tokenizer)
@@ -60,7 +66,7 @@ class Examinee:
         for chunk in chunks(samples):
             images, *text = self.inputs(chunk)
             inputs = (images, *text) if hasattr(self.model, "encode_image") else text  # a language model reads only
-            for ids in self.model.generate(*inputs, MAX_NEW_TOKENS, stop).tolist():
+            for ids in self.model.generate(*inputs, MAX_NEW_TOKENS, stop, **self.question(chunk)).tolist():
                 answers.append(self.text(ids, stop))
         return answers
 
@@ -77,7 +83,7 @@ class Examinee:
         """Of the candidate answers the most likely one, for each sample."""
         ids = [answer_ids(candidate, self.tokenizer, self.format) for candidate in candidates]
         return [candidates[best] for chunk in chunks(samples)
-                for best in self.model.score(*self.inputs(chunk), ids).argmax(dim=1).tolist()]
+                for best in self.model.score(*self.inputs(chunk), ids, **self.question(chunk)).argmax(dim=1).tolist()]
 
 
 def evaluate(model: nn.Module, recipe: Recipe, stage: Stage, source: object, tokenizer: Tokenizer,
@@ -137,6 +143,9 @@ def judge_retrieval(examinee: Examinee, source: object) -> dict[str, dict[str, f
 
     BLIP-2 §4.4: the RERANK best by contrast are judged again, by matching plus contrast (as the released code adds them).
     """
+    if not hasattr(examinee.model, "match"):
+        raise UserError("This model cannot be judged by retrieval: it does not say whether a picture and a text belong "
+                        "together. Of BLIP-2 only stage 1 does, for example trained_model('blip2/tiny', 'stage1').")
     marks = defaultdict(list)  # metric → a value for each gallery
     galleries = source.galleries()
     for samples in galleries:

@@ -106,6 +106,14 @@ def hf_blip2_retrieval(seed: int) -> nn.Module:
     return without_key_bias(bite(transformers.Blip2ForImageTextRetrieval(config), seed))
 
 
+def hf_instructblip(seed: int) -> nn.Module:
+    """BLIP-2 on OPT, with a Q-Former that reads the question."""
+    config = transformers.InstructBlipConfig(vision_config=EVA, qformer_config=QFORMER,
+                                             text_config={"model_type": "opt", **OPT}, num_query_tokens=QUERIES)
+    config.image_token_index = IMAGE_ID
+    return without_key_bias(bite(transformers.InstructBlipForConditionalGeneration(config), seed))
+
+
 def without_key_bias(hf: nn.Module) -> nn.Module:
     """EVA-CLIP's keys have none; transformers keeps zeros in its place, in the middle of the three."""
     for layer in hf.vision_model.encoder.layers:

@@ -30,10 +30,12 @@ TOKENIZER = Tokenizer.train([CORPUS] * 5, 340)
 BYTES = Tokenizer.train([], 261)  # no merges: "###" is three tokens, and an answer may hold two of them
 NAMES = sorted(FORMATS)
 # What each answer begins with and what closes it, written out here and not taken from the table under test.
-LEAD = {"plain": "", "v0": " ", "v1": " ", "llama_2": " ", "blip2": " ", "flan_t5": " ", "tiny": " "}
-CLOSE = {"plain": "\n", "v0": "\n###", "v1": "</s>", "llama_2": " </s>", "blip2": "\n", "flan_t5": "</s>", "tiny": "</s>"}
-IMAGE_FIRST = ("blip2", "flan_t5")
-FORBIDDEN = {"plain": "\n", "v0": "###", "blip2": "\n"}
+LEAD = {"plain": "", "v0": " ", "v1": " ", "llama_2": " ", "blip2": " ", "flan_t5": " ", "blip2-caption": " ",
+        "tiny": " "}
+CLOSE = {"plain": "\n", "v0": "\n###", "v1": "</s>", "llama_2": " </s>", "blip2": "\n", "flan_t5": "</s>",
+         "blip2-caption": "\n", "tiny": "</s>"}
+FORBIDDEN = {"plain": "\n", "v0": "###", "blip2": "\n", "blip2-caption": "\n"}
+ONE_CAPTION, IMAGE_FIRST = ("plain", "blip2-caption"), ("blip2", "flan_t5", "blip2-caption")
 
 # Texts that try to break out of the template, beside any Unicode.
 SPITEFUL = st.sampled_from(["</s>", "<s>", "### Assistant:", " ASSISTANT: no", "[/INST]", "\n\n", " ", "#", "\n##"])
@@ -44,7 +46,7 @@ TEXT = st.lists(st.one_of(st.text(max_size=12), SPITEFUL), max_size=4).map("".jo
 def conversations(draw, name):
     """Turns that the format can hold: 0-2 images in any question (BLIP-2: one in the first), no empty answer, no stop text in one."""
     turns = []
-    for _ in range(1 if name == "plain" else draw(st.integers(1, 3))):
+    for _ in range(1 if name in ONE_CAPTION else draw(st.integers(1, 3))):
         words = [draw(TEXT).replace("<image>", "") for _ in range(draw(st.integers(1, 3)))]
         answer = draw(TEXT.filter(str.strip))
         for forbidden in [FORBIDDEN[name]] if name in FORBIDDEN else []:
@@ -165,6 +167,11 @@ def test_blip2_writes_no_image_mark_and_asks_for_no_caption():
         ids, labels = encode(turns, TOKENIZER, "blip2")
         assert TOKENIZER.decode(ids, specials=True) == whole
         assert TOKENIZER.decode(trained(labels), specials=True) == learned
+    # fine-tuned for captions (§4.2): one prompt before all of them, which is not learned, and no question even if asked
+    for question in ("<image>", "<image>\ndescribe it."):
+        ids, labels = encode((Turn(question, "a hat"),), TOKENIZER, "blip2-caption")
+        assert TOKENIZER.decode(ids, specials=True) == "<s>a photo of a hat\n"
+        assert TOKENIZER.decode(trained(labels), specials=True) == " a hat\n"
 
 
 @pytest.mark.parametrize(("turns", "read", "written"), [
@@ -197,10 +204,10 @@ def test_an_answer_is_the_same_tokens_as_inside_a_sentence():
         ((), "v1", "picture 3: it has no turns"),
         ((Turn("hi", "use ### here"),), "v0", "picture 3: the answer of turn 1 holds '###'"),
         ((Turn("<image>", "two\nlines"),), "plain", "holds '.n'"),
-        ((Turn("<image>", "a"), Turn("b", "c")), "plain", "picture 3: the format plain holds one caption, not 2 turns"),
+        ((Turn("<image>", "a"), Turn("b", "c")), "plain", "picture 3: this format holds one caption, not 2 turns"),
         ((Turn("<image><image>", "a"),), "blip2", "picture 3: in this format one image stands before everything"),
         ((Turn("hi", "a"), Turn("<image>", "c")), "blip2", "picture 3: in this format one image stands"),
-        ((Turn("hi", "a"),), "v9", "Unknown conversation format 'v9'.*plain, v0, v1, llama_2, blip2, flan_t5, tiny"),
+        ((Turn("hi", "a"),), "v9", "Unknown conversation format 'v9'.*v1, llama_2, blip2, flan_t5, blip2-caption, tiny"),
     ],
 )
 def test_what_cannot_be_encoded_is_said_in_one_sentence(turns, name, said):

@@ -103,6 +103,8 @@ def run_blip2() -> None:
     first.score(images, ids(7, T), torch.ones(7, T, dtype=torch.bool))
     first.generate(images, max_new_tokens=4, stop=[2])
     second(images, input_ids, mask, labels=torch.where(mask, input_ids, -100)).loss.backward()
+    asked = BLIP2(replace(config, asks=True))
+    asked(images, input_ids, mask, input_ids, qformer_input_ids=ids(B, 5), qformer_attention_mask=mask[:, :5])
     on_t5 = BLIP2(replace(config, language=T5Config(VOCAB, 30, 2, 3, 10, 37, buckets=8, max_distance=12)))
     on_t5(images, input_ids, mask, labels=input_ids[:, :5]).loss.backward()
     on_t5.generate(images, input_ids, mask, max_new_tokens=4, stop=[2])

@@ -2,6 +2,7 @@
 
     samples ──► collate_conversations   images, input_ids, attention_mask, labels       padded on the right, to train
             │                           (an encoder-decoder's labels are sequences of their own)
+            ├─► collate_questions       qformer_input_ids, qformer_attention_mask       the same, for a bridge that reads
             ├─► collate_pairs           images, input_ids, attention_mask, who is equal to whom, wrong captions
             └─► collate_prompts         input_ids, attention_mask                       padded on the left, to generate
                                                                                         (on the right for an encoder)
@@ -10,6 +11,7 @@ Legend: B batch, T text tokens, T' tokens of answers, K negatives per pair, n im
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
 from random import Random
@@ -29,14 +31,15 @@ PAIR_LENGTH = 64  # longest text of a pair, where a stage gives no other
 
 def collate_conversations(
     samples: Sequence[Sample], tokenizer: Tokenizer, format: str | Format, transform: Transform,
-    max_length: int | None, image_tokens: int, rng: Random,
+    max_length: int | None, image_tokens: int, rng: Random, asks: bool = False,
 ) -> dict[str, Tensor]:
     """images (n, 3, H, W) in the order of their marks, input_ids (B, T), attention_mask (B, T), labels (B, T).
 
-    In a `separate` format labels are (B, T'), the answers alone, and samples that name another format are in this one
-    all the same: an encoder-decoder reads no other.
+    asks: also what a bridge reads that knows the question, see `collate_questions`. In a `separate` format labels are
+    (B, T'), the answers alone, and samples that name another format are in this one all the same: an encoder-decoder
+    reads no other.
     """
-    images, rows, labels = [], [], []
+    images, rows, labels, told = [], [], [], []
     separate = find_format(format).separate
     for sample in samples:
         marks = sum(turn.question.count(IMAGE) for turn in sample.turns)
@@ -50,11 +53,25 @@ def collate_conversations(
             row, row_labels = two_sequences(row, row_labels, _given(turns[-1], row_labels, rng))
         rows.append(row)
         labels.append(row_labels)
+        told.append(replace(sample, turns=turns))
         images += [transform(_picture(image), rng) for image in sample.images]
     batch = _pad_right(rows, tokenizer.pad_id)
     batch["labels"] = _pad_right(labels, IGNORE)["input_ids"]
     batch["images"] = torch.stack(images) if images else torch.zeros(0, 3, transform.size, transform.size)
-    return batch
+    return {**batch, **(collate_questions(told, tokenizer) if asks else {})}
+
+
+def collate_questions(samples: Sequence[Sample], tokenizer: Tokenizer) -> dict[str, Tensor]:
+    """qformer_input_ids and qformer_attention_mask (B, T_q): "<s> question </s>", padded on the right.
+
+    There is one bridge output for a whole conversation, so it reads all of its questions, one after the other; of too
+    many the last ones, which are answered next. In an exam nothing follows the question that is to be answered.
+    """
+    rows = []
+    for sample in samples:
+        asked = " ".join(turn.question.replace(IMAGE, "").strip() for turn in sample.turns)
+        rows.append([tokenizer.bos_id, *tokenizer.encode(asked)[2 - PAIR_LENGTH:], tokenizer.eos_id])
+    return {f"qformer_{name}": tensor for name, tensor in _pad_right(rows, tokenizer.pad_id).items()}
 
 
 def _given(turn: Turn, labels: Sequence[int], rng: Random) -> int:

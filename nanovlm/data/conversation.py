@@ -104,6 +104,9 @@ FORMATS = {
     # no line end, so earlier turns stand before the question with blanks between them.
     "flan_t5": Format("", "", ("", ""), "Question: ", " Question: ", " Short answer:", " ", "</s>", image_first=True,
                       separate=True),
+    # §4.2: captions after fine-tuning, [image tokens] <s>a photo of caption \n; only the caption is learned.
+    "blip2-caption": Format("<s>a photo of", "", ("", ""), "", "", "", " ", "\n", forbidden="\n", marks_only=True,
+                            image_first=True),
     # v1 without its 30 words of system prompt: a tiny model on a CPU has better uses for its context.
     "tiny": Format("<s>", "", ("", " "), "USER: ", "USER: ", " ASSISTANT:", " ", "</s>"),
 }
@@ -190,7 +193,7 @@ def _pieces(turns: Sequence[Turn], tokenizer: Tokenizer, layout: Format, name: s
     if not turns:
         raise UserError(f"{name}: it has no turns; give it at least one question with its answer.")
     if layout.marks_only and len(turns) > 1:
-        raise UserError(f"{name}: the format plain holds one caption, not {len(turns)} turns; use another format.")
+        raise UserError(f"{name}: this format holds one caption, not {len(turns)} turns; use another format.")
     pieces = []
     if layout.image_first:
         told, turns = _told_first(turns, name)

@@ -18,6 +18,11 @@
 
     frozen: ViT and LM. Learning: norm, Q-Former, heads or projection: 0.9 to 3.4 % of the whole.
 
+    fine-tuning (§4.2 to §4.4): the ViT learns too, the LM stays frozen. Captions go on from stage 2, retrieval from
+    stage 1. For questions the Q-Former keeps its text half, so that the queries know what is asked (`asks`):
+
+      image ─► ViT ─► norm ─► queries + question, both ways ─► Q-Former ─► what the queries say, (B, Q, D) ─► as above
+
 ITC and ITG share one pass of the queries: its keys and values are kept, and the text reads them. That equals one pass
 over both under the mask `multimodal_causal`, where queries do not look at text either.
 
@@ -60,6 +65,7 @@ class BLIP2Config:
     smoothing: float = 0.1  # of ITC's and ITG's targets
     eps: float = 1e-6  # of the norm behind the vision encoder
     trains: bool = True  # False: stage 1 as published for retrieval, without word head and temperature
+    asks: bool = False  # stage 2's Q-Former reads the question too, for which it needs `qformer.reads`
 
 
 class BLIP2Stage1(nn.Module):
@@ -94,8 +100,14 @@ class BLIP2Stage1(nn.Module):
         states = self.qformer(input_ids=input_ids, mask=masks.padding(attention_mask))  # (B, T, D)
         return F.normalize(self.text_projection(states[:, 0]), dim=-1)
 
+    def need_heads(self, purpose: str) -> None:
+        if not self.config.trains:
+            raise UserError(f"This BLIP-2 has no word head and no temperature, as published for retrieval: it scores and "
+                            f"matches, but {purpose}, it needs both; take stage 1 of a BLIP-2 recipe.")
+
     def losses(self, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         """{"itc": …, "itm": …, "itg": …}, each (sum, count); batch as made by `collate_pairs`."""
+        self.need_heads("to be trained")
         image_tokens, cache = self.encode_image(batch["images"]), KVCache()
         ids, mask = self.pad(batch["input_ids"], batch["attention_mask"])
         queries = self.qformer(image_tokens, cache=cache)  # (B, Q, D)
@@ -145,6 +157,7 @@ class BLIP2Stage1(nn.Module):
 
     def generate(self, images: Tensor, max_new_tokens: int, stop: Sequence[int], beams: int = 1) -> Tensor:
         """Captions by the Q-Former alone: new token ids (B, n), beginning after [DEC]."""
+        self.need_heads("to describe a picture")
         start = torch.full((len(images), 1), self.config.decode_id, device=images.device)
 
         def prefill() -> tuple[Tensor, KVCache]:
@@ -166,7 +179,11 @@ class BLIP2Stage1(nn.Module):
 
 
 class BLIP2(nn.Module):
-    """Stage 2: one picture before each text, and a frozen language model that goes on from both."""
+    """Stage 2: one picture before each text, and a frozen language model that goes on from both.
+
+    Where `config.asks`, `qformer_input_ids` and `qformer_attention_mask` (B, T_q), padded on the right, are the
+    question that the Q-Former reads beside the picture, in its own words and between its own [CLS] and [SEP].
+    """
 
     def __init__(self, config: BLIP2Config):
         super().__init__()
@@ -174,6 +191,10 @@ class BLIP2(nn.Module):
         self.vision = ViT(config.vision)
         self.vision_norm = nn.LayerNorm(config.vision.width, config.eps)
         self.qformer = QFormer(config.qformer)
+        self.asks = config.asks
+        last = f"qformer.layers.{config.qformer.text.layers - 1}"
+        # only the queries are heard: what the last layer makes of the question plays no part in anything
+        self.idle = (f"{last}.feedforward", f"{last}.residual2") if self.asks else ()
         self.projection = nn.Linear(config.qformer.text.width, config.language.width)
         self.language = encoder_decoder.build(config.language)
 
@@ -181,49 +202,62 @@ class BLIP2(nn.Module):
         """images (B, 3, h, w) → image tokens (B, 1 + N, D_v), normed."""
         return self.vision_norm(self.vision(images))
 
-    def image_prefix(self, images: Tensor) -> Tensor:
+    def image_prefix(self, images: Tensor, qformer_input_ids: Tensor | None = None,
+                     qformer_attention_mask: Tensor | None = None) -> Tensor:
         """images (B, 3, h, w) → (B, Q, D_lm), what the language model reads in place of the picture."""
-        return self.projection(self.qformer(self.encode_image(images)))
+        image_tokens, ids, mask = self.encode_image(images), qformer_input_ids, qformer_attention_mask
+        if self.asks != (ids is not None) or (ids is None) != (mask is None):
+            raise UserError("The Q-Former of this BLIP-2 reads the question too: give qformer_input_ids and "
+                            "qformer_attention_mask." if self.asks else "The Q-Former of this BLIP-2 reads no question: "
+                            "leave out qformer_input_ids and qformer_attention_mask.")
+        if not self.asks:
+            return self.projection(self.qformer(image_tokens))
+        Q = self.config.qformer.queries
+        states = self.qformer(image_tokens, ids, masks.bidirectional(Q, mask))  # (B, Q + T_q, D)
+        return self.projection(states[:, :Q])
 
-    def prepend(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """One image before each text: embeddings (B, Q + T, D_lm) and mask bool (B, Q + T), for padding on either side."""
-        if len(images) != len(input_ids):
-            raise UserError(f"BLIP-2 reads one picture before each text; this batch has {len(images)} pictures for "
+    def prepend(self, prefix: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """A picture's prefix before each text: embeddings (B, Q + T, D_lm) and mask bool (B, Q + T), padded on either side."""
+        if len(prefix) != len(input_ids):
+            raise UserError(f"BLIP-2 reads one picture before each text; this batch has {len(prefix)} pictures for "
                             f"{len(input_ids)} texts. Leave out records without a picture or with several.")
-        embeddings = torch.cat([self.image_prefix(images), self.language.embedding(input_ids)], dim=1)
+        embeddings = torch.cat([prefix, self.language.embedding(input_ids)], dim=1)
         return embeddings, masks.with_queries(self.config.qformer.queries, attention_mask)
 
-    def read(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor,
+    def read(self, prefix: Tensor, input_ids: Tensor, attention_mask: Tensor,
              labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The language model's last states (B, L, D_lm), and what is learned at each of the L places, as `lm_loss` wants it.
 
         labels: for a decoder the ids themselves (B, T), −100 where nothing is learned: nothing is at the queries' places,
         the last of which may predict the text's first token. For an encoder-decoder the answers (B, T_out).
         """
-        embeddings, mask = self.prepend(images, input_ids, attention_mask)
+        embeddings, mask = self.prepend(prefix, input_ids, attention_mask)
         if labels is not None and not isinstance(self.config.language, T5Config):
             labels = F.pad(labels, (self.config.qformer.queries, 0), value=IGNORE)
         return encoder_decoder.read(self.language, mask, labels, inputs_embeds=embeddings)
 
-    def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> Output:
+    def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None,
+                qformer_input_ids: Tensor | None = None, qformer_attention_mask: Tensor | None = None) -> Output:
         """logits: a decoder's (B, Q + T, V); an encoder-decoder's (B, T_out, V), of the token that labels hold there.
 
         The loss where labels are given, without which an encoder-decoder has nothing to say.
         """
-        return encoder_decoder.output(self.language, *self.read(images, input_ids, attention_mask, labels))
+        prefix = self.image_prefix(images, qformer_input_ids, qformer_attention_mask)
+        return encoder_decoder.output(self.language, *self.read(prefix, input_ids, attention_mask, labels))
 
     def losses(self, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         """{"lm": (sum over what is to be said, their number)}; batch as made by `collate_conversations`."""
-        hidden, learned = self.read(batch["images"], batch["input_ids"], batch["attention_mask"], batch["labels"])
+        prefix = self.image_prefix(batch["images"], batch.get("qformer_input_ids"), batch.get("qformer_attention_mask"))
+        hidden, learned = self.read(prefix, batch["input_ids"], batch["attention_mask"], batch["labels"])
         return {"lm": lm_loss(hidden, self.language.head_weight, learned)}
 
-    def prefill(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, KVCache]:
-        """Read prompts behind their images: next-token logits (B, V), cache.
+    def prefill(self, prefix: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, KVCache]:
+        """Read prompts behind their pictures' prefixes: next-token logits (B, V), cache.
 
         A decoder's are padded on the left. T5's on the right: it counts distances by index, padding or not, and what
         stands between a picture and its question would move them apart.
         """
-        embeddings, mask = self.prepend(images, input_ids, attention_mask)
+        embeddings, mask = self.prepend(prefix, input_ids, attention_mask)
         return encoder_decoder.prefill(self.language, mask, inputs_embeds=embeddings)
 
     def step(self, ids: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
@@ -232,13 +266,23 @@ class BLIP2(nn.Module):
 
     def generate(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int,
                  stop: Sequence[int], beams: int = 1, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
-                 generator: torch.Generator | None = None) -> Tensor:
+                 generator: torch.Generator | None = None, qformer_input_ids: Tensor | None = None,
+                 qformer_attention_mask: Tensor | None = None) -> Tensor:
         """New token ids only, int64 (B, n)."""
-        return generation.generate(lambda: self.prefill(images, input_ids, attention_mask), self.step, max_new_tokens,
-                                   stop, beams=beams, temperature=temperature, top_k=top_k, top_p=top_p,
-                                   generator=generator)
+        def prefill() -> tuple[Tensor, KVCache]:
+            prefix = self.image_prefix(images, qformer_input_ids, qformer_attention_mask)
+            return self.prefill(prefix, input_ids, attention_mask)
 
+        return generation.generate(prefill, self.step, max_new_tokens, stop, beams=beams, temperature=temperature,
+                                   top_k=top_k, top_p=top_p, generator=generator)
+
+    @torch.no_grad()
     def score(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor,
-              candidates: Sequence[Sequence[int]]) -> Tensor:
+              candidates: Sequence[Sequence[int]] | None = None, qformer_input_ids: Tensor | None = None,
+              qformer_attention_mask: Tensor | None = None) -> Tensor:
         """log p of each candidate answer after each prompt → (B, number of candidates)."""
-        return generation.score_candidates(lambda: self.prefill(images, input_ids, attention_mask), self.step, candidates)
+        if candidates is None:
+            raise UserError("BLIP-2 on a language model ranks answers, so give candidates; how well a picture and a text "
+                            "fit is asked of stage 1: a recipe's stage1, or a Blip2ForImageTextRetrieval checkpoint.")
+        prefix = self.image_prefix(images, qformer_input_ids, qformer_attention_mask)
+        return generation.score_candidates(lambda: self.prefill(prefix, input_ids, attention_mask), self.step, candidates)

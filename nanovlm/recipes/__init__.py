@@ -4,10 +4,11 @@ import torch
 from torch import nn
 
 from nanovlm.errors import UserError
-from nanovlm.recipes import backbones, blip2, llava
+from nanovlm.recipes import backbones, blip2, blip2_finetuning, llava
 from nanovlm.recipes.stage import Recipe
 
-RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (*backbones.RECIPES, *llava.RECIPES, *blip2.RECIPES)}
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (
+    *backbones.RECIPES, *llava.RECIPES, *blip2.RECIPES, *blip2_finetuning.RECIPES)}
 
 
 def names() -> list[str]:
@@ -25,9 +26,13 @@ def build(name: str, device: torch.device | str = "meta", stage: str | None = No
 
     On the default device "meta" nothing is allocated: a model of any size can be looked at and counted.
     """
-    recipe = get(name)
-    stages = [s.name for s in recipe.stages]
+    with torch.device(device):
+        return get(name).build(stage_name(name, stage))
+
+
+def stage_name(name: str, stage: str | None = None) -> str:
+    """The recipe's last stage unless told, and one that it has."""
+    stages = [s.name for s in get(name).stages]
     if stage is not None and stage not in stages:
         raise UserError(f"Recipe {name} has no stage {stage!r}; its stages are {', '.join(stages)}.")
-    with torch.device(device):
-        return recipe.build(stage or stages[-1])
+    return stage or stages[-1]

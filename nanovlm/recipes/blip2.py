@@ -32,9 +32,11 @@ QFORMER_TEXT = replace(BERT_BASE, vocab=BERT_BASE.vocab + 1, segments=0)  # one 
 
 
 def build_blip2(config: BLIP2Config, checkpointing: bool, stage: str) -> nn.Module:
-    if stage == "stage1":
+    """The model of one of the stages here or in blip2_finetuning.py."""
+    if stage in ("stage1", "retrieval"):
         return BLIP2Stage1(config)
-    model = BLIP2(replace(config, qformer=replace(config.qformer, reads=False)))
+    asks = stage == "vqa"
+    model = BLIP2(replace(config, asks=asks, qformer=replace(config.qformer, reads=asks)))
     model.language.checkpointing = checkpointing
     return model
 

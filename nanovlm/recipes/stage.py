@@ -6,8 +6,11 @@
 
 The same sentence for all six papers: what is frozen, what learns, on which data; training/loop.py reads it.
 `init` names where weights come from before the stage starts:
-    ("vision", "clip/tiny:vision")            module `vision` of the trained backbone recipe clip/tiny
+    ("vision", "clip/tiny:vision")            module `vision` of the trained recipe clip/tiny, after its last stage
+    ("qformer", "blip2/tiny@stage1:qformer")  the same after an earlier stage, behind which nothing is trained
+    ("", "blip2/tiny")                        all of the model, from all of another
     ("vision", "published:openai/clip-…")     published weights in the folder $NANOVLM_WEIGHTS/openai/clip-…
+Entries are laid over each other: where several have a tensor the last one counts, and what none has is an error.
 Modules that `init` does not name go on from the recipe's stage before, where it had a module of that name.
 """
 
@@ -38,6 +41,7 @@ class Stage:
     min_lr: float = 0.0  # where the cosine ends, as a fraction of lr
     warmup: float = 0.03  # fraction of the steps
     weight_decay: float = 0.0  # on matrices only
+    layer_decay: float = 1.0  # below 1 the encoder's early layers learn slower, see optim.py
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float = 1.0  # global gradient norm; 0 = no clipping
     accumulate: int = 1  # micro-batches per optimiser step: less memory, the same gradient

@@ -37,9 +37,9 @@ def make_collate(recipe: Recipe, stage: Stage, tokenizer: Tokenizer, model: nn.M
     if stage.pairs:
         wrong = getattr(model, "reads_negatives", False)
         return lambda samples, rng: collate_pairs(samples, tokenizer, transform, limit or PAIR_LENGTH, rng, wrong)
-    image_tokens = getattr(model, "image_tokens", 0)
+    image_tokens, asks = getattr(model, "image_tokens", 0), getattr(model, "asks", False)
     return lambda samples, rng: collate_conversations(samples, tokenizer, stage.format, transform, limit, image_tokens,
-                                                      rng)
+                                                      rng, asks)
 
 
 class MicroBatches(Dataset):

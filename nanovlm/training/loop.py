@@ -59,19 +59,27 @@ class Losses(nn.Module):
 
 
 def freeze(model: nn.Module, trains: tuple[str, ...]) -> list[str]:
-    """Everything but `trains` loses its gradient and goes to eval(); returns the trained parameters' names."""
+    """Everything but `trains` loses its gradient and goes to eval(); returns the trained parameters' names.
+
+    So does what a model calls `idle`, as nothing of it reaches any loss: it would be missed by DDP and the vital signs.
+    """
     model.eval()
-    trained = []
+    idle, trained = getattr(model, "idle", ()), []
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(any(name == part or name.startswith(part + ".") for part in trains))
+        parameter.requires_grad_(is_in(name, trains) and not is_in(name, idle))
         if parameter.requires_grad:
             trained.append(name)
     for part in trains:
-        if not any(name == part or name.startswith(part + ".") for name in trained):
+        if not any(is_in(name, (part,)) for name in trained):
             raise ValueError(f"The stage trains {part!r}, but the model has no parameters of that name.")
         if part not in trained:  # a module, not a parameter
             model.get_submodule(part).train()
     return trained
+
+
+def is_in(name: str, parts: tuple[str, ...]) -> bool:
+    """Whether a parameter is one of the parts, or in one of them."""
+    return any(name == part or name.startswith(part + ".") for part in parts)
 
 
 def train_stage(model: nn.Module, stage: Stage, batches: Iterable[Batch], optimiser: torch.optim.Optimizer,

@@ -29,7 +29,7 @@ from nanovlm.training.loop import TrainingFailed, freeze, train_stage
 from nanovlm.training.optim import make_optimiser
 from nanovlm.training.progress import report, say
 from nanovlm.training.watch import Watch, interruptible
-from nanovlm.training.weights import State, initial_model, needed_backbones
+from nanovlm.training.weights import State, initial_model, needed_stages
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,7 @@ def trained_model(name: str, stage: str | None = None, seed: int = 0) -> tuple[n
     Trained on the embedded world: taken from the cache, where `train_tiny.py` leaves every stage of such a run, or
     trained now and then kept there.
     """
-    stages = [one.name for one in recipes.get(name).stages]
-    last = stage or stages[-1]
-    if last not in stages:
-        raise UserError(f"Recipe {name} has no stage {last!r}; its stages are {', '.join(stages)}.")
+    last = recipes.stage_name(name, stage)
     with tempfile.TemporaryDirectory() as scratch:
         training = Run(name, Options(seed=seed, out=str(Path(scratch) / "run")), distributed.choose_device("auto"))
         for job in training.jobs:
@@ -83,14 +80,22 @@ def trained_model(name: str, stage: str | None = None, seed: int = 0) -> tuple[n
         return training.model_after(job.stage)[0].cpu(), training.tokenizer
 
 
-def plan(recipe: Recipe, real: bool, steps: float | None, final: bool = True) -> list[Job]:
-    """All stages in the order in which they must be trained, each backbone right before it is needed first."""
+def plan(recipe: Recipe, real: bool, steps: float | None, final: bool = True, last: str = "") -> list[Job]:
+    """All stages in the order in which they must be trained, each backbone right before it is needed first.
+
+    last: the stage behind which none is trained, where another recipe takes its weights.
+    """
     jobs: list[Job] = []
     recipe = resolve(recipe, real, steps)
     for stage in recipe.stages:
-        for name in needed_backbones(stage):
-            jobs += [job for job in plan(recipes.get(name), real, steps, final=False) if job not in jobs]
+        for name, needed in needed_stages(stage):
+            jobs += [job for job in plan(recipes.get(name), real, steps, False, needed) if job not in jobs]
         jobs.append(Job(recipe, stage, final))
+        if stage.name == last:
+            break
+    names = [job.stage.name for job in jobs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"Two stages of one run have the same name, which their checkpoints bear: {', '.join(names)}.")
     return jobs
 
 
@@ -106,11 +111,11 @@ class Run:
             self.source = formats.read(options.data, options.on_missing, recipe.image_size * 4 // 3)
         self.config = self.make_config()
         self.folder = self.open_folder()
-        self.finished: dict[str, State] = {}  # recipe → weights of its latest finished stage
+        self.finished: dict[str, State] = {}  # stage → its weights
         self.records: list[dict] = []  # of finished stages, as in summary.json
         self.state: dict | None = None  # the checkpoint to go on from
         self.seconds_before = 0.0
-        self.identity = ""  # of a person's data, for the cache
+        self.identity = "scenes" if self.source is self.world else ""  # of the data, for the cache
         if options.resume:
             self.recall()
         self.tokenizer = Tokenizer.from_dict(self.state["tokenizer"]) if self.state else self.make_tokenizer()
@@ -176,32 +181,34 @@ class Run:
     def obtain(self, job: Job) -> None:
         """A stage's weights: from this folder if they are there, from the cache if it is a backbone's, or by training."""
         if job.stage.name in {record["name"] for record in self.records}:
-            self.finished[job.recipe.name] = checkpoint.load(self.folder / f"{job.stage.name}.pt")
+            self.finished[job.stage.name] = checkpoint.load(self.folder / f"{job.stage.name}.pt")
         elif job.final or not self.from_cache(job):
             self.train(job)
 
+    def source_for(self, job: Job) -> object:
+        """Scenes are drawn at the size that the job's recipe looks at: fine-tuning may look closer than its backbones."""
+        return Scenes(self.options.seed, job.recipe.image_size) if self.source is self.world else self.source
+
     def data_for(self, job: Job) -> object:
         real = self.source is not self.world
-        return MixedText(self.source, self.world) if real and job.stage.view == "text" else self.source
+        return MixedText(self.source, self.world) if real and job.stage.view == "text" else self.source_for(job)
 
     def cache_key(self, job: Job) -> str:
-        build = job.recipe.build
+        """Stages behind this one play no part, so that whoever needs this one only finds it too."""
+        self.identity = self.identity or cache.data_identity(self.source)
+        build, stages = job.recipe.build, job.recipe.stages
+        recipe = replace(job.recipe, stages=stages[:stages.index(job.stage) + 1])
         modules = [getattr(build, "func", build).__module__, type(self.source).__module__, type(self.world).__module__,
                    "nanovlm.training.loop", "nanovlm.training.batches", "nanovlm.training.weights"]
-        needed = {name for stage in job.recipe.stages for name in needed_backbones(stage)}
+        needed = {origin for stage in recipe.stages for origin in needed_stages(stage)}
         return cache.key({
-            "recipe": as_config(job.recipe), "sizes": repr(getattr(build, "args", ())), "stage": job.stage.name,
-            "backbones": [self.cache_key(other) for other in self.jobs if other.recipe.name in needed],
-            "data": self.data_identity(), "seed": self.options.seed, "tokenizer": self.tokenizer.to_dict(),
+            "recipe": as_config(recipe), "sizes": repr(getattr(build, "args", ())), "stage": job.stage.name,
+            "backbones": [self.cache_key(other) for other in self.jobs
+                          if (other.recipe.name, other.stage.name) in needed],
+            "data": self.identity, "seed": self.options.seed, "tokenizer": self.tokenizer.to_dict(),
             "source": cache.source_text(*modules), "device": self.device.type, "processes": distributed.world(),
             "torch": ".".join(torch.__version__.split(".")[:2]),
         })
-
-    def data_identity(self) -> str:
-        if self.source is self.world:
-            return "scenes"
-        self.identity = self.identity or cache.data_identity(self.source)
-        return self.identity
 
     def from_cache(self, job: Job) -> bool:
         """Take a backbone's stage from the cache, if it is there."""
@@ -239,7 +246,7 @@ class Run:
                 "model": model.state_dict(), "optimiser": optimiser.state_dict(), "before": before,
                 "random": checkpoint.random_states(), "stage_seconds": seconds + time.monotonic() - began})
 
-        random = not stage.init and recipe.name not in self.finished
+        random = not stage.init and stage == recipe.stages[0]
         watch = Watch(model, stage, self.folder, self.device, first, recipe.vocab if random else None, save,
                       self.sampler(model, job))
         self.steps(model, stage, batches, optimiser, first, watch)
@@ -252,7 +259,7 @@ class Run:
         save(stage.steps)
         # Of a person's own data only the backbones are kept: a whole run stands in its folder.
         if distributed.rank() == 0 and self.options.cache and (not job.final or self.source is self.world):
-            cache.write(self.cache_key(job), self.finished[recipe.name])
+            cache.write(self.cache_key(job), self.finished[stage.name])
 
     def steps(self, model: nn.Module, stage: Stage, batches: MicroBatches, optimiser: torch.optim.Optimizer, first: int,
               watch: Watch) -> None:
@@ -277,11 +284,12 @@ class Run:
         """What asks the model held-out questions now and then; None where it cannot answer."""
         if not job.stage.evaluate and not hasattr(model, "score"):
             return None
-        return lambda: evaluate.examples(model, job.recipe, job.stage, self.source, self.tokenizer, self.device)
+        return lambda: evaluate.examples(model, job.recipe, job.stage, self.source_for(job), self.tokenizer,
+                                         self.device)
 
     def keep(self, job: Job, weights: State, record: dict) -> None:
         """A stage is finished: its weights for the stages after it and for the folder."""
-        self.finished[job.recipe.name] = weights
+        self.finished[job.stage.name] = weights
         self.records.append(record)
         if distributed.rank() == 0:
             checkpoint.save(self.folder / f"{job.stage.name}.pt", weights)
@@ -297,10 +305,10 @@ class Run:
     def seconds(self) -> float:
         return self.seconds_before + time.monotonic() - self.began
 
-    def model_after(self, stage: Stage, weights: State | None = None) -> tuple[nn.Module, int]:
-        """The recipe's model with `weights`, those of its latest finished stage unless told; how many parameters learnt."""
+    def model_after(self, stage: Stage) -> tuple[nn.Module, int]:
+        """The recipe's model as the stage left it, and how many parameters learnt."""
         model = self.recipe.build(stage.name)
-        model.load_state_dict(self.finished[self.recipe.name] if weights is None else weights)
+        model.load_state_dict(self.finished[stage.name])
         trained = freeze(model, stage.trains)
         count = sum(p.numel() for name, p in model.named_parameters() if name in trained)
         return model.to(self.device).eval(), count
@@ -331,8 +339,7 @@ class Run:
             if not stage.evaluate:
                 continue
             say(f"evaluating {stage.name} on held-out data")
-            last = stage == self.jobs[-1].stage
-            judged = model if last else self.model_after(stage, checkpoint.load(self.folder / f"{stage.name}.pt"))[0]
+            judged = model if stage == self.jobs[-1].stage else self.model_after(stage)[0]
             with checkpoint.undisturbed(judged):
                 summary["eval"] |= evaluate.evaluate(judged, self.recipe, stage, self.source, self.tokenizer, self.device)
         summary["notes"] += evaluate.notes(summary["eval"], self.source)

@@ -1,4 +1,4 @@
-"""Where a stage's weights come from: chance, the stage before, a trained backbone, or a published checkpoint.
+"""Where a stage's weights come from: chance, the stage before, a stage of another recipe, or a published checkpoint.
 
     build (random, seeded by stage) ──► modules of the same name from the recipe's stage before ──► `init` of the stage
 """
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nanovlm import recipes
 from nanovlm.errors import UserError
 from nanovlm.recipes.stage import Recipe, Stage
 
@@ -28,24 +29,39 @@ def seed_all(*parts: object) -> None:
     torch.manual_seed(seed)
 
 
-def needed_backbones(stage: Stage) -> list[str]:
-    """The recipes whose weights `init` takes, in order, each once."""
-    return list(dict.fromkeys(origin.split(":")[0] for _, origin in stage.init if not origin.startswith(PUBLISHED)))
+def needed_stages(stage: Stage) -> list[tuple[str, str]]:
+    """(recipe, stage) whose weights `init` takes, in order, each once."""
+    return list(dict.fromkeys(place(origin)[:2] for _, origin in stage.init if not origin.startswith(PUBLISHED)))
+
+
+def place(origin: str) -> tuple[str, str, str]:
+    """"blip2/tiny@stage1:qformer" → recipe, stage (the last one unless named), module ("": the whole model)."""
+    trained, _, part = origin.partition(":")
+    name, _, stage = trained.partition("@")
+    return name, recipes.stage_name(name, stage or None), part
 
 
 def initial_model(recipe: Recipe, stage: Stage, seed: int, finished: dict[str, State]) -> nn.Module:
-    """The model as the stage finds it; `finished` holds recipe name → weights of its latest finished stage."""
+    """The model as the stage finds it; `finished` holds stage name → its weights."""
     seed_all(seed, recipe.name, stage.name)
     model = recipe.build(stage.name)
-    if recipe.name in finished:
-        take_over(model, finished[recipe.name])
+    before = recipe.stages[:recipe.stages.index(stage)]
+    if before:
+        take_over(model, finished[before[-1].name])
+    lacking = {name for name in model.state_dict() for module, _ in stage.init if within(name, module)}
     for module, origin in stage.init:
         if origin.startswith(PUBLISHED):
-            load_published(model, module, origin.removeprefix(PUBLISHED))
+            lacking -= load_published(model, module, origin.removeprefix(PUBLISHED))
         else:
-            backbone, part = origin.split(":")
-            load_part(model, module, finished[backbone], part)
+            _, source, part = place(origin)
+            lacking -= load_part(model, module, finished[source], part)
+    if lacking:
+        raise ValueError(f"Stage {stage.name}: nothing that init names has {', '.join(sorted(lacking)[:4])}.")
     return model
+
+
+def within(name: str, module: str) -> bool:
+    return not module or name.startswith(module + ".")
 
 
 def take_over(model: nn.Module, old: State) -> None:
@@ -55,24 +71,26 @@ def take_over(model: nn.Module, old: State) -> None:
     model.load_state_dict({**mine, **{name: old[name] for name in mine if name.split(".")[0] in shared}})
 
 
-def load_part(model: nn.Module, module: str, old: State, part: str) -> None:
-    """Module `module` of the model := module `part` of the backbone, as far as the model has it.
+def load_part(model: nn.Module, module: str, old: State, part: str) -> set[str]:
+    """Module `module` of the model := module `part` of another, as far as both have it; the names of what was filled.
 
-    BLIP-2 leaves out the encoder's last block; what the model has and the backbone lacks is an error.
+    BLIP-2 leaves out the encoder's last block: what only the other has stays behind.
     """
-    prefix = part + "."
-    weights = {name.removeprefix(prefix): tensor for name, tensor in old.items() if name.startswith(prefix)}
+    weights = {name[len(part) + 1 if part else 0:]: tensor for name, tensor in old.items() if within(name, part)}
     if not weights:
         raise ValueError(f"init takes {part!r}, but the backbone has no such module.")
-    fill(model.get_submodule(module), weights)
+    return fill(model, module, weights)
 
 
-def fill(module: nn.Module, weights: State) -> None:
-    module.load_state_dict({name: weights[name] for name in module.state_dict() if name in weights})
+def fill(model: nn.Module, module: str, weights: State) -> set[str]:
+    target = model.get_submodule(module)
+    shared = [name for name in target.state_dict() if name in weights]
+    target.load_state_dict({**target.state_dict(), **{name: weights[name] for name in shared}})
+    return {f"{module}.{name}" if module else name for name in shared}
 
 
-def load_published(model: nn.Module, module: str, name: str) -> None:
-    """From $NANOVLM_WEIGHTS/ORG/NAME; the checkpoint is that module alone, or a model that has one of that name."""
+def load_published(model: nn.Module, module: str, name: str) -> set[str]:
+    """From $NANOVLM_WEIGHTS/ORG/NAME: that module alone, or a model that has one of that name; the names as above."""
     home = os.environ.get("NANOVLM_WEIGHTS")
     if not home or not (Path(home) / name).is_dir():
         raise UserError(f"The published weights {name} are needed for {module}: put their folder at {name} below a "
@@ -84,5 +102,5 @@ def load_published(model: nn.Module, module: str, name: str) -> None:
     target = model.get_submodule(module)
     if hasattr(target, "take_bert") and not hasattr(loaded, module):  # a text transformer is where it starts from
         target.take_bert(getattr(loaded, "bert", loaded))
-    else:
-        fill(target, getattr(loaded, module, loaded).state_dict())
+        return {name for name in model.state_dict() if within(name, module)}  # what BERT lacks starts at random
+    return fill(model, module, (getattr(loaded, module, loaded) if module else loaded).state_dict())
