@@ -3,6 +3,7 @@
                  eyes (frozen)          Q-Former             LM (frozen)      stage 1              stage 2
     tiny         clip/tiny, 17 tokens   4 × 96, 16 queries   lm/tiny          pairs               captions
     tiny-t5      the same               the same             lm/tiny-t5       the same            the same
+    small        clip/small, 197        6 × 384, 32          lm/small         50k steps of 256    30k steps of 256
     vit-l-…      CLIP-L/14, 257         BERT-base, 32        OPT or FlanT5    129M, 250k steps    129M, 80k steps
     vit-g-…      EVA-CLIP g/14, 257     BERT-base, 32        OPT or FlanT5    the same            the same
 
@@ -76,6 +77,23 @@ TINY_T5 = replace(
             replace(TINY.stages[1], format="flan_t5", init=(("language", "lm/tiny-t5:language"),))),
 )
 
+# For one GPU of 24 GB, at 224 pixels; steps and rates follow the paper's proportions and have not been run.
+SMALL_QFORMER = QFormerConfig(BertConfig(backbones.SMALL_VOCAB, width=384, layers=6, heads=6, ffn=1536, max_positions=128),
+                              queries=32, image_width=backbones.SMALL_VISION.width)
+SMALL = Recipe(
+    name="blip2/small",
+    build=partial(build_blip2, replace(TINY_CONFIG, vision=without_last_block(backbones.SMALL_VISION), embedding=256,
+                                       qformer=SMALL_QFORMER, language=backbones.SMALL_LANGUAGE), False),
+    image_size=224,
+    vocab=backbones.SMALL_VOCAB,
+    stages=(
+        Stage("stage1", BRIDGE_1, "pairs", steps=50_000, batch_size=256, lr=3e-4, weight_decay=0.05, betas=(0.9, 0.98),
+              augment=True, max_length=77, evaluate=("retrieval",), init=(("vision", "clip/small:vision"),)),
+        Stage("stage2", BRIDGE_2, "captions", format="blip2", steps=30_000, batch_size=256, lr=3e-4, min_lr=0.5,
+              weight_decay=0.05, betas=(0.9, 0.98), augment=True, max_length=512,
+              evaluate=("answers", "captions", "classes"), init=(("language", "lm/small:language"),)),
+    ),
+)
 
 # the encoder, its weights, and stage 1's batch with it (§3.4)
 CLIP_EYES = (replace(CLIP_L_14, align_corners=True), "openai/clip-vit-large-patch14", 2_320)
@@ -106,7 +124,7 @@ def published(name: str, eyes: tuple[ViTConfig, str, int], language: DecoderConf
 
 # with the exact GELU, as in the released code; FlanT5 itself was trained with the tanh form
 T5_XL, T5_XXL = (replace(config, activation="geglu") for config in (FLAN_T5_XL, FLAN_T5_XXL))
-RECIPES = (TINY, TINY_T5,
+RECIPES = (TINY, TINY_T5, SMALL,
            published("blip2/vit-l-opt-2.7b", CLIP_EYES, OPT_2_7B, "facebook/opt-2.7b"),
            published("blip2/vit-g-opt-2.7b", EVA_EYES, OPT_2_7B, "facebook/opt-2.7b"),
            published("blip2/vit-g-opt-6.7b", EVA_EYES, OPT_6_7B, "facebook/opt-6.7b"),
