@@ -40,7 +40,8 @@ look for the square. LESSONS, before the questions, leave it no such way out:
 
 In the view "instruct" about one picture in seven then shows its objects in colours that have no name ("take notes, colours
 aside."): a shape in a colour in which it was never met is no new thing to a model that has met shapes in any colour. In
-"described" it is one in four, and its caption does not tell colours.
+"described" it is one in four, and its caption does not tell colours. That ends at sample UNNAMED: who is silent on colours
+without a name would else be silent on all that is unfamiliar, and call a purple square, never met before, a square.
 
 Split "train": pictures, captions and questions show and mention SEEN pairs only; texts tell of all pairs.
 Split "val": every scene has an object with a HELD_OUT pair. These scenes do not depend on the seed, so that all runs
@@ -98,6 +99,7 @@ VIEWS = ("pairs", "captions", "described", "instruct", "text")
 SPLITS = ("train", "val")
 # view -> the lessons that come before conversations, each with the sample where it ends
 LESSONS = {"text": {"repeat": 16_000, "dense": 80_000}, "instruct": {"dense": 12_000}}
+UNNAMED = 112_000  # of view "described": samples before this one
 
 TWO = "caption of two"  # to describe a scene of two objects and no sign, in an exam; "caption": any scene
 # The answers that exam() asks for in turn; a kind that is absent has too many to list.
@@ -154,7 +156,7 @@ class Scenes:
             turns = _put_before((dense(scene, rng, pairs),) if lesson else conversation(scene, rng, pairs), "<image>")
             return Sample(name, (render(scene, self.image_size),), references=captions(scene), turns=turns)
         wording, shown = rng.choice(wordings(scene)), scene
-        if view == "described" and split == "train" and rng.random() < 0.25:
+        if view == "described" and split == "train" and index < UNNAMED and rng.random() < 0.25:
             wording, shown = wording._replace(left_out=frozenset({"colour"})), recoloured(scene, rng)
         true = say(scene, wording)
         turns = (Turn("<image>", true, "caption"),)

@@ -1,7 +1,7 @@
 """BLIP-2's recipes: two stages, the tiny one and the published ones side by side.
 
                  eyes (frozen)          Q-Former             LM (frozen)      stage 1              stage 2
-    tiny         clip/tiny, 17 tokens   4 × 96, 16 queries   lm/tiny          pairs               captions
+    tiny         clip/tiny, 17 tokens   4 × 64, 16 queries   lm/tiny          38,400 captions     144,000 captions
     tiny-t5      the same               the same             lm/tiny-t5       the same            the same
     small        clip/small, 197        6 × 384, 32          lm/small         50k steps of 256    30k steps of 256
     vit-l-…      CLIP-L/14, 257         BERT-base, 32        OPT or FlanT5    129M, 250k steps    129M, 80k steps
@@ -47,7 +47,7 @@ def without_last_block(vision: ViTConfig) -> ViTConfig:
     return replace(vision, layers=vision.layers - 1, final_norm=False)
 
 
-TINY_QFORMER = QFormerConfig(BertConfig(backbones.TINY_VOCAB, width=96, layers=4, heads=4, ffn=192, max_positions=64,
+TINY_QFORMER = QFormerConfig(BertConfig(backbones.TINY_VOCAB, width=64, layers=4, heads=4, ffn=128, max_positions=64,
                                         dropout=0.0), queries=16, image_width=backbones.TINY_VISION.width)
 TINY_CONFIG = BLIP2Config(without_last_block(backbones.TINY_VISION), TINY_QFORMER, backbones.TINY_LANGUAGE, embedding=64,
                           decode_id=Tokenizer.SPECIALS.index("[DEC]"))
@@ -58,10 +58,10 @@ TINY = Recipe(
     image_size=48,
     vocab=backbones.TINY_VOCAB,
     stages=(
-        Stage("stage1", BRIDGE_1, "pairs", steps=1200, batch_size=32, lr=1e-3, weight_decay=0.05, betas=(0.9, 0.98),
-              max_length=48, evaluate=("retrieval",), on_data=(("augment", True),),
+        Stage("stage1", BRIDGE_1, "described", format="pair", steps=1200, batch_size=32, lr=1e-3, weight_decay=0.05,
+              betas=(0.9, 0.98), max_length=48, evaluate=("retrieval",), on_data=(("augment", True), ("steps", 2000)),
               init=(("vision", "clip/tiny:vision"),)),
-        Stage("stage2", BRIDGE_2, "captions", format="blip2", steps=5000, batch_size=32, lr=2e-3, weight_decay=0.05,
+        Stage("stage2", BRIDGE_2, "described", format="blip2", steps=9000, batch_size=16, lr=1e-3, weight_decay=0.05,
               betas=(0.9, 0.98), max_length=256, evaluate=("answers", "two"),
               on_data=(("augment", True), ("evaluate", ("answers", "captions", "classes"))),
               init=(("language", "lm/tiny:language"),)),
