@@ -336,9 +336,13 @@ def test_initialisation():
         answers = random_ids(8, 20, 1, high=V)
         loss = model(random_ids(8, 20, 0, high=V), None, answers).loss
         assert loss.item() == pytest.approx(math.log(V), abs=0.05)
-        attention, x = model.language.encoder.blocks[0].attention, torch.randn(500, 96)
+        attention, x = model.language.decoder.blocks[0].attention, torch.randn(500, 96)
         scores = (attention.query(x).view(500, 5, d) * attention.key(x.roll(1, dims=0)).view(500, 5, d)).sum(dim=-1)
         assert attention.scale == 1 and scores.std().item() == pytest.approx(1, rel=0.1)
+        for attention in (model.language.encoder.blocks[3].attention, model.language.decoder.blocks[5].cross_attention):
+            q, k = attention.query(x).view(500, 5, d), attention.key(x).view(500, 5, d)
+            scores = torch.einsum("qhd,khd->hqk", q, k)  # a word's best match among 500 is itself
+            assert scores.argmax(dim=-1).eq(torch.arange(500)).float().mean() > 0.4
 
 
 def test_the_start_is_of_the_config():
