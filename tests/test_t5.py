@@ -328,15 +328,21 @@ def test_initialisation():
             want = d ** -0.5 if name.endswith("query.weight") else 1.0
             want = writers ** -0.5 if name.endswith(("out.weight", "down.weight")) else want
             assert gain == pytest.approx(want, rel=0.1), name
-        if "position_bias" in name:
-            assert p.std().item() == pytest.approx(2, rel=0.2)
     with torch.no_grad():
+        for stack, places in ((model.language.encoder, [-1, 1, -2, -3]), (model.language.decoder, [0, -1, -2, -3])):
+            looks = stack.bias(9, 9)[0, :, 4].softmax(dim=-1)  # (heads, 9): where the fifth of nine looks at first
+            assert (looks[:4].argmax(dim=-1) - 4).tolist() == places and looks[:4].amax(dim=-1).min() > 0.8
+            assert looks[4].max() < 0.6, "the fifth head is free"
         answers = random_ids(8, 20, 1, high=V)
         loss = model(random_ids(8, 20, 0, high=V), None, answers).loss
         assert loss.item() == pytest.approx(math.log(V), abs=0.05)
-        attention, x = model.language.encoder.blocks[0].attention, torch.randn(500, 96)
+        attention, x = model.language.decoder.blocks[0].attention, torch.randn(500, 96)
         scores = (attention.query(x).view(500, 5, d) * attention.key(x.roll(1, dims=0)).view(500, 5, d)).sum(dim=-1)
         assert attention.scale == 1 and scores.std().item() == pytest.approx(1, rel=0.1)
+        for attention in (model.language.encoder.blocks[3].attention, model.language.decoder.blocks[5].cross_attention):
+            q, k = attention.query(x).view(500, 5, d), attention.key(x).view(500, 5, d)
+            scores = torch.einsum("qhd,khd->hqk", q, k)  # a word's best match among 500 is itself
+            assert scores.argmax(dim=-1).eq(torch.arange(500)).float().mean() > 0.4
 
 
 def test_the_start_is_of_the_config():
