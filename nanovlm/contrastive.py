@@ -1,7 +1,7 @@
 """The contrastive loss: find your own caption among everybody's, and your own picture among everybody's.
 
     CLIP §2.3, Fig. 3:    sim_ij = ⟨image_i, text_j⟩ / τ         L = ½ [ CE(sim, right text) + CE(simᵀ, right image) ]
-    BLIP-2 §3.1:          sim_ij = max_q ⟨query_iq, text_j⟩ / τ  an image is Q vectors, the best of which counts
+    BLIP-2 §3.2:          sim_ij = max_q ⟨query_iq, text_j⟩ / τ  an image is Q vectors, the best of which counts
 
               text_1  text_2  text_3 │ hard negatives of image 1…3 (captions with one fact wrong)
     image_1     ■       ·       ·    │  ·  ·

@@ -9,7 +9,7 @@ broadcasts over what does not vary, and two masks are combined with `&`. Only `c
     ■ ■ ■ ·          ■ ■ ■ ·                             ■ ■ ■ ·
     ■ ■ ■ ■          ■ ■ ■ ·                             ■ ■ ■ ·
 
-BLIP-2's three (§3.1, Fig. 2), for two queries and three words: which of them see which decides what is learned.
+BLIP-2's three (§3.2, Fig. 2), for two queries and three words: which of them see which decides what is learned.
 
     bidirectional (ITM)      multimodal causal (ITG)      unimodal (ITC)
     ■ ■ | ■ ■ ■              ■ ■ | · · ·                  ■ ■ | · · ·
@@ -64,7 +64,7 @@ def positions(attention_mask: Tensor) -> Tensor:
     return (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
-# --- the Q-Former's: queries stand first, then text; attention_mask bool (B, T) is the text's (BLIP-2 §3.1, Fig. 2) ---
+# --- the Q-Former's: queries stand first, then text; attention_mask bool (B, T) is the text's (BLIP-2 §3.2, Fig. 2) ---
 
 def bidirectional(queries: int, attention_mask: Tensor) -> Tensor:
     """ITM: everybody looks at everybody → (B, 1, Q + T)."""

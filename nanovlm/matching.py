@@ -1,6 +1,6 @@
 """Image–text matching: does this text belong to this picture? A yes-or-no question about pairs that look alike.
 
-    ITM, ALBEF (2107.07651) §3.2, BLIP §3.2, BLIP-2 §3.1:   L = CE(head(image and text read together), belongs or not)
+    ITM, ALBEF (2107.07651) §3.2, BLIP §3.2, BLIP-2 §3.2:   L = CE(head(image and text read together), belongs or not)
 
     my pair      (image⁺, text⁺)     belongs           the wrong partner is drawn among all G of the batch with the
     and for it   (image⁻, text⁺)     does not          probability softmax(similarity / τ): what the contrastive loss

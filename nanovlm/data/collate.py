@@ -75,7 +75,7 @@ def collate_questions(samples: Sequence[Sample], tokenizer: Tokenizer) -> dict[s
 
 
 def _given(turn: Turn, labels: Sequence[int], rng: Random) -> int:
-    """How many tokens of a caption an encoder-decoder is given: BLIP-2 §3.2, prefix language modelling.
+    """How many tokens of a caption an encoder-decoder is given: BLIP-2 §3.3, prefix language modelling.
 
     differs: from none to half of them; the authors' from one (issue 139 of LAVIS), for they ask with "a photo of". Where
     one is always given, a model learns nothing about the first, and here it is asked for whole captions.

@@ -2,7 +2,7 @@
 
 "BLIP-2: Bootstrapping Language-Image Pre-training with Frozen Image Encoders and Large Language Models" (2301.12597) §3
 
-    stage 1 (§3.1), no language model: the queries learn what text needs of a picture
+    stage 1 (§3.2), no language model: the queries learn what text needs of a picture
 
       image ─► ViT, frozen ─► norm ─► image tokens (B, N, D_v) ─┐
                                               32 queries ─► Q-Former ◄─ text
@@ -11,7 +11,7 @@
           ITM   mean_q head(query_q)           queries and text together   is this text this picture's? hard negatives
           ITG   text after [DEC], word by word text sees queries, not back say what is in the picture
                                                                │  loss = ITC + ITM + ITG
-    stage 2 (§3.2): what they bring back is put before the words of a frozen language model
+    stage 2 (§3.3): what they bring back is put before the words of a frozen language model
 
       image ─► ViT ─► norm ─► Q-Former, text half cut away ─► (B, Q, D) ─► projection ─► (B, Q, D_lm) ─┐
                           "<s> a red circle \\n" ─► word embeddings (B, T, D_lm) ──────────────────────┴─► LM ─► loss
