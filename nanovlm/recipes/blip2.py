@@ -63,7 +63,7 @@ TINY = Recipe(
               init=(("vision", "clip/tiny:vision"),)),
         Stage("stage2", BRIDGE_2, "described", format="blip2", steps=9000, batch_size=16, lr=1e-3, weight_decay=0.05,
               betas=(0.9, 0.98), max_length=256, evaluate=("answers", "two"),
-              on_data=(("augment", True), ("evaluate", ("answers", "captions", "classes"))),
+              on_data=(("augment", True), ("steps", 4000), ("evaluate", ("answers", "captions", "classes"))),
               init=(("language", "lm/tiny:language"),)),
     ),
 )
