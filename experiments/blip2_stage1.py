@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nanovlm import evaluate, recipes
 from nanovlm.data.scene_questions import KINDS
 from nanovlm.data.scenes import Scenes
-from nanovlm.papers.language_model import mean_loss
+from nanovlm.lm_loss import mean_loss
 from nanovlm.recipes.stage import Recipe, Stage
 from nanovlm.training import checkpoint
 from nanovlm.training.batches import MicroBatches, make_collate, stream

@@ -33,7 +33,7 @@ import transformers
 from torch import Tensor, nn
 
 from nanovlm.hub import from_hf
-from nanovlm.papers.language_model import mean_loss
+from nanovlm.lm_loss import mean_loss
 from nanovlm.papers.llava import LLaVA
 from nanovlm.recipes.backbones import TINY_LANGUAGE, TINY_VISION
 

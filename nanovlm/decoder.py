@@ -15,6 +15,9 @@
     OPT       LayerNorm   learned, index + 2      ReLU           all      = embedding
     CLIP text LayerNorm   learned                 QuickGELU      all      = embedding (unused)
 
+`read` teaches; `prefill` and `step` are what `generation` drives. T5 has the same three, so a paper's bridge need not know
+which of the two it stands before.
+
 Legend: B batch, T tokens, S tokens with the cached ones, D width, V vocabulary.
 Differs from the paper in: dropout is 0 (OPT trained with 0.1); it plays no part in loading its weights.
 """
@@ -143,6 +146,22 @@ class Decoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """(…, D) → (…, V)."""
         return F.linear(hidden, self.head_weight)
+
+    def read(self, attention_mask: Tensor | None, labels: Tensor | None, input_ids: Tensor | None = None,
+             inputs_embeds: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Hidden states (B, T, D), and what is learned at each of the T places, as `lm_loss` wants it: the labels."""
+        return self(input_ids, inputs_embeds, attention_mask), labels
+
+    def prefill(self, attention_mask: Tensor | None, input_ids: Tensor | None = None,
+                inputs_embeds: Tensor | None = None) -> tuple[Tensor, KVCache]:
+        """Read prompts that are padded on the left: logits of the next token (B, V), and the cache."""
+        cache = KVCache()
+        hidden = self(input_ids, inputs_embeds, attention_mask, cache)
+        return self.logits(hidden[:, -1]), cache
+
+    def step(self, ids: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
+        """Read further tokens (B, T): logits (B, T, V) and the cache."""
+        return self.logits(self(ids, cache=cache)), cache
 
 
 def make_norm(config: DecoderConfig) -> nn.Module:

@@ -13,11 +13,26 @@ positions go through the head, a chunk at a time, and a chunk's logits are compu
 Legend: B batch, T tokens, D width, V vocabulary, K trained tokens.
 """
 
+from dataclasses import dataclass
+
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100  # a label of −100 is not learned
+
+
+@dataclass
+class Output:
+    """What a paper's forward gives: logits (B, T, V), and loss, the mean over trained tokens, where labels were given."""
+
+    logits: Tensor
+    loss: Tensor | None = None
+
+
+def mean_loss(losses: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
+    """Σ of the named losses, each divided by its own count (at least 1: a batch may have nothing to learn)."""
+    return sum(total / count.clamp(min=1) for total, count in losses.values())
 
 
 def lm_loss(hidden: Tensor, head_weight: Tensor, labels: Tensor, chunk: int = 8192, head_bias: Tensor | None = None,

@@ -28,9 +28,13 @@ table per stack, in all its layers. The scores are not divided by √d: the quer
     T5 v1.1   GEGLU (tanh)      its own
     FlanT5    GEGLU (tanh)      its own               BLIP-2 runs it with the exact GELU
 
+What is read and what is written are two sequences: the prompt is never learned, and labels are the answer alone. `read`
+teaches; `prefill` and `step` are what `generation` drives.
+
 Legend: B batch, S tokens of the encoder, T new tokens of the decoder, K keys (in the decoder with the cached ones),
 D width, H heads, d head width, V vocabulary.
-Differs from the paper in: dropout is 0 (T5 was tuned with 0.1); the first weights are ours, see `initialise`.
+Differs from the paper in: nothing of its pre-training (spans of C4, cut out and filled in) is here; dropout is 0 (T5 was
+tuned with 0.1); the first weights are ours, see `initialise`.
 Differs from Hugging Face in: fp16 overflows are not clamped; the published weights ask for bf16 or fp32.
 """
 
@@ -45,6 +49,7 @@ from torch.utils.checkpoint import checkpoint
 from nanovlm import masks
 from nanovlm.attention import Attention, KVCache, LayerCache
 from nanovlm.feedforward import FeedForward, RMSNorm
+from nanovlm.lm_loss import IGNORE
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,20 @@ def relative_buckets(offset: Tensor, buckets: int, max_distance: int, causal: bo
     growth = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact) * (buckets - exact)
     wide = (exact + growth.long()).clamp(max=buckets - 1)
     return after + torch.where(distance < exact, distance, wide)
+
+
+def shift_right(labels: Tensor, start_id: int) -> tuple[Tensor, Tensor]:
+    """Answers (B, T) → what the decoder reads and which of it is learned, both (B, T + 1).
+
+        labels      y₁ y₂ y₃ −100
+        ids        <s> y₁ y₂ y₃ <s>          padding is read as start_id: no learned token comes after it
+        learned   −100 y₁ y₂ y₃ −100         the token that stands at each position, as `lm_loss` wants it
+    """
+    B, T = labels.shape
+    start = labels.new_full((B, 1), start_id)  # (B, 1)
+    ids = torch.cat([start, labels.masked_fill(labels == IGNORE, start_id)], dim=1)  # (B, T + 1)
+    learned = torch.cat([torch.full_like(start, IGNORE), labels], dim=1)  # (B, T + 1)
+    return ids, learned
 
 
 class Block(nn.Module):
@@ -205,6 +224,33 @@ class T5(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """(…, D) → (…, V)."""
         return F.linear(hidden, self.head_weight)
+
+    def read(self, attention_mask: Tensor | None, labels: Tensor, input_ids: Tensor | None = None,
+             inputs_embeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The decoder's states (B, T + 1, D), start_id first, and what is learned at each place, as `lm_loss` wants it.
+
+        labels: the answers (B, T), −100 on padding. attention_mask: bool (B, S), of what is read.
+        """
+        memory = self.encode(input_ids, inputs_embeds, attention_mask)  # (B, S, D)
+        ids, learned = shift_right(labels, self.config.start_id)
+        return self.decode(ids, memory, attention_mask), learned
+
+    def prefill(self, attention_mask: Tensor | None, input_ids: Tensor | None = None,
+                inputs_embeds: Tensor | None = None) -> tuple[Tensor, KVCache]:
+        """Encode prompts and take the decoder's first step: logits of the first token (B, V), and the cache.
+
+        The memory travels in the cache, so that beams and candidates take their rows of it along.
+        """
+        cache = KVCache()
+        memory = self.encode(input_ids, inputs_embeds, attention_mask)  # (B, S, D)
+        cache.state = {"memory": memory, "memory_mask": attention_mask}
+        start = torch.full((len(memory), 1), self.config.start_id, device=memory.device)  # (B, 1)
+        logits, cache = self.step(start, cache)
+        return logits[:, -1], cache
+
+    def step(self, ids: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
+        """Read further tokens of the answer (B, T): logits (B, T, V) and the cache."""
+        return self.logits(self.decode(ids, cache.state["memory"], cache.state["memory_mask"], cache)), cache
 
 
 def initialise(t5: T5) -> None:

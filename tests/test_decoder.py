@@ -10,7 +10,6 @@ from torch.nn.functional import cross_entropy
 
 from nanovlm.attention import KVCache
 from nanovlm.decoder import Decoder, clip_text, llama, opt
-from nanovlm.papers.language_model import prefill, step
 
 BOTH = pytest.mark.parametrize("build", [hf_llama, hf_opt], ids=["llama", "opt"])
 SIDES = pytest.mark.parametrize("side", ["left", "right"])
@@ -222,8 +221,8 @@ def test_prefill_and_step_are_the_forward():
     model = ours(hf_llama(11))
     ids, mask = random_ids(B, T, 11), pad_mask(LENGTHS, "left", T)
     with torch.no_grad():
-        first, cache = prefill(model.language, mask[:, :5], ids[:, :5])
-        rest, cache = step(model.language, ids[:, 5:], cache)
+        first, cache = model.language.prefill(mask[:, :5], ids[:, :5])
+        rest, cache = model.language.step(ids[:, 5:], cache)
         whole_mask = torch.cat([mask[:, :5], torch.ones(B, T - 5, dtype=torch.bool)], dim=1)  # new tokens are real
         want = model(ids, whole_mask).logits
     close(first[mask[:, 4]], want[:, 4][mask[:, 4]], 2e-6)

@@ -35,7 +35,7 @@ from nanovlm.hub.configs import IMAGE_TOKEN_INDEX, VISION_TOWERS, original_llava
 from nanovlm.hub.names import LAYOUTS, backwards, translate
 from nanovlm.papers.blip2 import BLIP2, BLIP2Stage1
 from nanovlm.papers.clip import CLIP as OurCLIP
-from nanovlm.papers.encoder_decoder import LanguageModel
+from nanovlm.papers.language_model import LanguageModel
 from nanovlm.papers.llava import LLaVA
 from nanovlm.vit import CLIP_L_14, ViT
 

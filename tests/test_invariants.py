@@ -22,7 +22,7 @@ from nanovlm.bert import BertConfig
 from nanovlm.decoder import clip_text, llama, opt
 from nanovlm.papers.blip2 import BLIP2, BLIP2Config, BLIP2Stage1
 from nanovlm.papers.clip import CLIP, CLIPConfig
-from nanovlm.papers.encoder_decoder import LanguageModel, read
+from nanovlm.papers.language_model import LanguageModel
 from nanovlm.papers.llava import LLaVA, LLaVAConfig
 from nanovlm.qformer import QFormerConfig
 from nanovlm.recipes.stage import Stage
@@ -89,7 +89,7 @@ def answer_logits(model: nn.Module, batch: dict, side: str) -> tuple[Tensor, Ten
     if isinstance(model, BLIP2):
         hidden, learned = model.read(model.image_prefix(batch["images"]), *inputs, batch["labels"])
     else:
-        hidden, learned = read(model.language, inputs[1], batch["labels"], inputs[0])
+        hidden, learned = model.language.read(inputs[1], batch["labels"], inputs[0])
     real = learned != -100
     real[:, 0] = True
     return model.language.logits(hidden), real

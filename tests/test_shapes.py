@@ -25,7 +25,7 @@ from nanovlm.decoder import clip_text, llama, opt
 from nanovlm.evaluate import Examinee, judge_retrieval
 from nanovlm.papers.blip2 import BLIP2, BLIP2Config, BLIP2Stage1
 from nanovlm.papers.clip import CLIP, CLIPConfig
-from nanovlm.papers.encoder_decoder import LanguageModel
+from nanovlm.papers.language_model import LanguageModel
 from nanovlm.papers.llava import LLaVA, LLaVAConfig
 from nanovlm.qformer import QFormerConfig
 from nanovlm.t5 import T5Config

@@ -42,7 +42,7 @@ FLOORS = {
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 WING = "data"  # imports floor 0 only; floors 3 and up may use it
 NEIGHBOURS = {("qformer", "bert")}  # who may import whom on floor 1
-PAPERS = ["clip", "language_model", "encoder_decoder", "blip", "flamingo", "blip2", "llava", "instructblip",
+PAPERS = ["clip", "language_model", "blip", "flamingo", "blip2", "llava", "instructblip",
           "llava15"]  # use earlier ones
 
 

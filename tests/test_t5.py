@@ -13,8 +13,8 @@ from nanovlm import t5 as module
 from nanovlm.attention import KVCache
 from nanovlm.hub import from_hf
 from nanovlm.lm_loss import lm_loss
-from nanovlm.papers.encoder_decoder import LanguageModel, prefill, shift_right, step
-from nanovlm.t5 import T5Config, relative_buckets
+from nanovlm.papers.language_model import LanguageModel
+from nanovlm.t5 import T5Config, relative_buckets, shift_right
 
 EACH = pytest.mark.parametrize("build", [hf_t5, hf_t5_exact, hf_t5_first], ids=["flan", "exact", "first"])
 SIDES = pytest.mark.parametrize("side", ["left", "right"])
@@ -76,12 +76,12 @@ def test_memory_and_logits(build, side):
     with torch.no_grad():
         want = hf(input_ids=ids, attention_mask=mask.long(), labels=answers)
         close(model.language.encode(ids, attention_mask=mask)[mask], want.encoder_last_hidden_state[mask])
-        got = model(ids, mask, answers)
-        assert want.logits.std() > 0.1 and got.logits.shape == want.logits.shape
+        got = model(ids, mask, answers).logits[:, :-1]  # the last is what we would say after the answer
+        assert want.logits.std() > 0.1 and got.shape == want.logits.shape
         real = answers != -100
-        close(got.logits[real], want.logits[real])
+        close(got[real], want.logits[real])
         all_real = hf(input_ids=ids, labels=answers).logits
-        close(model(ids, None, answers).logits[real], all_real[real])
+        close(model(ids, None, answers).logits[:, :-1][real], all_real[real])
 
 
 @EACH
@@ -138,7 +138,7 @@ def test_embeddings_instead_of_ids():
     embeddings = model.language.embedding(ids)
     memory = model.language.encode(inputs_embeds=embeddings, attention_mask=mask)
     close(memory, model.language.encode(ids, attention_mask=mask), 0)
-    logits, _ = prefill(model.language, mask, inputs_embeds=embeddings)
+    logits, _ = model.language.prefill(mask, inputs_embeds=embeddings)
     close(logits, model(ids, mask, answers).logits[:, 0])
 
 
@@ -171,7 +171,7 @@ def test_batch_equals_single(build, side):
         for row in range(B):
             alone, real = ids[row:row + 1, mask[row]], mask[row:row + 1, mask[row]]
             answer = answers[row:row + 1, :ANSWERS[row]]
-            close(together[row:row + 1, :ANSWERS[row]], model(alone, real, answer).logits)
+            close(together[row:row + 1, :ANSWERS[row] + 1], model(alone, real, answer).logits)
             assert model.generate(alone, real, max_new_tokens=6, stop=[]).tolist() == said[row:row + 1].tolist()
             assert model.generate(alone, None, max_new_tokens=6, stop=[]).tolist() == said[row:row + 1].tolist()
 
@@ -218,11 +218,11 @@ def test_steps_read_the_memory_once_and_make_the_bias_of_new_rows_only(monkeypat
     monkeypatch.setattr(module.Stack, "bias", lambda stack, rows, K: asked.append((rows, K)) or bias(stack, rows, K))
     ids, mask, answers = example(9, "left")
     with torch.no_grad():
-        logits, cache = prefill(language, mask, ids)
+        logits, cache = language.prefill(mask, ids)
         keys = [cache["cross", i].keys for i in range(2)]
         cache.state["memory"] = torch.full_like(cache.state["memory"], math.nan)
-        rest, cache = step(language, random_ids(B, 2, 10), cache)
-        last, cache = step(language, random_ids(B, 1, 11), cache)
+        rest, cache = language.step(random_ids(B, 2, 10), cache)
+        last, cache = language.step(random_ids(B, 1, 11), cache)
     assert rest.isfinite().all() and last.isfinite().all()
     assert all(cache["cross", i].keys is keys[i] for i in range(2))
     assert asked == [(S, S), (1, 1), (2, 3), (1, 4)]  # each stack once a call, not once a block
@@ -234,9 +234,9 @@ def test_prefill_and_step_are_the_forward(side):
     ids, mask, _ = example(10, side)
     answer = random_ids(B, T, 12)
     with torch.no_grad():
-        first, cache = prefill(model.language, mask, ids)
+        first, cache = model.language.prefill(mask, ids)
         rows = torch.tensor([3, 0, 0, 2, 1])  # as a beam search might
-        rest, _ = step(model.language, answer[rows, :-1], cache.reorder(rows))
+        rest, _ = model.language.step(answer[rows], cache.reorder(rows))
         want = model(ids, mask, answer).logits
     close(first, want[:, 0], 3e-6)
     close(rest, want[rows, 1:], 3e-6)

@@ -7,12 +7,12 @@
     model_type            class that was saved               what comes back
     clip_vision_model     CLIPVisionModel                    vit.ViT
     clip                  CLIPModel                          papers.clip.CLIP
-    llama, opt            LlamaForCausalLM, OPTForCausalLM   papers.encoder_decoder.LanguageModel
+    llama, opt            LlamaForCausalLM, OPTForCausalLM   papers.language_model.LanguageModel
     bert                  BertModel                          bert.Bert
     bert                  BertForMaskedLM, …ForPreTraining   bert.MaskedLM
     blip-2                Blip2ForConditionalGeneration      papers.blip2.BLIP2, on OPT or T5
     blip-2                Blip2ForImageTextRetrieval         papers.blip2.BLIP2Stage1, without word head and temperature
-    t5                    T5ForConditionalGeneration         papers.encoder_decoder.LanguageModel
+    t5                    T5ForConditionalGeneration         papers.language_model.LanguageModel
     llava                 LlavaForConditionalGeneration      papers.llava.LLaVA, projector of two layers
     llava, llava_llama    LlavaLlamaForCausalLM              papers.llava.LLaVA, projector of one or two layers
 
@@ -41,7 +41,7 @@ from nanovlm.hub import configs
 from nanovlm.hub.names import LAYOUTS, NOT_OURS, TIED, Names, backwards, translate
 from nanovlm.papers.blip2 import BLIP2, BLIP2Stage1
 from nanovlm.papers.clip import CLIP
-from nanovlm.papers.encoder_decoder import LanguageModel
+from nanovlm.papers.language_model import LanguageModel
 from nanovlm.papers.llava import LLaVA
 from nanovlm.vit import ViT
 

@@ -46,10 +46,9 @@ from nanovlm.bert import WordHead
 from nanovlm.contrastive import contrastive_loss, positives, similarities
 from nanovlm.decoder import DecoderConfig
 from nanovlm.errors import UserError
-from nanovlm.lm_loss import IGNORE, lm_loss
+from nanovlm.lm_loss import IGNORE, Output, lm_loss, mean_loss
 from nanovlm.matching import hard_negatives, matching_loss
-from nanovlm.papers import encoder_decoder
-from nanovlm.papers.language_model import Output
+from nanovlm.papers.language_model import build
 from nanovlm.qformer import QFormer, QFormerConfig
 from nanovlm.t5 import T5Config
 from nanovlm.vit import ViT, ViTConfig
@@ -196,7 +195,7 @@ class BLIP2(nn.Module):
         # only the queries are heard: what the last layer makes of the question plays no part in anything
         self.idle = (f"{last}.feedforward", f"{last}.residual2") if self.asks else ()
         self.projection = nn.Linear(config.qformer.text.width, config.language.width)
-        self.language = encoder_decoder.build(config.language)
+        self.language = build(config.language)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """images (B, 3, h, w) → image tokens (B, 1 + N, D_v), normed."""
@@ -234,16 +233,18 @@ class BLIP2(nn.Module):
         embeddings, mask = self.prepend(prefix, input_ids, attention_mask)
         if labels is not None and not isinstance(self.config.language, T5Config):
             labels = F.pad(labels, (self.config.qformer.queries, 0), value=IGNORE)
-        return encoder_decoder.read(self.language, mask, labels, inputs_embeds=embeddings)
+        return self.language.read(mask, labels, inputs_embeds=embeddings)
 
     def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None,
                 qformer_input_ids: Tensor | None = None, qformer_attention_mask: Tensor | None = None) -> Output:
-        """logits: a decoder's (B, Q + T, V); an encoder-decoder's (B, T_out, V), of the token that labels hold there.
+        """logits: a decoder's (B, Q + T, V); an encoder-decoder's (B, T_out + 1, V), the last after the whole answer.
 
         The loss where labels are given, without which an encoder-decoder has nothing to say.
         """
         prefix = self.image_prefix(images, qformer_input_ids, qformer_attention_mask)
-        return encoder_decoder.output(self.language, *self.read(prefix, input_ids, attention_mask, labels))
+        hidden, learned = self.read(prefix, input_ids, attention_mask, labels)
+        loss = None if labels is None else mean_loss({"lm": lm_loss(hidden, self.language.head_weight, learned)})
+        return Output(self.language.logits(hidden), loss)
 
     def losses(self, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         """{"lm": (sum over what is to be said, their number)}; batch as made by `collate_conversations`."""
@@ -258,11 +259,11 @@ class BLIP2(nn.Module):
         stands between a picture and its question would move them apart.
         """
         embeddings, mask = self.prepend(prefix, input_ids, attention_mask)
-        return encoder_decoder.prefill(self.language, mask, inputs_embeds=embeddings)
+        return self.language.prefill(mask, inputs_embeds=embeddings)
 
     def step(self, ids: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
         """Read further words (B, T): logits (B, T, V) and the cache."""
-        return encoder_decoder.step(self.language, ids, cache)
+        return self.language.step(ids, cache)
 
     def generate(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int,
                  stop: Sequence[int], beams: int = 1, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,

@@ -1,42 +1,56 @@
-"""How a decoder is read and stepped: what stands frozen (or half frozen) behind the bridge in all of the papers.
+"""A language model by itself: a decoder (LLaMA, OPT) or an encoder-decoder (T5, FlanT5), with the interface of a paper.
 
-    prompt (B, T) ─► prefill ─► next-token logits (B, V), cache ─► step ─► logits (B, T', V), cache ─► step …
+    decoder  input_ids (B, S) ───────────────────────────────────────────► hidden (B, S, D) ─────┐
+                                                                                                 ├─► head ─► logits, loss
+    T5       input_ids (B, S) ─► encode ─► memory (B, S, D) ───────┐                             │
+                                                                   ▼                             │
+             labels (B, T) ─► shift_right ─► <start> y₁ … y_T ─► decode ─► hidden (B, T + 1, D) ─┘
 
-The two functions below are the whole interface between a causal decoder and `generation`; every paper whose language
-model reads embeddings starts from them too. `encoder_decoder` has them for T5, and the class for a model by itself.
+It is what the tiny recipes pretrain, and where published language models are loaded without eyes.
 
-Legend: B batch, T tokens, D width, V vocabulary.
+Legend: B batch, S tokens that are read, T tokens of the answer, D width.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from nanovlm.attention import KVCache
-from nanovlm.decoder import Decoder
-
-
-@dataclass
-class Output:
-    """logits (B, T, V), and loss, the mean over trained tokens, where labels were given."""
-
-    logits: Tensor
-    loss: Tensor | None = None
+from nanovlm import generation
+from nanovlm.decoder import Decoder, DecoderConfig
+from nanovlm.lm_loss import Output, lm_loss, mean_loss
+from nanovlm.t5 import T5, T5Config
 
 
-def prefill(decoder: Decoder, attention_mask: Tensor, input_ids: Tensor | None = None,
-            inputs_embeds: Tensor | None = None) -> tuple[Tensor, KVCache]:
-    """Read a prompt that is padded on the left: logits of the next token (B, V), and the cache."""
-    cache = KVCache()
-    hidden = decoder(input_ids, inputs_embeds, attention_mask, cache)
-    return decoder.logits(hidden[:, -1]), cache
+def build(config: DecoderConfig | T5Config) -> Decoder | T5:
+    return T5(config) if isinstance(config, T5Config) else Decoder(config)
 
 
-def step(decoder: Decoder, ids: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
-    """Read further tokens (B, T): logits (B, T, V) and the cache."""
-    return decoder.logits(decoder(ids, cache=cache)), cache
+class LanguageModel(nn.Module):
+    def __init__(self, config: DecoderConfig | T5Config):
+        super().__init__()
+        self.language = build(config)
 
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None) -> Output:
+        """logits: a decoder's (B, S, V); T5's (B, T + 1, V), the last after the whole answer.
 
-def mean_loss(losses: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
-    """Σ of the named losses, each divided by its own count (at least 1: a batch may have nothing to learn)."""
-    return sum(total / count.clamp(min=1) for total, count in losses.values())
+        The loss where labels are given, without which an encoder-decoder has nothing to say.
+        """
+        hidden, learned = self.language.read(attention_mask, labels, input_ids)
+        loss = None if labels is None else mean_loss({"lm": lm_loss(hidden, self.language.head_weight, learned)})
+        return Output(self.language.logits(hidden), loss)
+
+    def losses(self, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """{"lm": (sum over the learned tokens, their number)}; batch as made by `collate_conversations`."""
+        hidden, learned = self.language.read(batch["attention_mask"], batch["labels"], batch["input_ids"])
+        return {"lm": lm_loss(hidden, self.language.head_weight, learned)}
+
+    def generate(self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int, stop: Sequence[int],
+                 beams: int = 1) -> Tensor:
+        """Prompts (B, S), padded on the left (T5: on either side) → new token ids (B, n)."""
+        return generation.generate(lambda: self.language.prefill(attention_mask, input_ids), self.language.step,
+                                   max_new_tokens, stop, beams=beams)
+
+    def score(self, input_ids: Tensor, attention_mask: Tensor, candidates: Sequence[Sequence[int]]) -> Tensor:
+        """log p of each candidate after each prompt, as what the answer begins with → (B, number of candidates)."""
+        return generation.score_candidates(lambda: self.language.prefill(attention_mask, input_ids), self.language.step,
+                                           candidates)

@@ -29,8 +29,7 @@ from torch import Tensor, nn
 
 from nanovlm import generation
 from nanovlm.decoder import Decoder, DecoderConfig
-from nanovlm.lm_loss import IGNORE, lm_loss
-from nanovlm.papers.language_model import Output, mean_loss, prefill, step
+from nanovlm.lm_loss import IGNORE, Output, lm_loss, mean_loss
 from nanovlm.projector import Projector
 from nanovlm.vit import ViT, ViTConfig
 
@@ -122,18 +121,18 @@ class LLaVA(nn.Module):
     def prefill(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, object]:
         """Read prompts with their images, whichever side the ids are padded on: next-token logits (B, V), cache."""
         embeddings, mask, _ = self.splice(input_ids, attention_mask, images, pad="left")
-        return prefill(self.language, mask, inputs_embeds=embeddings)
+        return self.language.prefill(mask, inputs_embeds=embeddings)
 
     def generate(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int,
                  stop: Sequence[int], beams: int = 1, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
                  generator: torch.Generator | None = None) -> Tensor:
         """New token ids only, int64 (B, n)."""
         return generation.generate(lambda: self.prefill(images, input_ids, attention_mask),
-                                   lambda ids, cache: step(self.language, ids, cache), max_new_tokens, stop,
-                                   beams=beams, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+                                   self.language.step, max_new_tokens, stop, beams=beams, temperature=temperature,
+                                   top_k=top_k, top_p=top_p, generator=generator)
 
     def score(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor,
               candidates: Sequence[Sequence[int]]) -> Tensor:
         """log p of each candidate answer after each prompt → (B, number of candidates)."""
         return generation.score_candidates(lambda: self.prefill(images, input_ids, attention_mask),
-                                           lambda ids, cache: step(self.language, ids, cache), candidates)
+                                           self.language.step, candidates)

@@ -14,7 +14,7 @@ from torch import nn
 
 from nanovlm.decoder import clip_text, llama
 from nanovlm.papers.clip import CLIP, CLIPConfig
-from nanovlm.papers.encoder_decoder import LanguageModel
+from nanovlm.papers.language_model import LanguageModel
 from nanovlm.recipes.stage import Recipe, Stage
 from nanovlm.t5 import T5Config
 from nanovlm.vit import clip_vit
