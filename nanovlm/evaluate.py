@@ -54,8 +54,8 @@ class Examinee:
         images = torch.stack(images) if images else torch.zeros(0, 3, size, size)
         return images.to(self.device), ids.to(self.device), mask.to(self.device)
 
-    def question(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
-        """What the bridge reads, if it does."""
+    def bridge_text(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+        """The questions as the bridge reads them, if it does."""
         asked = collate_questions(samples, self.tokenizer) if getattr(self.model, "asks", False) else {}
         return {name: tensor.to(self.device) for name, tensor in asked.items()}
 
@@ -66,7 +66,7 @@ class Examinee:
         for chunk in chunks(samples):
             images, *text = self.inputs(chunk)
             inputs = (images, *text) if hasattr(self.model, "encode_image") else text  # a language model reads only
-            for ids in self.model.generate(*inputs, MAX_NEW_TOKENS, stop, **self.question(chunk)).tolist():
+            for ids in self.model.generate(*inputs, MAX_NEW_TOKENS, stop, **self.bridge_text(chunk)).tolist():
                 answers.append(self.text(ids, stop))
         return answers
 
@@ -83,7 +83,7 @@ class Examinee:
         """Of the candidate answers the most likely one, for each sample."""
         ids = [answer_ids(candidate, self.tokenizer, self.format) for candidate in candidates]
         return [candidates[best] for chunk in chunks(samples)
-                for best in self.model.score(*self.inputs(chunk), ids, **self.question(chunk)).argmax(dim=1).tolist()]
+                for best in self.model.score(*self.inputs(chunk), ids, **self.bridge_text(chunk)).argmax(dim=1).tolist()]
 
 
 def evaluate(model: nn.Module, recipe: Recipe, stage: Stage, source: object, tokenizer: Tokenizer,

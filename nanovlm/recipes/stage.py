@@ -26,6 +26,11 @@ SCHEDULES = ("cosine", "constant")
 EVALUATIONS = ("answers", "captions", "two", "classes", "retrieval")  # see evaluate.py
 
 
+def within(name: str, part: str) -> bool:
+    """Whether a tensor is a part of a model or stands in it: "qformer.queries" in "qformer"; in "" stand all."""
+    return not part or name == part or name.startswith(part + ".")
+
+
 @dataclass(frozen=True)
 class Stage:
     """One phase of training: whatever `trains` does not name is frozen and in eval()."""

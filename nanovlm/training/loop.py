@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from nanovlm.errors import UserError
-from nanovlm.recipes.stage import Stage
+from nanovlm.recipes.stage import Stage, within
 from nanovlm.training import distributed
 from nanovlm.training.optim import lr_at, set_lr
 
@@ -66,20 +66,16 @@ def freeze(model: nn.Module, trains: tuple[str, ...]) -> list[str]:
     model.eval()
     idle, trained = getattr(model, "idle", ()), []
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(is_in(name, trains) and not is_in(name, idle))
-        if parameter.requires_grad:
+        learns = any(within(name, part) for part in trains) and not any(within(name, part) for part in idle)
+        parameter.requires_grad_(learns)
+        if learns:
             trained.append(name)
     for part in trains:
-        if not any(is_in(name, (part,)) for name in trained):
+        if not any(within(name, part) for name in trained):
             raise ValueError(f"The stage trains {part!r}, but the model has no parameters of that name.")
         if part not in trained:  # a module, not a parameter
             model.get_submodule(part).train()
     return trained
-
-
-def is_in(name: str, parts: tuple[str, ...]) -> bool:
-    """Whether a parameter is one of the parts, or in one of them."""
-    return any(name == part or name.startswith(part + ".") for part in parts)
 
 
 def train_stage(model: nn.Module, stage: Stage, batches: Iterable[Batch], optimiser: torch.optim.Optimizer,

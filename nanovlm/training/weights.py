@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nanovlm import recipes
 from nanovlm.errors import UserError
-from nanovlm.recipes.stage import Recipe, Stage
+from nanovlm.recipes.stage import Recipe, Stage, within
 
 PUBLISHED = "published:"
 
@@ -58,10 +58,6 @@ def initial_model(recipe: Recipe, stage: Stage, seed: int, finished: dict[str, S
     if lacking:
         raise ValueError(f"Stage {stage.name}: nothing that init names has {', '.join(sorted(lacking)[:4])}.")
     return model
-
-
-def within(name: str, module: str) -> bool:
-    return not module or name.startswith(module + ".")
 
 
 def take_over(model: nn.Module, old: State) -> None:
