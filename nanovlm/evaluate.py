@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from nanovlm import metrics
-from nanovlm.data.collate import PAIR_LENGTH, collate_prompts, collate_questions, collate_texts
+from nanovlm.data.collate import PAIR_LENGTH, collate_images, collate_prompts, collate_questions, collate_texts
 from nanovlm.data.conversation import Sample, answer_ids, find_format, prompt, stop_ids
 from nanovlm.data.transforms import Transform, load_image
 from nanovlm.errors import UserError
@@ -43,30 +43,29 @@ class Examinee:
 
     def __init__(self, model: nn.Module, recipe: Recipe, stage: Stage, tokenizer: Tokenizer, device: torch.device | str):
         self.model, self.tokenizer, self.format, self.device = model.eval(), tokenizer, stage.format, device
-        self.transform = Transform(recipe.image_size)
+        self.transform = Transform(recipe.image_size, fit=stage.fit, tiling=getattr(model, "tiling", None))
 
-    def inputs(self, samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """images (n, 3, H, W), input_ids (B, T), attention_mask (B, T), padded as `collate_prompts` does."""
+    def inputs(self, samples: Sequence[Sample]) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
+        """images (n, 3, H, W), input_ids (B, T), attention_mask (B, T), padded as `collate_prompts` does; and by name, what
+        only some models read: the sizes of pictures that are tiled, the questions for a bridge that reads.
+        """
         ids, mask = collate_prompts([prompt(s.turns, self.tokenizer, self.format, name=s.id) for s in samples],
                                     self.tokenizer.pad_id, find_format(self.format).separate)
-        size = self.transform.size
-        images = [self.transform(picture(image)) for s in samples for image in s.images]
-        images = torch.stack(images) if images else torch.zeros(0, 3, size, size)
-        return images.to(self.device), ids.to(self.device), mask.to(self.device)
-
-    def bridge_text(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
-        """The questions as the bridge reads them, if it does."""
-        asked = collate_questions(samples, self.tokenizer) if getattr(self.model, "asks", False) else {}
-        return {name: tensor.to(self.device) for name, tensor in asked.items()}
+        named = collate_images([picture(image) for s in samples for image in s.images], self.transform)
+        if getattr(self.model, "asks", False):
+            named |= collate_questions(samples, self.tokenizer)
+        named = {name: tensor.to(self.device) for name, tensor in named.items()}
+        return (named.pop("images"), ids.to(self.device), mask.to(self.device)), named
 
     def answer(self, samples: Sequence[Sample]) -> list[str]:
         """Greedy answers to the last question of each sample, its turns before given."""
         stop = stop_ids(self.format, self.tokenizer)
         answers = []
         for chunk in chunks(samples):
-            images, *text = self.inputs(chunk)
-            inputs = (images, *text) if hasattr(self.model, "encode_image") else text  # a language model reads only
-            for ids in self.model.generate(*inputs, MAX_NEW_TOKENS, stop, **self.bridge_text(chunk)).tolist():
+            inputs, named = self.inputs(chunk)
+            if not hasattr(self.model, "encode_image"):  # a language model reads only
+                inputs = inputs[1:]
+            for ids in self.model.generate(*inputs, MAX_NEW_TOKENS, stop, **named).tolist():
                 answers.append(self.text(ids, stop))
         return answers
 
@@ -82,8 +81,11 @@ class Examinee:
     def choose(self, samples: Sequence[Sample], candidates: Sequence[str]) -> list[str]:
         """Of the candidate answers the most likely one, for each sample."""
         ids = [answer_ids(candidate, self.tokenizer, self.format) for candidate in candidates]
-        return [candidates[best] for chunk in chunks(samples)
-                for best in self.model.score(*self.inputs(chunk), ids, **self.bridge_text(chunk)).argmax(dim=1).tolist()]
+        chosen = []
+        for chunk in chunks(samples):
+            inputs, named = self.inputs(chunk)
+            chosen += [candidates[best] for best in self.model.score(*inputs, ids, **named).argmax(dim=1).tolist()]
+        return chosen
 
 
 def evaluate(model: nn.Module, recipe: Recipe, stage: Stage, source: object, tokenizer: Tokenizer,

@@ -215,7 +215,7 @@ def test_every_size_is_read_and_none_assumed():
         for changes in ({"layer_norm_epsilon": 0.3}, {"relative_attention_num_buckets": 6},
                         {"relative_attention_max_distance": 6}, {"decoder_start_token_id": 17}):
             hf = hf_t5(7, **changes)
-            close(ours(hf)(ids, None, ids).logits, hf(ids, labels=ids).logits)
+            close(ours(hf)(ids, None, ids).logits[:, :-1], hf(ids, labels=ids).logits)
         for changes in ({"layer_norm_eps": 0.3}, {"hidden_act": "gelu"}):
             hf = hf_clip_vision(7, **changes)
             close(ours(hf)(images), hf(images).last_hidden_state)

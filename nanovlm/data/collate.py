@@ -35,6 +35,8 @@ def collate_conversations(
 ) -> dict[str, Tensor]:
     """images (n, 3, H, W) in the order of their marks, input_ids (B, T), attention_mask (B, T), labels (B, T).
 
+    image_tokens: of one view; max_length counts them. Where pictures are tiled, n counts views, and image_sizes (n', 2),
+    the height and width of each picture, says which belong together.
     asks: also what a bridge reads that knows the question, see `collate_questions`. In a `separate` format labels are
     (B, T'), the answers alone, and samples that name another format are in this one all the same: an encoder-decoder
     reads no other.
@@ -48,17 +50,28 @@ def collate_conversations(
                             "there must be one mark for each image.")
         turns = sample.turns[:rng.randint(1, len(sample.turns))] if separate and sample.turns else sample.turns
         layout = format if separate else sample.format or format
-        row, row_labels = encode(turns, tokenizer, layout, max_length, image_tokens, sample.id)
+        pictures = [_picture(image) for image in sample.images]
+        counts = [transform.places(picture, image_tokens) for picture in pictures]
+        row, row_labels = encode(turns, tokenizer, layout, max_length, counts, sample.id)
         if separate:
             row, row_labels = two_sequences(row, row_labels, _given(turns[-1], row_labels, rng))
         rows.append(row)
         labels.append(row_labels)
         told.append(replace(sample, turns=turns))
-        images += [transform(_picture(image), rng) for image in sample.images]
+        images += pictures
     batch = _pad_right(rows, tokenizer.pad_id)
     batch["labels"] = _pad_right(labels, IGNORE)["input_ids"]
-    batch["images"] = torch.stack(images) if images else torch.zeros(0, 3, transform.size, transform.size)
-    return {**batch, **(collate_questions(told, tokenizer) if asks else {})}
+    return {**batch, **collate_images(images, transform, rng), **(collate_questions(told, tokenizer) if asks else {})}
+
+
+def collate_images(pictures: Sequence[Image.Image], transform: Transform, rng: Random | None = None) -> dict[str, Tensor]:
+    """images float32 (n, 3, H, W), n ≥ 0; tiled, all views of all pictures, and image_sizes int64 (pictures, 2)."""
+    views = [transform.views(picture, rng) for picture in pictures]
+    batch = {"images": torch.cat(views) if views else torch.zeros(0, 3, transform.size, transform.size)}
+    if transform.tiling is not None:
+        sizes = [(picture.height, picture.width) for picture in pictures]
+        batch["image_sizes"] = torch.tensor(sizes, dtype=torch.int64).view(-1, 2)
+    return batch
 
 
 def collate_questions(samples: Sequence[Sample], tokenizer: Tokenizer) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ truncation never cuts an image.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, repeat
 
 from nanovlm.errors import UserError
 from nanovlm.lm_loss import IGNORE
@@ -135,12 +136,12 @@ def find_format(format: str | Format) -> Format:
 
 def encode(
     turns: Sequence[Turn], tokenizer: Tokenizer, format: str | Format,
-    max_length: int | None = None, image_tokens: int = 0, name: str = "a conversation",
+    max_length: int | None = None, image_tokens: int | Sequence[int] = 0, name: str = "a conversation",
 ) -> tuple[list[int], list[int]]:
     """Ids and labels of a whole conversation; labels are -100 except on answers and what closes them.
 
     In a `separate` format only the last answer is learned, and nothing stands behind it: `two_sequences` cuts there.
-    image_tokens: embeddings that one <image> becomes. max_length: counts those too; what is longer loses its end.
+    image_tokens: embeddings that one <image> becomes, or that each of them does in turn. max_length: counts those too; what is longer loses its end.
     name: what messages call this conversation.
     """
     ids, trained = _encode_pieces(_pieces(turns, tokenizer, find_format(format), name), tokenizer)
@@ -156,11 +157,11 @@ def encode(
 
 def prompt(
     turns: Sequence[Turn], tokenizer: Tokenizer, format: str | Format,
-    max_length: int | None = None, image_tokens: int = 0, name: str = "a conversation",
+    max_length: int | None = None, image_tokens: int | Sequence[int] = 0, name: str = "a conversation",
 ) -> list[int]:
     """The ids up to where the last answer would begin, ready to generate; that turn's own answer is not looked at."""
     ids, _ = _encode_pieces(_pieces(turns, tokenizer, find_format(format), name, open_end=True), tokenizer)
-    if max_length is not None and expanded_length(ids, tokenizer.image_id, image_tokens) > max_length:
+    if max_length is not None and sum(places(ids, tokenizer.image_id, image_tokens)) > max_length:
         raise UserError(f"{name}: the question does not fit into {max_length} tokens; shorten it.")
     return ids
 
@@ -186,8 +187,10 @@ def two_sequences(ids: Sequence[int], labels: Sequence[int], given: int = 0) -> 
     return [*read[:-1], *written[:given], read[-1]], written[given:]
 
 
-def expanded_length(ids: Sequence[int], image_id: int, image_tokens: int) -> int:
-    return sum(image_tokens if i == image_id else 1 for i in ids)
+def places(ids: Sequence[int], image_id: int, image_tokens: int | Sequence[int]) -> list[int]:
+    """How many places of the sequence each id takes."""
+    each = repeat(image_tokens) if isinstance(image_tokens, int) else iter(image_tokens)
+    return [next(each) if i == image_id else 1 for i in ids]
 
 
 def _pieces(turns: Sequence[Turn], tokenizer: Tokenizer, layout: Format, name: str,
@@ -274,17 +277,12 @@ def _encode_pieces(pieces: list[Piece], tokenizer: Tokenizer) -> tuple[list[int]
     return ids, mask
 
 
-def _fitting(ids: list[int], image_id: int, image_tokens: int, max_length: int, name: str) -> int:
+def _fitting(ids: list[int], image_id: int, image_tokens: int | Sequence[int], max_length: int, name: str) -> int:
     """How many ids fit into max_length. differs: the released code may cut an image in two; here that is an error."""
-    length = 0
-    for kept, i in enumerate(ids):
-        length += image_tokens if i == image_id else 1
-        if length <= max_length:
-            continue
-        if image_id in ids[kept:]:
-            last = max(at for at, other in enumerate(ids) if other == image_id)
-            needed = expanded_length(ids[: last + 1], image_id, image_tokens)
-            raise UserError(f"{name}: cutting it to {max_length} tokens would cut image tokens (its last image ends at "
-                            f"token {needed}); raise the maximum length or shorten what stands before the image.")
-        return kept
-    return len(ids)
+    ends = list(accumulate(places(ids, image_id, image_tokens)))  # where each id ends
+    kept = sum(end <= max_length for end in ends)
+    if image_id in ids[kept:]:
+        needed = max(end for end, i in zip(ends, ids) if i == image_id)
+        raise UserError(f"{name}: cutting it to {max_length} tokens would cut image tokens (its last image ends at "
+                        f"token {needed}); raise the maximum length or shorten what stands before the image.")
+    return kept

@@ -13,10 +13,13 @@ Papers: Radford et al. 2021, CLIP (arXiv:2103.00020), the released preprocessing
                      └──┴────┴──┘         │ picture  │           │thin│
                      centre of it         │   mean   │           └────┘
                                           └──────────┘
+
+A picture that is tiled (see tiling.py) becomes several such views.
 """
 
 from dataclasses import dataclass
 from functools import cache
+from math import isqrt
 from pathlib import Path
 from random import Random
 
@@ -26,6 +29,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from nanovlm.errors import UserError
+from nanovlm.tiling import Tiling
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -34,13 +38,17 @@ FITS = ("crop", "pad", "stretch")
 
 @dataclass(frozen=True)
 class Transform:
-    """One way to make a tensor of a picture; `augment` adds a random crop and a flip, for training only."""
+    """One way to make a tensor of a picture; `augment` adds a random crop and a flip, for training only.
+
+    With a `tiling` a picture has several views, and `fit` and `augment` play no part.
+    """
 
     size: int
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
     fit: str = "crop"
     augment: bool = False
+    tiling: Tiling | None = None
 
     def __post_init__(self):
         if self.fit not in FITS:
@@ -57,6 +65,21 @@ class Transform:
             image = resize(pad_to_square(image, self.mean), (self.size, self.size))
         else:
             image = resize(image, (self.size, self.size))
+        return self.normalise(image)
+
+    def views(self, image: Image.Image, rng: Random | None = None) -> Tensor:
+        """float32 (V, 3, size, size): the picture alone or, tiled, the whole of it and then its tiles row by row."""
+        if self.tiling is None:
+            return self(image, rng)[None]
+        return torch.stack([self.normalise(view) for view in cut(to_rgb(image), self.tiling, self.mean)])
+
+    def places(self, image: Image.Image, image_tokens: int) -> int:
+        """How many places of the sequence the picture takes, where a view takes image_tokens."""
+        if self.tiling is None:
+            return image_tokens
+        return self.tiling.tokens((image.height, image.width), isqrt(image_tokens))
+
+    def normalise(self, image: Image.Image) -> Tensor:
         pixels = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))  # uint8 (3, size, size): cheap to turn now
         scale, shift = _scale_and_shift(self.mean, self.std)
         return torch.from_numpy(pixels).float().mul_(scale).add_(shift)
@@ -87,9 +110,26 @@ def pad_to_square(image: Image.Image, mean: tuple[float, float, float]) -> Image
     side = max(image.size)
     if image.size == (side, side):
         return image
-    square = Image.new("RGB", (side, side), tuple(int(channel * 255) for channel in mean))
+    square = Image.new("RGB", (side, side), mean_colour(mean))
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
+
+
+def cut(image: Image.Image, tiling: Tiling, mean: tuple[float, float, float]) -> list[Image.Image]:
+    """LLaVA-1.5 §3.4: the whole as a square, then the tiles of the picture fitted into its grid, each side × side."""
+    side, size = tiling.side, (image.height, image.width)
+    rows, columns = tiling.grid(size)
+    height, width = tiling.fitted(size)
+    canvas = Image.new("RGB", (columns * side, rows * side), mean_colour(mean) if tiling.fill == "mean" else (0, 0, 0))
+    canvas.paste(resize(image, (width, height)), ((canvas.width - width) // 2, (canvas.height - height) // 2))
+    whole = resize(pad_to_square(image, mean) if tiling.whole == "pad" else image, (side, side))
+    corners = [(column * side, row * side) for row in range(rows) for column in range(columns)]
+    return [whole, *(canvas.crop((left, top, left + side, top + side)) for left, top in corners)]
+
+
+def mean_colour(mean: tuple[float, float, float]) -> tuple[int, ...]:
+    """What becomes 0, or nearly, when it is normalised."""
+    return tuple(int(channel * 255) for channel in mean)
 
 
 def random_crop_and_flip(image: Image.Image, size: int, rng: Random) -> Image.Image:

@@ -14,6 +14,7 @@
     blip-2                Blip2ForImageTextRetrieval         papers.blip2.BLIP2Stage1, without word head and temperature
     t5                    T5ForConditionalGeneration         papers.language_model.LanguageModel
     llava                 LlavaForConditionalGeneration      papers.llava.LLaVA, projector of two layers
+    llava_next            LlavaNextForConditionalGeneration  papers.llava.LLaVA, with tiles
     llava, llava_llama    LlavaLlamaForCausalLM              papers.llava.LLaVA, projector of one or two layers
 
 A tensor that is missing, left over or of another shape is an error that lists all of them: a model that is half loaded
@@ -58,6 +59,7 @@ BUILD: dict[str, Callable[[dict], nn.Module]] = {
     "blip-2 (retrieval)": lambda config: BLIP2Stage1(configs.blip2(config, retrieval=True)),
     "t5": lambda config: LanguageModel(configs.t5(config)),
     "llava": lambda config: LLaVA(configs.llava(config)),
+    "llava_next": lambda config: LLaVA(configs.llava_next(config)),
     "llava (original)": lambda config: LLaVA(configs.original_llava(config)),
 }
 

@@ -15,6 +15,7 @@ from nanovlm.papers.clip import CLIPConfig
 from nanovlm.papers.llava import LLaVAConfig
 from nanovlm.qformer import QFormerConfig
 from nanovlm.t5 import T5Config
+from nanovlm.tiling import NEXT_GRIDS, llava_next_tiling
 from nanovlm.vit import CLIP_L_14, CLIP_L_14_336, ViTConfig
 
 # field: default
@@ -178,6 +179,20 @@ def llava(config: dict) -> LLaVAConfig:
     vision = clip_vision(config["vision_config"]) if section(config, "vision_config") else CLIP_L_14_336
     return LLaVAConfig(vision, llama_decoder(text), c["image_token_index"], projector_layers=2,
                        feature_layer=feature_layer("vision_feature_layer", c["vision_feature_layer"], vision))
+
+
+def llava_next(config: dict) -> LLaVAConfig:
+    """LlavaNextForConditionalGeneration: the same, and the sizes, [height, width], of the canvases that are cut into tiles."""
+    base = llava(config)
+    side = base.vision.image_size
+    pinpoints = config.get("image_grid_pinpoints") or [[rows * side, columns * side] for rows, columns in NEXT_GRIDS]
+    sound = isinstance(pinpoints, list) and all(
+        isinstance(size, (list, tuple)) and len(size) == 2 and all(type(n) is int and n > 0 and n % side == 0 for n in size)
+        for size in pinpoints)
+    if not sound:
+        raise UserError(f"config.json: image_grid_pinpoints is {pinpoints!r}; a list of [height, width] is needed, each a "
+                        f"multiple of the vision tower's {side} pixels.")
+    return replace(base, tiling=llava_next_tiling(side, tuple((height // side, width // side) for height, width in pinpoints)))
 
 
 def original_llava(config: dict) -> LLaVAConfig:

@@ -210,6 +210,16 @@ LAYOUTS: dict[str, tuple[Names, ...]] = {
         llava("model.language_model.", "lm_head", under("model.multi_modal_projector.", "", HF_PROJECTOR),
               "model.vision_tower.vision_model."),
     ),
+    "llava_next": tuple(
+        {**llava(language, head, under(projector, "", HF_PROJECTOR), vision), newline: "tiles.row_end"}
+        for language, head, projector, vision, newline in (
+            ("language_model.model.", "language_model.lm_head", "multi_modal_projector.", "vision_tower.vision_model.",
+             "image_newline"),
+            ("language_model.model.", "language_model.lm_head", "multi_modal_projector.", "vision_tower.", "image_newline"),
+            ("model.language_model.", "lm_head", "model.multi_modal_projector.", "model.vision_tower.", "model.image_newline"),
+            ("model.language_model.", "lm_head", "model.multi_modal_projector.", "model.vision_tower.vision_model.",
+             "model.image_newline"))
+    ),
     # LLaVA's own code: one or two layers; the tower added from a CLIP file, from memory, or (rarely) in the checkpoint
     "llava (original)": tuple(
         llava("model.", "lm_head", under("model.", "", projector), vision)

@@ -31,6 +31,7 @@ from nanovlm import generation
 from nanovlm.decoder import Decoder, DecoderConfig
 from nanovlm.lm_loss import IGNORE, Output, lm_loss, mean_loss
 from nanovlm.projector import Projector
+from nanovlm.tiling import Tiles, Tiling
 from nanovlm.vit import ViT, ViTConfig
 
 
@@ -41,6 +42,7 @@ class LLaVAConfig:
     image_token_id: int
     projector_layers: int = 1  # 2 for LLaVA-1.5
     feature_layer: int = -2  # which of the L + 1 hidden states: −1 the last block's, −2 the one before
+    tiling: Tiling | None = None  # LLaVA-1.5-HD, LLaVA-NeXT: pictures larger than the encoder looks at
 
 
 class LLaVA(nn.Module):
@@ -50,36 +52,47 @@ class LLaVA(nn.Module):
         self.vision = ViT(config.vision)
         self.projector = Projector(config.vision.width, config.language.width, config.projector_layers)
         self.language = Decoder(config.language)
+        self.tiles = Tiles(config.tiling, config.language.width) if config.tiling else None
 
     @property
     def image_tokens(self) -> int:
-        """N: how many places of the sequence one <image> takes."""
+        """N: how many places of the sequence one image takes, or each view of it (see tiling.py)."""
         return self.config.vision.grid ** 2
+
+    @property
+    def tiling(self) -> Tiling | None:
+        return self.config.tiling
 
     def encode_image(self, images: Tensor) -> Tensor:
         """images (n, 3, h, w) → Z_v (n, N, D_v). The features before the last block serve best (§4.1, Table 8)."""
         depth = self.config.vision.layers + 1 + self.config.feature_layer
         return self.vision(images, depth=depth)[:, 1:]
 
-    def image_prefix(self, images: Tensor) -> Tensor:
-        """images (n, 3, h, w) → H_v (n, N, D), what the language model reads."""
-        return self.projector(self.encode_image(images))  # Eq. 1
+    def image_prefix(self, images: Tensor, image_sizes: Tensor | None = None) -> Tensor | list[Tensor]:
+        """images (n, 3, h, w) → H_v (n, N, D), what the language model reads.
+
+        With a tiling images are the views of all pictures, and image_sizes int64 (n, 2) their heights and widths: then
+        each picture has its own N, and a list of (N, D) is returned.
+        """
+        views = self.projector(self.encode_image(images))  # Eq. 1
+        return views if self.tiles is None else self.tiles(views, image_sizes.tolist())
 
     def splice(self, input_ids: Tensor, attention_mask: Tensor, images: Tensor, labels: Tensor | None = None,
-               pad: str = "right") -> tuple[Tensor, Tensor, Tensor | None]:
-        """Put N image tokens in the place of each <image> id.
+               pad: str = "right", image_sizes: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Put an image's tokens in the place of each <image> id.
 
         input_ids int64 (B, T), attention_mask bool (B, T), labels int64 (B, T) → embeddings (B, L, D), mask bool (B, L),
         labels (B, L), −100 on image tokens and padding. pad: the side that is filled up.
         """
         is_image = (input_ids == self.config.image_token_id) & attention_mask  # (B, T)
-        if is_image.sum() != len(images):
-            raise ValueError(f"the batch has {int(is_image.sum())} <image> marks but {len(images)} images")
-        D = self.config.language.width
-        visual = self.image_prefix(images).reshape(-1, D)  # (n·N, D)
+        prefix = self.image_prefix(images, image_sizes)
+        visual = prefix.flatten(0, 1) if self.tiles is None else torch.cat(prefix)  # (Σ N, D)
+        counts = torch.tensor([len(tokens) for tokens in prefix if len(tokens)], dtype=torch.int64, device=visual.device)
+        if is_image.sum() != len(counts):
+            raise ValueError(f"the batch has {int(is_image.sum())} <image> marks but {len(counts)} images")
         words = self.language.embedding(input_ids.masked_fill(is_image, 0))  # (B, T, D)
         # each id takes 1 place, an <image> N, padding none; its first place is the sum of what stands before
-        takes = torch.where(is_image, self.image_tokens, 1) * attention_mask  # (B, T)
+        takes = attention_mask.long().masked_scatter(is_image, counts)  # (B, T)
         lengths = takes.sum(dim=1)  # (B,)
         L = int(lengths.max())
         start = takes.cumsum(dim=1) - takes  # (B, T)
@@ -87,11 +100,11 @@ class LLaVA(nn.Module):
             start = start + (L - lengths)[:, None]
         rows = torch.arange(len(input_ids), device=input_ids.device)[:, None].expand_as(start)
         word = attention_mask & ~is_image
-        places = start[is_image][:, None] + torch.arange(self.image_tokens, device=start.device)  # (n, N)
-        image_rows = rows[is_image][:, None].expand_as(places)
-        embeddings = words.new_zeros(len(input_ids), L, D)
+        within = torch.arange(len(visual), device=start.device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+        places = start[is_image].repeat_interleave(counts) + within  # (Σ N,): image after image
+        embeddings = words.new_zeros(len(input_ids), L, words.shape[-1])
         embeddings = embeddings.index_put((rows[word], start[word]), words[word])
-        embeddings = embeddings.index_put((image_rows.flatten(), places.flatten()), visual.to(words.dtype))
+        embeddings = embeddings.index_put((rows[is_image].repeat_interleave(counts), places), visual.to(words.dtype))
         column = torch.arange(L, device=start.device)[None, :]
         first = (L - lengths)[:, None] if pad == "left" else torch.zeros_like(lengths)[:, None]
         mask = (column >= first) & (column < first + lengths[:, None])  # (B, L)
@@ -101,12 +114,12 @@ class LLaVA(nn.Module):
         return embeddings, mask, labels
 
     def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None,
-                pad: str = "right", maps: list | None = None) -> Output:
+                pad: str = "right", maps: list | None = None, image_sizes: Tensor | None = None) -> Output:
         """logits (B, L, V) over the spliced sequence, and the loss where labels are given.
 
         maps receives the LM's attention weights (B, H, L, L), block by block.
         """
-        embeddings, mask, labels = self.splice(input_ids, attention_mask, images, labels, pad)
+        embeddings, mask, labels = self.splice(input_ids, attention_mask, images, labels, pad, image_sizes)
         hidden = self.language(inputs_embeds=embeddings, attention_mask=mask, maps=maps)
         loss = None if labels is None else mean_loss({"lm": lm_loss(hidden, self.language.head_weight, labels)})
         return Output(self.language.logits(hidden), loss)
@@ -114,25 +127,26 @@ class LLaVA(nn.Module):
     def losses(self, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         """{"lm": (sum over the assistant's tokens, their number)}; batch as made by `collate_conversations`."""
         embeddings, mask, labels = self.splice(batch["input_ids"], batch["attention_mask"], batch["images"],
-                                               batch["labels"])
+                                               batch["labels"], image_sizes=batch.get("image_sizes"))
         hidden = self.language(inputs_embeds=embeddings, attention_mask=mask)
         return {"lm": lm_loss(hidden, self.language.head_weight, labels)}  # Eq. 3
 
-    def prefill(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, object]:
+    def prefill(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor,
+                image_sizes: Tensor | None = None) -> tuple[Tensor, object]:
         """Read prompts with their images, whichever side the ids are padded on: next-token logits (B, V), cache."""
-        embeddings, mask, _ = self.splice(input_ids, attention_mask, images, pad="left")
+        embeddings, mask, _ = self.splice(input_ids, attention_mask, images, pad="left", image_sizes=image_sizes)
         return self.language.prefill(mask, inputs_embeds=embeddings)
 
     def generate(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int,
                  stop: Sequence[int], beams: int = 1, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
-                 generator: torch.Generator | None = None) -> Tensor:
+                 generator: torch.Generator | None = None, image_sizes: Tensor | None = None) -> Tensor:
         """New token ids only, int64 (B, n)."""
-        return generation.generate(lambda: self.prefill(images, input_ids, attention_mask),
+        return generation.generate(lambda: self.prefill(images, input_ids, attention_mask, image_sizes),
                                    self.language.step, max_new_tokens, stop, beams=beams, temperature=temperature,
                                    top_k=top_k, top_p=top_p, generator=generator)
 
     def score(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor,
-              candidates: Sequence[Sequence[int]]) -> Tensor:
+              candidates: Sequence[Sequence[int]], image_sizes: Tensor | None = None) -> Tensor:
         """log p of each candidate answer after each prompt → (B, number of candidates)."""
-        return generation.score_candidates(lambda: self.prefill(images, input_ids, attention_mask),
+        return generation.score_candidates(lambda: self.prefill(images, input_ids, attention_mask, image_sizes),
                                            self.language.step, candidates)

@@ -51,6 +51,7 @@ class Stage:
     clip: float = 1.0  # global gradient norm; 0 = no clipping
     accumulate: int = 1  # micro-batches per optimiser step: less memory, the same gradient
     augment: bool = False  # random crops and flips
+    fit: str = "crop"  # how a picture becomes a square: "crop" | "pad" | "stretch", see data/transforms.py
     init: tuple[tuple[str, str], ...] = ()
     max_length: int = 0  # of a sequence, image tokens included; 0 = no limit
     evaluate: tuple[str, ...] = ()  # what its model is judged by, of EVALUATIONS

@@ -32,7 +32,7 @@ Collate = Callable[[Sequence[Sample], Random], dict[str, Tensor]]
 
 def make_collate(recipe: Recipe, stage: Stage, tokenizer: Tokenizer, model: nn.Module) -> Collate:
     """(samples, rng) → batch, as the stage's view and format ask for it."""
-    transform = Transform(recipe.image_size, augment=stage.augment)
+    transform = Transform(recipe.image_size, fit=stage.fit, augment=stage.augment, tiling=getattr(model, "tiling", None))
     limit = stage.max_length or None
     if stage.pairs:
         wrong = getattr(model, "reads_negatives", False)
