@@ -39,6 +39,24 @@ def test_llava(name):
     assert model.config.feature_layer == -2  # of 25 hidden states: the last but one block's
 
 
+# llava15.md §0, and for HD what the issue of this paper states: total, projector, image tokens of a view
+LLAVA15 = {"llava15/7b": (7_062_902_784, 20_979_712, 576), "llava15/13b": (13_350_839_296, 31_467_520, 576),
+           "llava15/7b-hd": (7_062_579_200, 20_979_712, 256), "llava15/13b-hd": (13_350_516_736, 31_467_520, 256)}
+
+
+@pytest.mark.parametrize("name", LLAVA15)
+def test_llava15(name):
+    """HD: CLIP at 224, and one row-end token."""
+    total, projector, tokens = LLAVA15[name]
+    model = recipes.build(name)
+    assert (count(model), count(model.projector), model.image_tokens) == (total, projector, tokens)
+    assert model.language.config.eps == 1e-5, "LLaMA-2's"
+    align, tune = recipes.get(name).stages
+    assert (align.fit, tune.fit) == ("crop", "pad")
+    assert recipes.build(name, stage="align").tiling is None
+    assert (model.tiling is not None) == name.endswith("-hd") == ("tiles" in tune.trains)
+
+
 @pytest.mark.parametrize(("name", "stage", "learns"), [
     ("llava/7b", "align", 4_198_400), ("llava/7b", "tune", 6_742_614_016),
     ("llava/13b", "align", 5_248_000), ("llava/13b", "tune", 13_021_112_320)])

@@ -4,11 +4,11 @@ import torch
 from torch import nn
 
 from nanovlm.errors import UserError
-from nanovlm.recipes import backbones, blip2, blip2_finetuning, llava
+from nanovlm.recipes import backbones, blip2, blip2_finetuning, llava, llava15
 from nanovlm.recipes.stage import Recipe
 
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (
-    *backbones.RECIPES, *llava.RECIPES, *blip2.RECIPES, *blip2_finetuning.RECIPES)}
+    *backbones.RECIPES, *llava.RECIPES, *blip2.RECIPES, *blip2_finetuning.RECIPES, *llava15.RECIPES)}
 
 
 def names() -> list[str]:

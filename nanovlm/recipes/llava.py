@@ -45,9 +45,11 @@ TINY = Recipe(
     ),
 )
 
+SMALL_CONFIG = LLaVAConfig(backbones.SMALL_VISION, backbones.SMALL_LANGUAGE, IMAGE_ID)
+
 SMALL = Recipe(
     name="llava/small",
-    build=partial(build_llava, LLaVAConfig(backbones.SMALL_VISION, backbones.SMALL_LANGUAGE, IMAGE_ID), False),
+    build=partial(build_llava, SMALL_CONFIG, False),
     image_size=224,
     vocab=backbones.SMALL_VOCAB,
     stages=(

@@ -1,0 +1,64 @@
+"""LLaVA-1.5's recipes: what changed since LLaVA is two maps instead of one, the data, and how much of a picture is seen.
+
+                 eyes                           projector   stage 1 "align"       stage 2 "tune"
+    small        clip/small, 196                2 layers    captions              conversations
+    7b, 13b      CLIP-L/14 at 336: 576 tokens   2 layers    558K pairs, lr 1e-3   665K conversations, lr 2e-5
+    7b-hd, …     CLIP-L/14 at 224, up to 7      2 layers    as above, at 224      the same, pictures in tiles
+                 views: 528 to 1,888 tokens
+
+Stage 1 crops a picture to a square, stage 2 pads it with the mean colour (spec §1, from the released scripts): nothing of it
+is lost where questions are asked. HD has no stage 1 of its own: the projector has learned on whole pictures, and stage 2
+goes on with tiles (§A.1).
+
+Hyper-parameters of the published ones: LLaVA-1.5 Table 9, batches of 256 and 128, AdamW without weight decay, cosine, 3 %
+warm-up. Steps are one epoch: 558,128 pairs, 665,298 conversations. What HD's authors leave open (batch, sequence length) is
+taken over from 1.5; 4,096 tokens, what its language model was trained for, as the longest pictures take 1,888 of them.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+from nanovlm.decoder import VICUNA_7B, VICUNA_13B, DecoderConfig
+from nanovlm.papers.llava import LLaVA, LLaVAConfig
+from nanovlm.recipes import llava
+from nanovlm.recipes.stage import Recipe, Stage
+from nanovlm.tiling import hd_tiling
+from nanovlm.vit import CLIP_L_14, CLIP_L_14_336
+
+
+def build_llava15(config: LLaVAConfig, checkpointing: bool, stage: str) -> LLaVA:
+    """Tiles are for stage 2."""
+    return llava.build_llava(replace(config, tiling=None) if stage == "align" else config, checkpointing, stage)
+
+
+SMALL = replace(
+    llava.SMALL,
+    name="llava15/small",
+    build=partial(build_llava15, replace(llava.SMALL_CONFIG, projector_layers=2), False),
+    stages=(replace(llava.SMALL.stages[0], lr=1e-3), replace(llava.SMALL.stages[1], fit="pad")),
+)
+
+
+def published(name: str, language: DecoderConfig, weights: str, hd: bool = False) -> Recipe:
+    vision, eyes = (CLIP_L_14, "openai/clip-vit-large-patch14") if hd else (CLIP_L_14_336, "openai/clip-vit-large-patch14-336")
+    config = LLaVAConfig(vision, replace(language, eps=1e-5), image_token_id=language.vocab, projector_layers=2,
+                         tiling=hd_tiling(vision.image_size) if hd else None)
+    return Recipe(
+        name=name,
+        build=partial(build_llava15, config, True),
+        image_size=vision.image_size,
+        vocab=language.vocab,
+        stages=(
+            Stage("align", ("projector",), "captions", format="plain", steps=2_181, batch_size=256, lr=1e-3, max_length=2048,
+                  init=(("vision", f"published:{eyes}"), ("language", f"published:{weights}"))),
+            Stage("tune", ("projector", "language", *["tiles"] * hd), "instruct", format="v1", steps=5_198, batch_size=128,
+                  lr=2e-5, fit="pad", max_length=4096 if hd else 2048, evaluate=llava.JUDGED),
+        ),
+    )
+
+
+RECIPES = (SMALL,
+           published("llava15/7b", VICUNA_7B, "lmsys/vicuna-7b-v1.5"),
+           published("llava15/13b", VICUNA_13B, "lmsys/vicuna-13b-v1.5"),
+           published("llava15/7b-hd", VICUNA_7B, "lmsys/vicuna-7b-v1.5", hd=True),
+           published("llava15/13b-hd", VICUNA_13B, "lmsys/vicuna-13b-v1.5", hd=True))
