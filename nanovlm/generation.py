@@ -14,7 +14,7 @@ scoring of given candidates. Nothing here knows what an image is.
 Legend: B rows of the batch, T tokens fed, V vocabulary, W beams, n tokens generated so far.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -34,17 +34,19 @@ def generate(prefill: Prefill, step: Step, max_new_tokens: int, stop: Sequence[i
     stop: the token ids that end a text, in order (one id, or several such as "###"). temperature 0 is greedy; above 0
     the next token is drawn from the top_k most likely (0: all) within the smallest set of probability top_p.
     """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; at least 1 is needed")
     with torch.inference_mode():  # no_grad that also drops the bookkeeping of views
         if beams > 1:
             ids = beam_search(prefill, step, max_new_tokens, stop, pad, beams)
         else:
-            ids = one_by_one(prefill, step, max_new_tokens, stop, pad, temperature, top_k, top_p, generator)
+            *_, ids = stream(prefill, step, max_new_tokens, stop, pad, temperature, top_k, top_p, generator)
     return ids.clone()  # an ordinary tensor again, which may be trained on
 
 
-def one_by_one(prefill: Prefill, step: Step, max_new_tokens: int, stop: Sequence[int], pad: int, temperature: float,
-               top_k: int, top_p: float, generator: torch.Generator | None) -> Tensor:
-    """Greedy search and sampling: a token is chosen, read, and the next one chosen."""
+def stream(prefill: Prefill, step: Step, max_new_tokens: int, stop: Sequence[int], pad: int = 0, temperature: float = 0.0,
+           top_k: int = 0, top_p: float = 1.0, generator: torch.Generator | None = None) -> Iterator[Tensor]:
+    """Greedy search and sampling: a token is chosen, read, and the next one chosen; after each, all so far, (B, n)."""
     logits, cache = prefill()  # (B, V)
     ids = torch.full((len(logits), max_new_tokens), pad, device=logits.device)  # (B, max_new_tokens)
     done = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
@@ -53,11 +55,11 @@ def one_by_one(prefill: Prefill, step: Step, max_new_tokens: int, stop: Sequence
             logits, cache = step(ids[:, n - 1:n], cache)
             logits = logits[:, -1]  # (B, V)
         ids[:, n] = choose(logits, temperature, top_k, top_p, generator).masked_fill(done, pad)
+        yield ids[:, :n + 1]
         if stop:  # without one no row is ever done, and there is nothing to ask
             done = done | ends_with(ids[:, :n + 1], stop)
             if done.all():
-                return ids[:, :n + 1]
-    return ids
+                return
 
 
 def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> Tensor:

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from nanovlm.errors import UserError
 
-Size = tuple[int, int]  # (height, width)
+Size = tuple[int, int]  # height, width
 
 SIX_TILES = tuple((rows, columns) for rows in range(1, 7) for columns in range(1, 7) if rows * columns <= 6)
 NEXT_GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))

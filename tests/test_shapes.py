@@ -29,6 +29,7 @@ from nanovlm.papers.language_model import LanguageModel
 from nanovlm.papers.llava import LLaVA, LLaVAConfig
 from nanovlm.qformer import QFormerConfig
 from nanovlm.t5 import T5Config
+from nanovlm.tiling import hd_tiling
 from nanovlm.tokenizer import Tokenizer
 from nanovlm.vit import clip_vit, imagenet_vit
 
@@ -88,6 +89,10 @@ def run_llava() -> None:
     model.losses(batch | {"labels": labels})
     model.generate(**batch, max_new_tokens=5, stop=[2], temperature=0.7, top_k=13, top_p=0.9)
     model.score(**batch, candidates=[[5], [6, 7, 8]])
+    tiled = LLaVA(replace(model.config, tiling=hd_tiling(28)))
+    sizes = torch.tensor([[20, 50], [28, 28], [90, 30], [41, 70]])
+    views = sum(tiled.tiling.views(size) for size in sizes.tolist())
+    tiled(**batch | {"images": torch.randn(views, 3, 28, 28)}, image_sizes=sizes)
 
 
 def run_blip2() -> None:
@@ -117,7 +122,7 @@ def run_blip2() -> None:
     first.qformer(first.encode_image(images), input_ids, masks.unimodal(9, mask))
     world = Scenes(size=28)
     world.galleries = lambda: [[world.sample("captions", "val", index) for index in range(19)]]
-    examinee = Examinee(first, SimpleNamespace(image_size=28), SimpleNamespace(format="plain"), TOKENIZER, "cpu")
+    examinee = Examinee(first, SimpleNamespace(image_size=28), SimpleNamespace(format="plain", fit="crop"), TOKENIZER, "cpu")
     judge_retrieval(examinee, world)
 
 
@@ -127,6 +132,7 @@ def run_the_rest() -> None:
     tokenizer = Tokenizer.train(["a red cat", "a blue dog"], vocab_size=270)
     picture = Image.new("RGB", (31, 17), "red")
     pairs = [Sample("one", (picture,), caption="a red cat", negatives=("a blue cat", "a red dog"))] * 3
+    Transform(13, tiling=hd_tiling(13)).views(picture)
     collate_pairs(pairs, tokenizer, Transform(13), max_length=30, rng=Random(0))
     metrics.recall_at_k(torch.randn(5, 7), torch.eye(5, 7).bool(), k=2)
     figure, ax = plt.subplots()

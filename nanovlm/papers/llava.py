@@ -15,7 +15,7 @@
 A conversation may hold any number of images, or none. They come in one tensor, in the order of their <image> marks
 through the batch. Training pads on the right, generation on the left, so that the next token always stands last.
 
-Legend: B conversations, T ids, n images in the batch, N image tokens each, L spliced length, D the LM's width.
+Legend: B conversations, T ids, n images in the batch, N image tokens each, K all of them, L spliced length, D the LM's width.
 Differs from the released code in: the sequence is not cut at a maximal length here, where it could cut through an
 image; the data side does that (`data/conversation.py`). A batch without images sends zero images through the projector
 (the released code a black one, whose tokens it then drops), so that every rank has a gradient for it.
@@ -86,7 +86,7 @@ class LLaVA(nn.Module):
         """
         is_image = (input_ids == self.config.image_token_id) & attention_mask  # (B, T)
         prefix = self.image_prefix(images, image_sizes)
-        visual = prefix.flatten(0, 1) if self.tiles is None else torch.cat(prefix)  # (Σ N, D)
+        visual = prefix.flatten(0, 1) if self.tiles is None else torch.cat(prefix)  # (K, D)
         counts = torch.tensor([len(tokens) for tokens in prefix if len(tokens)], dtype=torch.int64, device=visual.device)
         if is_image.sum() != len(counts):
             raise ValueError(f"the batch has {int(is_image.sum())} <image> marks but {len(counts)} images")
@@ -101,7 +101,7 @@ class LLaVA(nn.Module):
         rows = torch.arange(len(input_ids), device=input_ids.device)[:, None].expand_as(start)
         word = attention_mask & ~is_image
         within = torch.arange(len(visual), device=start.device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-        places = start[is_image].repeat_interleave(counts) + within  # (Σ N,): image after image
+        places = start[is_image].repeat_interleave(counts) + within  # (K,): image after image
         embeddings = words.new_zeros(len(input_ids), L, words.shape[-1])
         embeddings = embeddings.index_put((rows[word], start[word]), words[word])
         embeddings = embeddings.index_put((rows[is_image].repeat_interleave(counts), places), visual.to(words.dtype))

@@ -1,0 +1,158 @@
+"""Talk to a trained model about pictures: `python -m nanovlm.chat runs/llava --image photo.png`
+
+    turns so far + question ─► prompt in the format of training ─► model ─► words, printed as they come ─► turns
+
+    > what is it?                      a question
+    > /image other.png                 one more picture; it belongs to the next question
+    > /new                             forget all that was said, keep the first pictures
+    an empty line, or Ctrl-D           the end
+
+Every question is put to the model with all earlier turns and pictures, as in its training; a model that was never trained on
+several pictures in one conversation will read them, and is likely to mix them up.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from nanovlm import evaluate, generation, recipes
+from nanovlm.data.conversation import IMAGE, Sample, Turn, stop_ids
+from nanovlm.data.transforms import load_image
+from nanovlm.errors import UserError
+from nanovlm.papers.llava import LLaVA
+from nanovlm.tokenizer import Tokenizer
+from nanovlm.training import checkpoint, folder
+
+ROOM = 128  # tokens of an answer, where none is given
+
+
+class Dialogue:
+    """A conversation that goes on: `ask` yields the pieces of the answer and then remembers it."""
+
+    def __init__(self, examinee: evaluate.Examinee, images: Sequence[Image.Image] = (), limit: int = 0,
+                 room: int = ROOM, temperature: float = 0.0, seed: int = 0):
+        """limit: the longest sequence, picture tokens included, that the model was trained on; 0 = any."""
+        self.examinee, self.first, self.limit, self.room = examinee, list(images), limit, room
+        self.temperature, self.generator = temperature, torch.Generator(examinee.device).manual_seed(seed)
+        self.begin()
+
+    def begin(self) -> None:
+        self.turns: list[Turn] = []
+        self.images: list[Image.Image] = []  # of the turns
+        self.waiting = list(self.first)  # for the next question
+
+    def ask(self, question: str) -> Iterator[str]:
+        marks = f"{IMAGE}\n" * len(self.waiting)
+        turns = [*self.turns, Turn(marks + question.replace(IMAGE, ""), " ")]
+        images = [*self.images, *self.waiting]
+        answer = ""
+        for piece in self.say(Sample("the conversation", tuple(images), turns=tuple(turns))):
+            answer += piece
+            yield piece
+        # what the model has said nothing to is no turn: the next prompt would be of a kind that it never met
+        if answer.strip():
+            self.turns, self.images, self.waiting = [*turns[:-1], Turn(turns[-1].question, answer.strip())], images, []
+
+    @torch.inference_mode()
+    def say(self, sample: Sample) -> Iterator[str]:
+        """The answer to the last question, in pieces that end at whole characters."""
+        examinee, model = self.examinee, self.examinee.model
+        inputs, named = examinee.inputs([sample])
+        logits, cache = model.prefill(*inputs, **named)
+        length = cache.mask.shape[1]
+        if self.limit and length > self.limit:
+            raise UserError(f"The conversation is {length} tokens long, the model was trained on {self.limit} at most: begin "
+                            "a new one with /new.")
+        stop, said, text = stop_ids(examinee.format, examinee.tokenizer), "", ""
+        for ids in generation.stream(lambda: (logits, cache), model.language.step, self.room, stop,
+                                     temperature=self.temperature, generator=self.generator):
+            text = examinee.text(ids[0].tolist(), stop)
+            if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character may take several tokens
+                yield text[len(said):]
+                said = text
+        yield text[len(said):]
+
+
+def load_run(path: str | Path, device: str = "cpu") -> tuple[evaluate.Examinee, int]:
+    """The model that a run has trained, after its last stage, ready to be asked; and the longest sequence it has met."""
+    path = Path(path)
+    if not folder.is_run(path):
+        raise UserError(f"{path} is no folder of a run (it has no config.json of ours): name one that train_tiny.py wrote, "
+                        "such as runs/llava.")
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    recipe = recipes.get(config["recipe"]["name"])
+    stage = recipe.stages[-1]
+    weights = path / f"{stage.name}.pt"
+    if not weights.exists():
+        raise UserError(f"{path} is not finished (it has no {weights.name}): go on with train_tiny.py --recipe {recipe.name} "
+                        f"--out {path} --resume.")
+    model = recipe.build(stage.name)
+    model.load_state_dict(checkpoint.load(weights))
+    tokenizer = Tokenizer.from_dict(checkpoint.load(path / "last.pt")["tokenizer"])
+    return evaluate.Examinee(model.to(device), recipe, stage, tokenizer, device), stage.max_length
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = make_parser().parse_args(argv)
+    try:
+        examinee, limit = load_run(options.run, options.device)
+        if not isinstance(examinee.model, LLaVA):
+            raise UserError(f"{options.run} holds a {type(examinee.model).__name__}, which was never trained to converse: "
+                            "name a run of llava or llava15.")
+        images = [load_image(image) for image in options.image]
+        dialogue = Dialogue(examinee, images, limit, options.max_new_tokens, options.temperature, options.seed)
+        if options.ask is not None:
+            answer(dialogue, options.ask)
+            return 0
+        return converse(dialogue)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def converse(dialogue: Dialogue) -> int:
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return 0
+        if not line:
+            return 0
+        try:
+            if line == "/new":
+                dialogue.begin()
+            elif line.startswith("/image "):
+                dialogue.waiting.append(load_image(line.removeprefix("/image ").strip()))
+            else:
+                answer(dialogue, line)
+        except UserError as error:  # a wrong path need not end the conversation
+            print(error, file=sys.stderr)
+
+
+def answer(dialogue: Dialogue, question: str) -> None:
+    for piece in dialogue.ask(question):
+        print(piece, end="", flush=True)
+    print()
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m nanovlm.chat", description="Talk to a trained model about pictures.",
+        epilog='example: python -m nanovlm.chat runs/llava --image photo.png --ask "what is it?"')
+    parser.add_argument("run", help="the folder of a finished run, such as runs/llava")
+    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be given several times")
+    parser.add_argument("--ask", metavar="QUESTION", help="one question, its answer, and out")
+    parser.add_argument("--max-new-tokens", type=int, default=ROOM, metavar="N", help=f"of an answer (default: {ROOM})")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default); above, answers are drawn")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda", "mps"))
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
