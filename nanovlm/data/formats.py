@@ -15,6 +15,7 @@ Idea: each format is read into the same records, and whatever is wrong with one 
                                    "annotations": [{"image_id": 7, "caption": "a hat"}, ..]}
     LLaVA .json                   [{"id": "7", "image": "a.jpg", "conversations": [
                                     {"from": "human", "value": "<image>\\nhat?"}, {"from": "gpt", "value": "yes"}]}, ..]
+                                   (what data/instruct.py makes also tells a "caption", and the "kind" of an answer)
 """
 
 import json
@@ -212,7 +213,7 @@ def _conversation(record: str, row: dict) -> Sample:
                         '"image"; there must be one mark for each picture')
     # A long answer names the picture best in its first sentence; 40 words are what a pair can hold.
     first_sentence = re.split(r"(?<=[.!?])\s", _one_line(turns[0].answer), maxsplit=1)[0]
-    caption = " ".join(first_sentence.split()[:40])
+    caption = _one_line(str(row.get("caption") or "")) or " ".join(first_sentence.split()[:40])
     return Sample(record, tuple(images), caption, (caption,), turns=turns)
 
 
@@ -232,8 +233,8 @@ def _turns(messages: object) -> tuple[Turn, ...]:
             raise UserError(f"{where}: the answer is empty; write one or remove the turn")
     if len(messages) % 2:
         raise UserError(f'field "conversations"[{len(messages) - 1}]: the last question has no answer')
-    values = [message["value"].strip() for message in messages]
-    return tuple(Turn(question, answer) for question, answer in zip(values[::2], values[1::2]))
+    return tuple(Turn(asked["value"].strip(), said["value"].strip(), str(said.get("kind") or ""))
+                 for asked, said in zip(messages[::2], messages[1::2]))
 
 
 def _read_json(file: Path) -> dict | list[tuple[str, object]]:

@@ -1,0 +1,393 @@
+"""How instruction data are made: what a teacher is told, what its replies must be like, and that nothing gets lost."""
+
+import json
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from random import Random
+
+import pytest
+from PIL import Image
+
+from nanovlm.data import formats, instruct, symbols
+from nanovlm.data.instruct import BRIEF, DETAILED, EXAMPLES, SYSTEM, main, messages, synthesise, turns
+from nanovlm.data.scene_language import captions
+from nanovlm.data.scene_world import HELD_OUT, SEEN, boxes, random_scene
+from nanovlm.data.symbols import Symbols, balanced, from_text, noun_phrases
+from nanovlm.data.teachers import Endpoint, rules
+from nanovlm.errors import UserError
+
+TOLD = Symbols("7", Path("a/7.png"), ("a dog chases a red ball.", "a dog on grass."),
+               (("dog", (0.1, 0.2, 0.5, 0.9)), ("sports ball", (0.75, 0.75, 0.85, 0.85))))
+CLASS = Symbols("8", Path("a/8.png"), ("a photo of a hat",), label="hat", labels=("dress", "hat", "shirt"))
+GOOD = "Question:\nWhat is it?\n===\nAnswer:\nA dog.\n===\nQuestion:\nWhere?\n===\nAnswer:\nOn grass."
+SETTINGS = {"seed": 0}
+
+
+# --- what is told ---
+
+def test_symbols_as_text_and_back():
+    assert TOLD.as_text() == ("a dog chases a red ball.\na dog on grass.\n\ndog: [0.10, 0.20, 0.50, 0.90]\n"
+                              "sports ball: [0.75, 0.75, 0.85, 0.85]")
+    assert CLASS.as_text() == "a photo of a hat\n\nclass: hat; of: dress; hat; shirt"
+    for told in (TOLD, CLASS):
+        again = from_text(told.as_text())
+        assert (again.captions, again.boxes, again.label, again.labels) == (told.captions, told.boxes, told.label, told.labels)
+
+
+def test_the_lists_are_as_long_as_the_papers():
+    """Tables 11 and 12; examples: 2 for conversations, of captions only, and 3 each for the others."""
+    assert (len(set(BRIEF)), len(set(DETAILED))) == (11, 16)
+    assert {kind: len(examples) for kind, examples in EXAMPLES.items()} == {"conversation": 2, "detail": 3, "reasoning": 3}
+    assert set(SYSTEM) == set(EXAMPLES) == set(instruct.KINDS) - {"brief"}
+    for kind, examples in EXAMPLES.items():
+        assert all(bool(from_text(seen).boxes) == (kind != "conversation") for seen, _ in examples)
+        assert all(turns(kind, reply, Random(0)) for _, reply in examples), "our own examples have the right form"
+
+
+def test_messages_are_system_examples_and_the_picture():
+    said = messages("reasoning", TOLD)
+    assert [m["role"] for m in said] == ["system", *["user", "assistant"] * 3, "user"]
+    assert said[-1]["content"] == TOLD.as_text()
+    assert said[0]["content"].endswith("What is wanted: reasoning")
+
+
+# --- what is said ---
+
+def test_a_reply_becomes_turns():
+    assert turns("conversation", GOOD, Random(0)) == [("What is it?", "A dog."), ("Where?", "On grass.")]
+    (asked, said), = turns("detail", "A dog runs over the grass.", Random(0))
+    assert asked in DETAILED and said == "A dog runs over the grass."
+
+
+@pytest.mark.parametrize(("kind", "reply", "why"), [
+    ("conversation", "", "empty"), ("conversation", "A dog.", 'part 1 is not "Question:"'),
+    ("conversation", "Question:\nWhat?", "no answer"), ("conversation", "Question:\nWhat?\n===\nAnswer:\n", "part 2 is not"),
+    ("conversation", "Question:\na\n===\nQuestion:\nb", 'part 2 is not "Answer:"'), ("reasoning", GOOD, "one question"),
+    ("conversation", GOOD.replace("dog", "caption"), "'caption'"), ("detail", "The bounding boxes show a dog.", "'bounding boxes'"),
+    ("detail", "A dog at [0.10, 0.2] there.", "gives away"), ("detail", "<image> a dog runs", "'<image>'"),
+    ("detail", "Dog.", "running text"), ("detail", GOOD, "running text")])
+def test_a_reply_of_the_wrong_form(kind, reply, why):
+    with pytest.raises(ValueError, match=why):
+        turns(kind, reply, Random(0))
+
+
+def test_rules_say_what_is_true():
+    """Of pictures that the world knows all of: every number, place and comparison is looked up in the boxes."""
+    met = Counter()
+    for seed in range(100):
+        told = scene_symbols(seed)
+        counts = Counter(name for name, _ in told.boxes)
+        where = {name.removeprefix("the "): ((b[0] + b[2]) / 2, (b[1] + b[3]) / 2) for name, b in told.boxes}
+        for question, answer in turns("conversation", rules(messages("conversation", told)), Random(0)):
+            if question.startswith("How many"):
+                name = question.removeprefix("How many things of the kind ").removesuffix(" are there?")
+                n = counts.get(name) or counts[f"the {name}"]
+                assert answer == f"There {'is' if n == 1 else 'are'} {('no', 'one', 'two')[n]}."
+            elif question.startswith("Where is"):
+                x, y = where[question.removeprefix("Where is the ").removesuffix("?")]
+                assert ("left" in answer, "right" in answer) == (x < 1 / 3, x > 2 / 3)
+                assert ("upper" in answer, "lower" in answer) == (y < 1 / 3, y > 2 / 3)
+            elif question.startswith("Which is further"):
+                right, left = question.removeprefix("Which is further to the left, the ").removesuffix("?").split(" or the ")
+                assert where[left][0] < where[right][0] and answer == f"The {left} is further to the left."
+            elif question.startswith("Is there"):
+                assert answer.startswith("No") and question.split()[-1][:-1] not in told.as_text()
+        ((question, answer),) = turns("reasoning", rules(messages("reasoning", told)), Random(0))
+        lost = answer.rsplit("So ", 1)[1]
+        met["half of the picture" in question] += 1
+        if "half of the picture" in question:
+            side = "left" if "left half" in question else "right"
+            for name, (x, _) in where.items():
+                assert (f"the {name}" in lost) == ((x < 0.5) == (side == "left"))
+        else:
+            areas = {name: (b[2] - b[0]) * (b[3] - b[1]) for name, b in told.boxes}
+            assert max(areas, key=areas.get).removeprefix("the ") in lost
+    assert min(met.values()) > 5
+
+
+def scene_symbols(seed: int) -> Symbols:
+    scene = random_scene(Random(seed), SEEN)
+    return Symbols(str(seed), Path("x.png"), captions(scene)[:5], tuple(boxes(scene)))
+
+
+def test_rules_about_a_class():
+    said = dict(turns("conversation", rules(messages("conversation", CLASS)), Random(0)))
+    assert said.pop("What is it?") == "hat"
+    (which, right), = [(q, a) for q, a in said.items() if q.startswith("Which of these")]
+    assert right == "hat" and all(label in which for label in CLASS.labels)
+    (is_it, yes), = [(q, a) for q, a in said.items() if q.startswith("Is it")]
+    assert yes == ("yes" if "hat" in is_it else "no")
+    assert rules(messages("detail", CLASS)) == "What is to be seen here: a photo of a hat."
+
+
+# --- stage 1's choice ---
+
+def test_noun_phrases_lie_between_function_words():
+    assert noun_phrases("A black dog sleeps on the red sofa, beside two pillows.") == {
+        "black dog sleeps", "red sofa", "pillows"}
+
+
+def test_captions_are_chosen_from_the_rarest_phrase_upward():
+    """2 are too rare, 3 are kept, of 150 there are 100; a picture with a rare phrase is kept whatever else it has."""
+    texts = ["an owl"] * 2 + ["a fox"] * 3 + ["a dog"] * 150 + ["a dog and a fox"]
+    told = [Symbols(str(i), Path(), (text,)) for i, text in enumerate(texts)]
+    kept = Counter(s.captions[0] for s in balanced(told))
+    assert kept["an owl"] == 0 and kept["a fox"] == 3 and kept["a dog and a fox"] == 1
+    assert kept["a dog"] + kept["a dog and a fox"] in (100, 101)
+    assert balanced(told) == balanced(told) != balanced(told, seed=1)
+
+
+# --- the work ---
+
+def written(out: Path) -> list[dict]:
+    return json.loads(out.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("image_first", [True, False])
+def test_what_is_written_is_llavas_json(tmp_path, image_first):
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "7.png")
+    told = [Symbols(str(i), tmp_path / "7.png", TOLD.captions, TOLD.boxes, split="val" if i == 3 else "train") for i in range(20)]
+    seen = synthesise(told, rules, ["conversation", "brief"], tmp_path / "made.json", SETTINGS, image_first)
+    assert seen == {"made": 40, "refused replies": 0}
+    firsts = Counter()
+    for record in written(tmp_path / "made.json"):
+        first = record["conversations"][0]["value"]
+        firsts[first.startswith("<image>\n")] += 1
+        assert first.count("<image>") == 1 and first.endswith("\n<image>") != first.startswith("<image>\n")
+        assert [turn["from"] for turn in record["conversations"]] == ["human", "gpt"] * (len(record["conversations"]) // 2)
+    assert firsts[False] == 0 if image_first else min(firsts.values()) > 10, "Eq. 2: both orders"
+    found = formats.scan(tmp_path / "made.json")
+    assert not found.problems and Counter(found.splits) == {"train": 38, "val": 2}
+    assert found.samples[0].caption == TOLD.captions[0], "not the first answer"
+
+
+def test_kinds_of_a_class_arrive_in_the_table(tmp_path):
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "a.png")
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps({"image": "a.png", "caption": f"a {name}", "label": name}) + "\n"
+                                              for name in ("hat", "shoe", "shirt")))
+    assert main([str(tmp_path / "c.jsonl"), "--out", str(tmp_path / "made.json"), "--kinds", "conversation"]) == 0
+    found = formats.scan(tmp_path / "made.json")
+    assert Counter(turn.kind for sample in found.samples for turn in sample.turns) == {"class": 6, "existence": 3}
+
+
+def test_names_are_classes_of_their_own(tmp_path):
+    """Emoji have no labels: a short caption is a name, and some others' names are told with it."""
+    names = [f"thing {i}" for i in range(30)]
+    for i in range(30):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps({"image": f"{i}.png", "caption": name}) + "\n"
+                                              for i, name in enumerate(names)))
+    for told in symbols.read(str(tmp_path / "c.jsonl")):
+        assert told.label == told.captions[0] and told.label in told.labels and len(set(told.labels)) == 8
+
+
+def test_a_teacher_that_talks_nonsense_is_asked_again_and_then_left_out(tmp_path):
+    replies = iter(["what?", GOOD, *["what?"] * 3])
+    seen = synthesise([TOLD, CLASS], lambda asked: next(replies), ["conversation"], tmp_path / "made.json", SETTINGS)
+    assert seen == {"made": 1, "left out": 1, "refused replies": 4}
+    assert [record["id"] for record in written(tmp_path / "made.json")] == ["7/conversation"]
+    with pytest.raises(UserError, match="were of no use, all 1 of them"):
+        synthesise([TOLD], lambda asked: "what?", ["detail"], tmp_path / "none.json", SETTINGS)
+    assert not (tmp_path / "none.json").exists()
+
+
+def test_an_interrupted_run_goes_on(tmp_path):
+    """The replies before are not asked for again, a torn line is, and the result is that of one run."""
+    told, out, asked = [scene_symbols(seed) for seed in range(6)], tmp_path / "made.json", []
+
+    def breaks(said):
+        if len(asked) == 4:
+            raise UserError("The server is down.")
+        asked.append(said[-1]["content"])
+        return rules(said)
+
+    with pytest.raises(UserError, match=r"The server is down. What was made so far is kept in .*made.json.part"):
+        synthesise(told, breaks, ["conversation"], out, SETTINGS)
+    assert not out.exists()
+    part = out.with_name("made.json.part")
+    part.write_text(part.read_text() + '{"key": "4/conv')
+    with pytest.raises(UserError, match="was begun with other settings"):
+        synthesise(told, rules, ["conversation"], out, {"seed": 1})
+    later = []
+    synthesise(told, lambda said: later.append(said) or rules(said), ["conversation"], out, SETTINGS)
+    assert len(later) == 2 and not part.exists()
+    synthesise(told, rules, ["conversation"], tmp_path / "whole.json", SETTINGS)
+    assert written(out) == written(tmp_path / "whole.json")
+
+
+def test_scenes_are_drawn_without_held_out_pairs(tmp_path, capsys):
+    assert main(["scenes:30", "--out", str(tmp_path / "made.json"), "--limit", "25"]) == 0
+    assert "75 conversations about 25 pictures" in capsys.readouterr().out
+    text = (tmp_path / "made.json").read_text()
+    assert not [pair for pair in HELD_OUT if " ".join(pair) in text]
+    assert len(formats.scan(tmp_path / "made.json").samples) == 75
+
+
+# --- boxes ---
+
+@pytest.fixture
+def coco(tmp_path):
+    """(captions file, instances file, write(bbox)): one picture of 100 × 50 with a dog."""
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (100, 50)).save(tmp_path / "images" / "7.png")
+    captioned, instances = tmp_path / "captions.json", tmp_path / "instances.json"
+    images = [{"id": 7, "file_name": "7.png", "width": 100, "height": 50}]
+    captioned.write_text(json.dumps({"images": images, "annotations": [{"image_id": 7, "caption": "a dog"}]}))
+
+    def write(bbox: object) -> None:
+        instances.write_text(json.dumps({"images": images, "categories": [{"id": 18, "name": "dog"}], "annotations": [
+            {"image_id": 7, "category_id": 18, "bbox": bbox}]}))
+    return str(captioned), str(instances), write
+
+
+def test_coco_boxes_become_fractions(coco):
+    captioned, instances, write = coco
+    write([10, 5, 50, 40])
+    (told,) = symbols.read(captioned, instances)
+    assert told.boxes == (("dog", (0.1, 0.1, 0.6, 0.9)),)
+
+
+@pytest.mark.parametrize("bbox", [[90, 5, 50, 40], [-9, 5, 20, 40], [10, 5, 0, 40], [10, 5, 20, 60], [1, 2, 3], "1 2 3 4"])
+def test_a_box_outside_of_its_picture(coco, bbox):
+    captioned, instances, write = coco
+    write(bbox)
+    with pytest.raises(UserError, match='instances.json annotation 0: field "bbox"'):
+        symbols.read(captioned, instances)
+
+
+# --- a server ---
+
+@pytest.fixture
+def server():
+    """(address, replies to give in turn: (status, body, headers) or seconds to sleep, requests that came)."""
+    replies, requests = [], []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            requests.append((self.path, self.headers.get("Authorization"), body))
+            reply = replies.pop(0)
+            if isinstance(reply, float):
+                time.sleep(reply)
+                return
+            status, content, headers = reply
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(content if isinstance(content, bytes) else json.dumps(content).encode())
+
+        def log_message(self, *_):
+            """Silence."""
+
+    httpd = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=httpd.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{httpd.server_port}/v1", replies, requests
+    httpd.shutdown()
+    httpd.server_close()
+
+
+def said(text: str) -> tuple[int, dict, dict]:
+    return 200, {"choices": [{"message": {"content": text}}], "usage": {"prompt_tokens": 100, "completion_tokens": 20}}, {}
+
+
+def endpoint(address: str, **how) -> tuple[Endpoint, list[float]]:
+    waits: list[float] = []
+    return Endpoint(address, "some-model", wait=waits.append, **how), waits
+
+
+def test_a_server_is_asked_as_openai_is(server, monkeypatch):
+    address, replies, requests = server
+    monkeypatch.setenv("MY_KEY", "secret-17")
+    teacher, _ = endpoint(address, key_from="MY_KEY")
+    replies += [said(GOOD), said("x")]
+    assert teacher(messages("conversation", TOLD)) == GOOD and teacher([]) == "x"
+    path, key, body = requests[0]
+    assert (path, key, body["model"]) == ("/v1/chat/completions", "Bearer secret-17", "some-model")
+    assert body["messages"] == messages("conversation", TOLD)
+    assert (teacher.calls, teacher.tokens_in, teacher.tokens_out) == (2, 200, 40)
+    assert teacher.cost(10, 50) == pytest.approx(0.004)
+
+
+def test_what_may_pass_is_tried_again(server):
+    address, replies, _ = server
+    teacher, waits = endpoint(address, per_minute=1e9)
+    replies += [(503, {}, {}), (429, {}, {"Retry-After": "7"}), said("at last")]
+    assert teacher([]) == "at last"
+    assert [wait for wait in waits if wait] == [2.0, 7.0]
+
+
+def test_no_more_requests_than_allowed(server):
+    address, replies, _ = server
+    now = [100.0]
+    waits: list[float] = []
+    teacher = Endpoint(address, "m", per_minute=30, wait=waits.append, clock=lambda: now[0])
+    replies += [said("a"), said("b"), said("c")]
+    teacher([])
+    now[0] += 0.5
+    teacher([])
+    now[0] += 5
+    teacher([])
+    assert waits == [0.0, 1.5, 0.0]
+
+
+def test_a_refusal_is_final_and_shows_no_key(server, monkeypatch, capsys, tmp_path):
+    address, replies, requests = server
+    monkeypatch.setenv("MY_KEY", "secret-17")
+    replies.append((401, {"error": "bad key secret-17"}, {}))
+    assert main(["scenes:2", "--out", str(tmp_path / "made.json"), "--teacher", address, "--model", "m", "--key-from", "MY_KEY"]) == 2
+    out, err = capsys.readouterr()
+    assert "refuses: HTTP 401" in err and "the key" in err and "is kept in" in err
+    assert len(requests) == 1
+    everything = out + err + "".join(path.read_text() for path in tmp_path.rglob("*") if path.suffix != ".png" and path.is_file())
+    assert "secret-17" not in everything
+
+
+def test_nobody_there_and_too_slow(server):
+    address, replies, _ = server
+    replies += [0.6, 0.6]
+    teacher, waits = endpoint(address, timeout=0.2, tries=2, per_minute=1e9)
+    with pytest.raises(UserError, match=r"gave no answer in 2 tries \(the last time: .*timed out"):
+        teacher([])
+    nobody, _ = endpoint("http://127.0.0.1:9", tries=3)
+    with pytest.raises(UserError, match=r"127.0.0.1:9/chat/completions gave no answer in 3 tries \(the last time: .*refused"):
+        nobody([])
+
+
+@pytest.mark.parametrize("content", [b"<html>", {"choices": []}, {"choices": [{"message": {"content": None}}]}, [1]])
+def test_an_answer_that_is_no_reply(server, content):
+    address, replies, _ = server
+    replies.append((200, content, {}))
+    assert endpoint(address)[0]([]) == ""
+
+
+def test_a_whole_set_made_by_a_server(server, tmp_path, capsys):
+    address, replies, _ = server
+    replies += [said("nonsense"), said(GOOD), said(GOOD)]
+    assert main(["scenes:2", "--out", str(tmp_path / "made.json"), "--kinds", "conversation", "--teacher", address, "--model", "m",
+                 "--per-minute", "1e9", "--price-in", "10", "--price-out", "50"]) == 0
+    out = capsys.readouterr().out
+    assert "2 conversations about 2 pictures; 0 left out, 1 replies of the wrong form" in out
+    assert "3 calls, 300 tokens in, 60 out, 0.01 spent" in out
+    assert len(written(tmp_path / "made.json")) == 2
+
+
+@pytest.mark.parametrize(("arguments", "complaint"), [
+    (["scenes:x"], "scenes:x: say how many scenes"), (["scenes:2", "--kinds", "poem"], "--kinds: 'poem' is none; there are brief"),
+    (["scenes:2", "--teacher", "http://x"], "--teacher and --model go together"),
+    (["scenes:2", "--teacher", "http://x", "--model", "m", "--key-from", "NO_SUCH"], "The environment variable NO_SUCH"),
+    (["nowhere.jsonl"], "nowhere.jsonl")])
+def test_what_cannot_be_made(arguments, complaint, tmp_path, capsys):
+    assert main([*arguments, "--out", str(tmp_path / "made.json")]) == 2
+    assert complaint in capsys.readouterr().err
+    assert not (tmp_path / "made.json").exists()
+
+
+def test_nothing_is_written_over(tmp_path, capsys):
+    (tmp_path / "made.json").write_text("mine")
+    assert main(["scenes:2", "--out", str(tmp_path / "made.json")]) == 2
+    assert "is there already" in capsys.readouterr().err and (tmp_path / "made.json").read_text() == "mine"
