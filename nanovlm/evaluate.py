@@ -18,7 +18,7 @@ A stage names what its model is judged by (`Stage.evaluate`):
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from random import Random
 
@@ -88,6 +88,9 @@ class Examinee:
         return chosen
 
 
+JUDGES = {"grounding": metrics.box_hit}  # kinds whose answers are not compared word by word
+
+
 def evaluate(model: nn.Module, recipe: Recipe, stage: Stage, source: object, tokenizer: Tokenizer,
              device: torch.device | str) -> dict[str, dict[str, float]]:
     """{metric: {"value", "n", "chance", "shuffled"}} on the source's whole exam, as far as the stage is judged by it."""
@@ -95,7 +98,8 @@ def evaluate(model: nn.Module, recipe: Recipe, stage: Stage, source: object, tok
     if "retrieval" in stage.evaluate:
         return judge_retrieval(examinee, source)
     by_kind = defaultdict(list)
-    for sample in source.exam():
+    mixed = "mixture" if stage.view == "mixture" else "instruct"
+    for sample in source.exam(view=mixed):
         by_kind[sample.turns[-1].kind].append(sample)
     if "two" in stage.evaluate:
         by_kind["caption"] = source.exam(kinds=("caption of two",))
@@ -106,7 +110,7 @@ def evaluate(model: nn.Module, recipe: Recipe, stage: Stage, source: object, tok
             if {"captions", "two"} & set(stage.evaluate):
                 results |= judge_captions(examinee, samples, source)
         elif "answers" in stage.evaluate:
-            marks += (of_kind := judge_answers(examinee, samples))
+            marks += (of_kind := judge_answers(examinee, samples, JUDGES.get(kind, right)))
             if kind:
                 results[f"vqa_accuracy/{kind}"] = mean(of_kind)
     if marks:
@@ -116,11 +120,16 @@ def evaluate(model: nn.Module, recipe: Recipe, stage: Stage, source: object, tok
     return results
 
 
-def judge_answers(examinee: Examinee, samples: Sequence[Sample]) -> list[tuple[float, float, float]]:
+def judge_answers(examinee: Examinee, samples: Sequence[Sample],
+                  judge: Callable[[str, str], float]) -> list[tuple[float, float, float]]:
     truths = [s.turns[-1].answer for s in samples]
-    common = Counter(map(metrics.normalise_answer, truths)).most_common(1)[0][0]
-    return [tuple(metrics.vqa_accuracy(guess, [truth]) for guess in (right, common, wrong))
-            for truth, right, wrong in zip(truths, examinee.answer(samples), examinee.answer(permuted(samples)))]
+    common = Counter(truths).most_common(1)[0][0]
+    return [tuple(judge(guess, truth) for guess in (said, common, blind))
+            for truth, said, blind in zip(truths, examinee.answer(samples), examinee.answer(permuted(samples)))]
+
+
+def right(guess: str, truth: str) -> float:
+    return metrics.vqa_accuracy(guess, [truth])
 
 
 def judge_captions(examinee: Examinee, samples: Sequence[Sample], source: object) -> dict[str, dict[str, float]]:
@@ -205,8 +214,8 @@ def examples(model: nn.Module, recipe: Recipe, stage: Stage, source: object, tok
              device: torch.device | str, n: int = 12) -> list[tuple[object, str, str, str]]:
     """(picture, question, truth, prediction) of n held-out samples, spread over the kinds: rows for `plots.save_samples`."""
     examinee = Examinee(model, recipe, stage, tokenizer, device)
-    if stage.view == "instruct":
-        exam = source.exam(n)
+    if stage.view in ("instruct", "mixture"):
+        exam = source.exam(n, view=stage.view)
         samples = [exam[i * len(exam) // n] for i in range(min(n, len(exam)))]
     else:  # before instruction tuning: what it says of a picture, of a text, or which caption it finds the best
         samples = [source.sample(stage.view, "val", i) for i in range(min(n, source.size(stage.view, "val")))]

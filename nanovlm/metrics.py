@@ -100,6 +100,28 @@ def exact_match(prediction: str, references: Sequence[str]) -> bool:
     return plain(prediction) in {plain(reference) for reference in references}
 
 
+# ---- boxes
+
+def box_hit(prediction: str, truth: str) -> float:
+    """1 where the box that is said overlaps the right one by half of their union or more (RefCOCO), else 0."""
+    said, right = _box(prediction), _box(truth)
+    return float(said is not None and intersection_over_union(said, right) >= 0.5)
+
+
+def _box(text: str) -> tuple[float, ...] | None:
+    """The four numbers of "[0.10, 0.25, 0.40, 0.50]"; None if there are not four, or if they make no box."""
+    numbers = tuple(float(number) for number in re.findall(r"\d+\.?\d*", text))
+    return numbers if len(numbers) == 4 and numbers[0] < numbers[2] and numbers[1] < numbers[3] else None
+
+
+def intersection_over_union(a: tuple[float, ...], b: tuple[float, ...]) -> float:
+    """Of two boxes, each left, top, right, bottom."""
+    width = max(0.0, min(a[2], b[2]) - max(a[0], b[0]))
+    height = max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+    areas = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b))
+    return width * height / (areas - width * height)
+
+
 # ---- captions
 
 WORD = re.compile(

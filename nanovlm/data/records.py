@@ -1,4 +1,4 @@
-"""Records that were read from files, in the four views that training asks for.
+"""Records that were read from files, in the views that training asks for.
 
 Idea: whatever the files looked like, a record is some images, a caption with its references, perhaps a conversation.
 The interface is that of `scenes.Scenes`, so the loop does not know whether the world is real.
@@ -8,6 +8,7 @@ The interface is that of `scenes.Scenes`, so the loop does not know whether the 
     captions   for alignment       one           "<image>" → the caption
     described  the same            one           the same: there is nothing here to vary
     instruct   for instruction     any number    the conversation, or "<image>\\nwhat is in the picture?" → the caption
+    mixture    the same            any number    the same: published mixtures say how to answer in their questions
     text       for the LM          none          the same, with the caption where the image would stand
 
     records ─► train │ val ─► entries of each view ─► sample(view, split, index)
@@ -30,7 +31,7 @@ from nanovlm.data.conversation import IMAGE, Sample, Turn
 from nanovlm.data.transforms import load_image
 from nanovlm.errors import UserError
 
-VIEWS = ("pairs", "captions", "described", "instruct", "text")
+VIEWS = ("pairs", "captions", "described", "instruct", "mixture", "text")
 SPLITS = ("train", "val")
 QUESTIONS = ("what is in the picture?", "what does the picture show?", "what do you see?", "describe the picture.")
 KEPT_PICTURES, KEPT_BYTES = 20_000, 1 << 30  # a set beyond either is decoded anew in every epoch
@@ -111,7 +112,7 @@ class Records:
             met[sample.caption] += 1
         return [row[:n] for row in rows if len(row) >= max(2, len(rows[0]) // 2)]
 
-    def exam(self, n: int = 1000) -> list[Sample]:
+    def exam(self, n: int = 1000, view: str = "instruct") -> list[Sample]:
         """Up to n held-out samples, spread evenly, each to be judged by the answer of its last turn."""
         size, samples = self.size("instruct", "val"), []
         for i in range(min(n, size)):
@@ -170,7 +171,7 @@ class Records:
 
 
 def as_view(record: Sample, caption: str, view: str, rng: Random) -> Sample:
-    """The record as one of the four views shows it, with `caption` for its text where it is no conversation."""
+    """The record as one of the views shows it, with `caption` for its text where it is no conversation."""
     if view == "pairs":
         turns = ()
     elif view in ("captions", "described"):

@@ -118,7 +118,13 @@ def conversation(scene: Scene, rng: Random, pairs: tuple = PAIRS) -> tuple[Turn,
     """
     if rng.random() < 0.15:
         return (dense(scene, rng, pairs),)
-    talk = [Turn(DESCRIBE, caption(scene, rng), "caption")] if rng.random() < 0.15 else []
+    talk = (Turn(DESCRIBE, caption(scene, rng), "caption"),) if rng.random() < 0.15 else ()
+    return questions(scene, rng, pairs, talk)
+
+
+def questions(scene: Scene, rng: Random, pairs: tuple = PAIRS, before: tuple[Turn, ...] = ()) -> tuple[Turn, ...]:
+    """Questions with one answer, some of which lean on the one before, until enough is said; after the turns `before`."""
+    talk = list(before)
     while _words(talk) < LONG_ENOUGH:
         asked = ask(scene, rng, rng.choices(tuple(WEIGHTS), WEIGHTS.values())[0], pairs)
         while asked and _words(talk) < LONG_ENOUGH and asked.turn.question not in [turn.question for turn in talk]:

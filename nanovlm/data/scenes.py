@@ -12,12 +12,13 @@ A worked example, sample("instruct", "train", i):
     |           |     v     |
     +-----------+-----------+
 
-Five views of the world:
+Six views of the world:
 
     pairs     picture + caption + captions with one fact wrong       contrastive learning
     captions  "<image>" -> caption                                   the bridge learns to pass on what is there
     described the same, some in colours without names                and where it learns from captions alone
     instruct  "<image>\\n" question -> answer, several turns           instruction tuning
+    mixture   the same, asked in LLaVA-1.5's ways (scene_mixture.py)   and with the form of the answer on demand
     text      description "\\n" question -> answer, no picture         what the tiny language model reads beforehand
 
 In the text view a description stands where the picture will stand later: a language model that has learned to use what
@@ -52,6 +53,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
 
+from nanovlm.data import scene_mixture
 from nanovlm.data.conversation import Sample, Turn
 from nanovlm.data.scene_language import (
     DESCRIPTIONS,
@@ -95,10 +97,10 @@ from nanovlm.data.scene_world import (
 )
 from nanovlm.errors import UserError
 
-VIEWS = ("pairs", "captions", "described", "instruct", "text")
+VIEWS = ("pairs", "captions", "described", "instruct", "mixture", "text")
 SPLITS = ("train", "val")
 # view -> the lessons that come before conversations, each with the sample where it ends
-LESSONS = {"text": {"repeat": 16_000, "dense": 80_000}, "instruct": {"dense": 12_000}}
+LESSONS = {"text": {"repeat": 16_000, "dense": 80_000}, "instruct": {"dense": 12_000}, "mixture": {"dense": 12_000}}
 UNNAMED = 112_000  # of view "described": samples before this one
 
 TWO = "caption of two"  # to describe a scene of two objects and no sign, in an exam; "caption": any scene
@@ -150,9 +152,11 @@ class Scenes:
             return Sample(name, turns=_document(scene, rng, lesson), references=captions(scene), format=style)
         if view == "pairs":
             return self._pair(name, scene, rng, pairs, split)
-        if view == "instruct" and split == "train" and rng.random() < 0.15:
+        if view in ("instruct", "mixture") and split == "train" and rng.random() < 0.15:
             return self._colourless(name, scene, rng)
-        if view == "instruct":
+        if view == "mixture" and not lesson:
+            return self._mixed(name, scene, rng, pairs)
+        if view in ("instruct", "mixture"):
             turns = _put_before((dense(scene, rng, pairs),) if lesson else conversation(scene, rng, pairs), "<image>")
             return Sample(name, (render(scene, self.image_size),), references=captions(scene), turns=turns)
         wording, shown = rng.choice(wordings(scene)), scene
@@ -161,6 +165,14 @@ class Scenes:
         true = say(scene, wording)
         turns = (Turn("<image>", true, "caption"),)
         return Sample(name, (render(shown, self.image_size),), caption=true, references=captions(scene), turns=turns)
+
+    def _mixed(self, name: str, scene: Scene, rng: Random, pairs: tuple) -> Sample:
+        """One part of the mixture; one in twenty has no picture."""
+        turns, shown = scene_mixture.conversation(scene, rng, pairs)
+        if not shown:
+            return Sample(name, turns=turns, references=captions(scene))
+        images = (render(scene, self.image_size),)
+        return Sample(name, images, references=captions(scene), turns=_put_before(turns, "<image>"))
 
     def _pair(self, name: str, scene: Scene, rng: Random, pairs: tuple, split: str) -> Sample:
         """A picture and what is said of it; in training, facts are left out of the text now and then."""
@@ -191,23 +203,35 @@ class Scenes:
             index += 1
         return [list(chosen.values())]
 
-    def exam(self, n: int = 200, kinds: Sequence[str] = (*KINDS, "caption")) -> list[Sample]:
-        """n samples of each kind, whose last turn is to be judged. Every scene has a held-out pair.
+    def exam(self, n: int = 200, kinds: Sequence[str] = (), view: str = "instruct") -> list[Sample]:
+        """n samples of each kind (all unless told), whose last turn is to be judged. Every scene has a held-out pair.
+
+        view "mixture": more kinds, and behind each first question the sentence that says how to answer.
 
         Scenes are drawn until the answer is the one whose turn it is (so that all answers are equally frequent) and,
         unless the question is about no object in particular, until it is about a held-out pair. For "existence" that
         goes for yes and no alike, and every second pair that is not there is a near miss. A follow-up stands after the
         turn that it needs.
         """
-        if unknown := set(kinds) - {*KINDS, "caption", TWO}:
-            raise UserError(f"scenes have no questions of kind {min(unknown)!r}, only {', '.join(KINDS)}, caption and {TWO}")
-        return [self._exam_question(kind, index) for kind in kinds for index in range(n)]
+        known = (*KINDS, *(scene_mixture.KINDS if view == "mixture" else ()), "caption")
+        if unknown := set(kinds) - {*known, TWO}:
+            raise UserError(f"scenes have no questions of kind {min(unknown)!r}, only {', '.join(known)} and {TWO}")
+        return [self._exam_question(kind, index, view) for kind in kinds or known for index in range(n)]
 
-    def _exam_question(self, kind: str, index: int) -> Sample:
-        rng = Random(f"exam/{kind}/{index}")
+    def _exam_question(self, kind: str, index: int, view: str) -> Sample:
+        rng, mixed = Random(f"exam/{kind}/{index}"), view == "mixture"
         if kind == "caption":
             sample = self.sample("captions", "val", index)
-            return replace(sample, turns=(Turn(f"<image>\n{DESCRIBE}", sample.caption, kind),))
+            wanted = scene_mixture.CAPTION if mixed else DESCRIBE
+            return replace(sample, turns=(Turn(f"<image>\n{wanted}", sample.caption, kind),))
+        if kind in scene_mixture.KINDS:
+            scene = _val_scene(rng)
+            about = next(thing for thing in scene.objects if thing.pair in HELD_OUT)
+            turns = (scene_mixture.examine(scene, rng, kind, about),)
+            if kind == "chat":
+                return Sample(f"scenes/exam/{kind}/{index}", turns=turns, references=captions(scene))
+            images = (render(scene, self.image_size),)
+            return Sample(f"scenes/exam/{kind}/{index}", images, references=captions(scene), turns=_put_before(turns, "<image>"))
         if kind == TWO:
             scene = random_scene(rng, PAIRS, including=HELD_OUT, many=2, signs=0)
             turns = (Turn(f"<image>\n{DESCRIBE}", caption(scene, rng), "caption"),)
@@ -217,7 +241,8 @@ class Scenes:
             asked = _examine(scene, rng, kind)
             if asked and _wanted(scene, asked[-1], kind, index):
                 break
-        turns = _put_before(tuple(one.turn for one in asked), "<image>")
+        turns = tuple(one.turn for one in asked)
+        turns = _put_before(scene_mixture.short(turns) if mixed else turns, "<image>")
         images = (render(scene, self.image_size),)
         return Sample(f"scenes/exam/{kind}/{index}", images, references=captions(scene), turns=turns)
 

@@ -30,9 +30,11 @@ def build_llava(config: LLaVAConfig, checkpointing: bool, stage: str) -> nn.Modu
     return model
 
 
+TINY_CONFIG = LLaVAConfig(backbones.TINY_VISION, backbones.TINY_LANGUAGE, IMAGE_ID)
+
 TINY = Recipe(
     name="llava/tiny",
-    build=partial(build_llava, LLaVAConfig(backbones.TINY_VISION, backbones.TINY_LANGUAGE, IMAGE_ID), False),
+    build=partial(build_llava, TINY_CONFIG, False),
     image_size=48,
     vocab=backbones.TINY_VOCAB,
     stages=(

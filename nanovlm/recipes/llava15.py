@@ -1,6 +1,7 @@
 """LLaVA-1.5's recipes: what changed since LLaVA is two maps instead of one, the data, and how much of a picture is seen.
 
                  eyes                           projector   stage 1 "align"       stage 2 "tune"
+    tiny         clip/tiny, 16 tokens           2 layers    captions              scenes' mixture
     small        clip/small, 196                2 layers    captions              conversations
     7b, 13b      CLIP-L/14 at 336: 576 tokens   2 layers    558K pairs, lr 1e-3   665K conversations, lr 2e-5
     7b-hd, …     CLIP-L/14 at 224, up to 7      2 layers    as above, at 224      the same, pictures in tiles
@@ -18,6 +19,7 @@ taken over from 1.5; 4,096 tokens, what its language model was trained for, as t
 from dataclasses import replace
 from functools import partial
 
+from nanovlm.data import scene_mixture
 from nanovlm.decoder import VICUNA_7B, VICUNA_13B, DecoderConfig
 from nanovlm.papers.llava import LLaVA, LLaVAConfig
 from nanovlm.recipes import llava
@@ -30,6 +32,14 @@ def build_llava15(config: LLaVAConfig, checkpointing: bool, stage: str) -> LLaVA
     """Tiles are for stage 2."""
     return llava.build_llava(replace(config, tiling=None) if stage == "align" else config, checkpointing, stage)
 
+
+TINY = replace(
+    llava.TINY,
+    name="llava15/tiny",
+    build=partial(build_llava15, replace(llava.TINY_CONFIG, projector_layers=2), False),
+    phrases=scene_mixture.PROMPTS,
+    stages=(llava.TINY.stages[0], replace(llava.TINY.stages[1], view="mixture", fit="pad")),
+)
 
 SMALL = replace(
     llava.SMALL,
@@ -57,7 +67,7 @@ def published(name: str, language: DecoderConfig, weights: str, hd: bool = False
     )
 
 
-RECIPES = (SMALL,
+RECIPES = (TINY, SMALL,
            published("llava15/7b", VICUNA_7B, "lmsys/vicuna-7b-v1.5"),
            published("llava15/13b", VICUNA_13B, "lmsys/vicuna-13b-v1.5"),
            published("llava15/7b-hd", VICUNA_7B, "lmsys/vicuna-7b-v1.5", hd=True),

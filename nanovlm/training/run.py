@@ -155,7 +155,7 @@ class Run:
         texts = list(self.source.texts())
         if self.source is not self.world:
             texts += self.world.texts()
-        return Tokenizer.train(texts + 1000 * template_texts(), self.recipe.vocab)
+        return Tokenizer.train(texts + 1000 * [*template_texts(), *self.recipe.phrases], self.recipe.vocab)
 
     def recall(self) -> None:
         """Read last.pt; a run that was stopped before its first checkpoint begins at the beginning."""

@@ -1,0 +1,131 @@
+"""LLaVA-1.5's mixture in the embedded world: one picture, many ways to ask, each with the sentence that says how to answer.
+
+"Improved Baselines with Visual Instruction Tuning" (2310.03744) §3.2, Table 7.
+
+    part        stands for                    question                                    answer
+    short       VQAv2, GQA, OKVQA, OCR-VQA    what colour is the square? ⏎ SHORT          blue
+    sentences   LLaVA-Instruct                what colour is the square?                  It is blue.
+    letters     A-OKVQA                       … A. red B. blue ⏎ LETTER                   B
+    caption     TextCaps                      CAPTION                                     a small blue square in the …
+    region      RefCOCO, Visual Genome        [0.60, 0.10, 0.88, 0.38] ⏎ REGION           small blue square
+    grounding   the same, the other way       small blue square ⏎ GROUNDING               [0.60, 0.10, 0.88, 0.38]
+    chat        ShareGPT, no picture          top right: small blue square. what colour…  It is blue.
+
+Whether a word or a sentence is wanted cannot be guessed from "what colour is the square?": a model that was taught both gives
+either, or always the one that was more frequent. SHORT takes the doubt away (§3.2: why InstructBLIP answers in words only).
+As in the published file, the sentence stands on a line of its own behind the first question and holds for the whole talk.
+
+The five sentences are the published ones, to the letter: weights tuned on them expect them.
+"""
+
+from dataclasses import replace
+from random import Random
+
+from nanovlm.data.conversation import Turn
+from nanovlm.data.scene_language import DESCRIPTIONS, caption, description
+from nanovlm.data.scene_questions import ATTRIBUTES, FOLLOW_UP, Asked, ask, dense, questions
+from nanovlm.data.scene_world import CELLS, COLOURS, PAIRS, SHAPES, SIZES, Object, Scene, boxes
+
+SHORT = "Answer the question using a single word or phrase."
+LETTER = "Answer with the option's letter from the given choices directly."
+CAPTION = "Provide a one-sentence caption for the provided image."
+REGION = "Provide a short description for this region."
+GROUNDING = "Provide the bounding box coordinate of the region this sentence describes."
+PROMPTS = (SHORT, LETTER, CAPTION, REGION, GROUNDING)
+
+# How many of a hundred conversations: about the paper's shares, with more of what is harder to learn here.
+PARTS = {"short": 45, "dense": 12, "sentences": 15, "letters": 9, "caption": 4, "region": 5, "grounding": 5, "chat": 5}
+KINDS = ("option", "region", "grounding", "chat")  # what an exam asks beyond the questions of scene_questions
+OPTIONS = {"colour": tuple(COLOURS), "shape": SHAPES, "size": tuple(SIZES), "position": CELLS,
+           "count": ("one", "two", "three", "four"), "relation": ("left", "right", "above", "below")}
+
+
+def conversation(scene: Scene, rng: Random, pairs: tuple = PAIRS) -> tuple[tuple[Turn, ...], bool]:
+    """The turns of one part, and whether they are about a picture; no mark stands in them yet."""
+    part = rng.choices(tuple(PARTS), PARTS.values())[0]
+    if part == "dense":
+        return (dense(scene, rng, pairs),), True
+    if part == "caption":
+        return (Turn(CAPTION, caption(scene, rng), "caption"),), True
+    if part == "letters":
+        return tuple(option(scene, rng, kind) for kind in rng.sample(tuple(OPTIONS)[:5], 2)), True
+    if part in ("region", "grounding"):
+        things = rng.sample(scene.objects, min(2, len(scene.objects)))
+        return tuple({"region": region, "grounding": grounding}[part](scene, thing) for thing in things), True
+    if part == "short":
+        return short(questions(scene, rng, pairs)), True
+    talk = tuple(replace(turn, answer=sentence(turn)) for turn in questions(scene, rng, pairs))
+    return (talk, True) if part == "sentences" else (told(scene, rng, talk), False)
+
+
+def short(talk: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    first = talk[0]
+    return (replace(first, question=f"{first.question}\n{SHORT}"), *talk[1:])
+
+
+def told(scene: Scene, rng: Random, talk: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    """The same talk about a scene that is not shown but told."""
+    first = talk[0]
+    return (replace(first, question=f"{description(scene, rng, DESCRIPTIONS[:1])}\n{first.question}"), *talk[1:])
+
+
+def sentence(turn: Turn) -> str:
+    """A short answer, said as LLaVA's instructions have it."""
+    answer, kind = turn.answer, turn.kind
+    if kind == "follow_up":
+        kind = next(field for field, question in FOLLOW_UP.items() if question == turn.question)
+    if kind == "existence":
+        return "Yes, there is." if answer == "yes" else "No, there is not."
+    if kind == "count":
+        return f"There {'is' if answer == 'one' else 'are'} {answer}."
+    if kind == "object":
+        look, cell = answer.split(", ")
+        return f"It is a {look} in the {cell}."
+    return {"colour": "It is {}.", "size": "It is {}.", "shape": "It is a {}.", "position": "It is in the {}.",
+            "cell": "It is in the {}.", "relation": "It is on this side: {}.",
+            "comparison": "It is the {}.", "reading": "The sign says {}."}[kind].format(answer)
+
+
+def option(scene: Scene, rng: Random, kind: str, asked: Asked | None = None) -> Turn:
+    """A question with two to four answers to choose from; where the scene has none of this kind, one about a colour."""
+    asked = asked or ask(scene, rng, kind) or ask(scene, rng, "colour")
+    right = asked.turn.answer
+    wrong = [answer for answer in OPTIONS[asked.turn.kind] if answer != right]
+    choices = [right, *rng.sample(wrong, min(len(wrong), rng.choice((2, 3))))]
+    rng.shuffle(choices)
+    lines = "\n".join(f"{letter}. {choice}" for letter, choice in zip("ABCD", choices))
+    return Turn(f"{asked.turn.question}\n{lines}\n{LETTER}", "ABCD"[choices.index(right)], "option")
+
+
+def region(scene: Scene, thing: Object) -> Turn:
+    return Turn(f"{box(scene, thing)}\n{REGION}", phrase(thing), "region")
+
+
+def grounding(scene: Scene, thing: Object) -> Turn:
+    return Turn(f"{phrase(thing)}\n{GROUNDING}", box(scene, thing), "grounding")
+
+
+def phrase(thing: Object) -> str:
+    return f"{thing.size} {thing.colour} {thing.shape}"
+
+
+def box(scene: Scene, thing: Object) -> str:
+    """Left, top, right, bottom as fractions of the picture, two decimals (spec §2.2: how many is not published)."""
+    corners = dict(zip(scene.things, (corners for _, corners in boxes(scene))))[thing]
+    return f"[{', '.join(f'{x:.2f}' for x in corners)}]"
+
+
+def examine(scene: Scene, rng: Random, kind: str, about: Object) -> Turn:
+    """One of KINDS, about the object `about`."""
+    if kind == "region":
+        return region(scene, about)
+    if kind == "grounding":
+        return grounding(scene, about)
+    while True:
+        asked = ask(scene, rng, rng.choice(tuple(ATTRIBUTES)))
+        if asked.it is about:
+            break
+    if kind == "option":
+        return option(scene, rng, asked.turn.kind, asked)
+    (turn,) = told(scene, rng, (replace(asked.turn, answer=sentence(asked.turn), kind="chat"),))
+    return turn
