@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from random import Random
@@ -114,7 +115,14 @@ def scene_symbols(seed: int) -> Symbols:
 
 
 def test_rules_about_a_class():
-    said = dict(turns("conversation", rules(messages("conversation", CLASS)), Random(0)))
+    said = {}
+    for number in range(30):  # each picture is asked about once, or one answer would give away the next
+        told = replace(CLASS, captions=(f"a photo of hat {number}",))
+        pairs = turns("conversation", rules(messages("conversation", told)), Random(0))
+        assert len(pairs) == 1
+        said.update({q.split(":")[0].split(" a ")[0]: (q, a) for q, a in pairs})
+    assert len(said) == 3
+    said = dict(said.values())
     assert said.pop("What is it?") == "hat"
     (which, right), = [(q, a) for q, a in said.items() if q.startswith("Which of these")]
     assert right == "hat" and all(label in which for label in CLASS.labels)
@@ -167,10 +175,10 @@ def test_what_is_written_is_llavas_json(tmp_path, image_first):
 def test_kinds_of_a_class_arrive_in_the_table(tmp_path):
     Image.new("RGB", (40, 40), "red").save(tmp_path / "a.png")
     (tmp_path / "c.jsonl").write_text("".join(json.dumps({"image": "a.png", "caption": f"a {name}", "label": name}) + "\n"
-                                              for name in ("hat", "shoe", "shirt")))
+                                              for name in ("hat", "shoe", "shirt", "dress", "skirt", "coat")))
     assert main([str(tmp_path / "c.jsonl"), "--out", str(tmp_path / "made.json"), "--kinds", "conversation"]) == 0
     found = formats.scan(tmp_path / "made.json")
-    assert Counter(turn.kind for sample in found.samples for turn in sample.turns) == {"class": 6, "existence": 3}
+    assert {turn.kind for sample in found.samples for turn in sample.turns} == {"class", "existence"}
 
 
 def test_names_are_classes_of_their_own(tmp_path):

@@ -44,8 +44,8 @@ def _blocks(pairs: Sequence[tuple[str, str]]) -> str:
 
 
 def _conversation(symbols: Symbols, rng: Random) -> str:
-    if symbols.label:
-        return _blocks(rng.sample(pairs := _of_a_class(symbols, rng), len(pairs)))
+    if symbols.label:  # one question only: its answer would give away those to the others
+        return _blocks([rng.choice(_of_a_class(symbols, rng))])
     first = ("What is in the picture?", _sentence(symbols.captions[0]))
     if not symbols.boxes:
         return _blocks([first])

@@ -102,7 +102,7 @@ def _resolve_stage(stage: Stage, real: bool, steps: float | None) -> Stage:
 
 def as_config(recipe: Recipe) -> dict:
     """The recipe as plain values, for config.json; the model's own sizes live in its build function, which is code."""
-    plain = {f.name: getattr(recipe, f.name) for f in fields(recipe) if f.name not in ("build", "stages", "notes")}
+    plain = {f.name: _plain(getattr(recipe, f.name)) for f in fields(recipe) if f.name not in ("build", "stages", "notes")}
     plain["stages"] = [_plain(asdict(stage)) for stage in recipe.stages]
     return plain
 

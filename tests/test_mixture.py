@@ -1,0 +1,158 @@
+"""LLaVA-1.5's mixture: every answer is right in the form that is asked for, judged by the oracle of the scenes."""
+
+import re
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from scene_oracle import check_conversation, judge, read
+
+from nanovlm import evaluate, recipes
+from nanovlm.data import scene_mixture, scenes
+from nanovlm.data.conversation import Turn, encode
+from nanovlm.data.scene_mixture import CAPTION, GROUNDING, LETTER, PARTS, REGION, SHORT
+from nanovlm.data.scene_world import HELD_OUT
+from nanovlm.data.scenes import LESSONS, Scenes
+from nanovlm.errors import UserError
+from nanovlm.metrics import box_hit, intersection_over_union
+
+AFTER = LESSONS["mixture"]["dense"]
+SAID = {  # sentence → the short answer in it
+    r"Yes, there is\.": "yes", r"No, there is not\.": "no", r"It is on this side: (\w+)\.": None, r"The sign says (\w+)\.": None,
+    r"There (?:is|are) (\w+)\.": None, r"It is in the (top|bottom) (left|right)\.": None,
+    r"It is a (large|small) (\w+ \w+) in the (\w+ \w+)\.": None, r"It is the (.+)\.": None, r"It is a (\w+)\.": None,
+    r"It is (\w+)\.": None}
+CORNERS = {(True, True): "top left", (False, True): "top right", (True, False): "bottom left", (False, False): "bottom right"}
+
+
+def in_short(sentence: str) -> str:
+    for pattern, answer in SAID.items():
+        if found := re.fullmatch(pattern, sentence):
+            if answer:
+                return answer
+            return ", ".join((" ".join(found.groups()[:2]), found[3])) if len(found.groups()) == 3 else " ".join(found.groups())
+    raise AssertionError(f"{sentence!r} is no sentence of ours")
+
+
+def check(turns: tuple[Turn, ...], truth: dict) -> str:
+    """Every answer is right; returns which part of the mixture the conversation is of."""
+    first, *others = turns
+    told, _, question = first.question.rpartition("<image>\n")
+    assert not told and not any("<image>" in turn.question for turn in others)
+    first = replace(first, question=question)
+    if question == CAPTION:
+        assert read(first.answer) == truth
+        return "caption"
+    if question.endswith(LETTER):
+        for turn in (first, *others):
+            asked, *choices, last = turn.question.split("\n")
+            assert last == LETTER and turn.kind == "option"
+            named = dict(choice.split(". ") for choice in choices)
+            assert len(set(named.values())) == len(named) >= 2 and list(named) == list("ABCD")[:len(named)]
+            assert named[turn.answer] == judge(asked, truth, None)[0]
+        return "letters"
+    if question.endswith((REGION, GROUNDING)):
+        for turn in (first, *others):
+            asked, last = turn.question.split("\n")
+            box, phrase = (asked, turn.answer) if last == REGION else (turn.answer, asked)
+            left, top, right, bottom = (float(x) for x in re.findall(r"\d\.\d\d", box))
+            thing = truth[CORNERS[(left + right) / 2 < 0.5, (top + bottom) / 2 < 0.5]]
+            assert phrase == f"{thing['size']} {thing['colour']} {thing['shape']}" and 0 <= left < right <= 1
+            assert (right - left > 0.36) == (thing["size"] == "large")
+        return "region" if question.endswith(REGION) else "grounding"
+    if question.endswith(f"\n{SHORT}"):
+        check_conversation([replace(first, question=question.removesuffix(f"\n{SHORT}")), *others], truth)
+        return "short"
+    if first.kind in ("notes", "census", "places", "sides"):
+        check_conversation([first], truth)
+        return "dense"
+    check_conversation([replace(turn, answer=in_short(turn.answer)) for turn in (first, *others)], truth)
+    return "sentences"
+
+
+def test_every_answer_is_right_and_in_the_form_that_is_asked_for(monkeypatch):
+    """And the parts come as often as they should: within five standard deviations of 3,000 draws."""
+    monkeypatch.setattr(scenes, "render", lambda *_: "picture")
+    parts, n = Counter(), 3000
+    for index in range(AFTER, AFTER + n):
+        sample = Scenes().sample("mixture", "train", index)
+        truth = read(sample.references[0])
+        if not sample.images:
+            told, question = sample.turns[0].question.split("\n")
+            assert read(told) == truth
+            assert check((replace(sample.turns[0], question=question), *sample.turns[1:]), truth) == "sentences"
+            parts["chat"] += 1
+        elif sample.turns[0].question.endswith("colours aside."):
+            check_conversation([replace(sample.turns[0], question="take notes, colours aside.")], truth)
+        else:
+            parts[check(sample.turns, truth)] += 1
+    for part, weight in PARTS.items():
+        p = 0.85 * weight / sum(PARTS.values())  # 15 of 100 are in colours without names
+        assert abs(parts[part] - n * p) < 5 * (n * p * (1 - p)) ** 0.5, part
+
+
+def test_lessons_come_first():
+    first = Scenes().sample("mixture", "train", 17).turns
+    assert len(first) == 1 and first[0].kind in ("notes", "census", "places", "sides")
+
+
+def test_the_exam_asks_in_the_same_words():
+    """Each kind, the ten of LLaVA too, about a held-out pair; what is asked without a picture has none."""
+    exam = Scenes().exam(12, view="mixture")
+    kinds = Counter(sample.turns[-1].kind for sample in exam)
+    assert set(kinds) == {*scenes.KINDS, *scene_mixture.KINDS, "caption"} and set(kinds.values()) == {12}
+    for sample in exam:
+        truth, kind = read(sample.references[0]), sample.turns[-1].kind
+        assert any((thing.get("colour"), thing.get("shape")) in HELD_OUT for thing in truth.values())
+        if kind == "chat":
+            told, question = sample.turns[0].question.split("\n")
+            assert not sample.images and read(told) == truth
+            check_conversation([Turn(question, in_short(sample.turns[0].answer))], truth)
+        else:
+            wanted = {"option": "letters", "region": "region", "grounding": "grounding", "caption": "caption"}
+            assert check(sample.turns, truth) == wanted.get(kind, "short")
+    with pytest.raises(UserError, match="no questions of kind 'region'"):
+        Scenes().exam(1, ["region"])
+
+
+def test_the_plain_exam_is_as_it_was():
+    assert {sample.turns[-1].kind for sample in Scenes().exam(2)} == {*scenes.KINDS, "caption"}
+    assert not any(prompt in turn.question for sample in Scenes().exam(3) for turn in sample.turns
+                   for prompt in scene_mixture.PROMPTS)
+
+
+# --- boxes ---
+
+@pytest.mark.parametrize(("said", "hit"), [
+    ("[0.10, 0.10, 0.50, 0.50]", 1), ("0.1 0.1 0.5 0.5", 1), ("[0.10, 0.10, 0.50, 0.31]", 1), ("[0.10, 0.10, 0.50, 0.29]", 0),
+    ("[0.50, 0.50, 0.10, 0.10]", 0), ("[0.10, 0.10, 0.50]", 0), ("", 0), ("top left", 0), ("[0.60, 0.10, 0.90, 0.50]", 0),
+    ("[0.10, 0.10, 0.50, 0.50, 0.60]", 0)])
+def test_a_box_is_right_from_half_on(said, hit):
+    assert box_hit(said, "[0.10, 0.10, 0.50, 0.50]") == hit
+
+
+def test_intersection_over_union_by_counting():
+    """Against counting unit squares."""
+    boxes = [(0, 0, 4, 3), (2, 1, 6, 5), (4, 0, 6, 3), (1, 1, 2, 2), (0, 0, 4, 3)]
+    for a in boxes:
+        for b in boxes:
+            cells = [{(x, y) for x in range(box[0], box[2]) for y in range(box[1], box[3])} for box in (a, b)]
+            want = len(cells[0] & cells[1]) / len(cells[0] | cells[1])
+            assert intersection_over_union(a, b) == pytest.approx(want)
+
+
+def test_boxes_are_judged_as_boxes():
+    assert evaluate.JUDGES["grounding"] is box_hit
+    assert evaluate.right("[0.10, 0.10, 0.50, 0.49]", "[0.10, 0.10, 0.50, 0.50]") == 0
+
+
+def test_the_five_sentences_are_short_for_the_tiny_tokenizer():
+    """They are in its corpus: in pieces of one letter each they would fill the context."""
+    from nanovlm.data.conversation import template_texts
+    from nanovlm.tokenizer import Tokenizer
+    phrases = recipes.get("llava15/tiny").phrases
+    tokenizer = Tokenizer.train([*Scenes().texts()[:300], *(1000 * [*template_texts(), *phrases])], 1024)
+    for prompt in scene_mixture.PROMPTS:
+        assert len(tokenizer.encode(prompt)) <= len(prompt.split()) + 4
+    ids, _ = encode(Scenes().exam(1, ["option"], view="mixture")[0].turns, tokenizer, "tiny")
+    assert len(ids) < 80
