@@ -88,7 +88,7 @@ class Examinee:
         return chosen
 
 
-JUDGES = {"grounding": metrics.box_hit}  # kinds whose answers are not compared word by word
+JUDGES = {"grounding": metrics.box_hit, "science": metrics.same_letter}  # kinds whose answers are not compared word by word
 
 
 def evaluate(model: nn.Module, recipe: Recipe, stage: Stage, source: object, tokenizer: Tokenizer,

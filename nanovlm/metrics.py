@@ -100,6 +100,23 @@ def exact_match(prediction: str, references: Sequence[str]) -> bool:
     return plain(prediction) in {plain(reference) for reference in references}
 
 
+# ---- letters
+
+def option_letter(text: str) -> str | None:
+    """The letter that a text decides for: it is nothing else, or begins "B. ", or says "The answer is B." once (ScienceQA's
+    scorer, LLaVA's eval_science_qa.py); two such sentences are no decision.
+    """
+    text = text.strip()
+    if found := re.fullmatch(r"([A-Z])(\. .*)?", text, re.DOTALL):
+        return found[1]
+    hits = re.findall(r"The answer is ([A-Z])\.", text)
+    return hits[0] if len(hits) == 1 else None
+
+
+def same_letter(prediction: str, truth: str) -> float:
+    return float(option_letter(prediction) is not None and option_letter(prediction) == option_letter(truth))
+
+
 # ---- boxes
 
 def box_hit(prediction: str, truth: str) -> float:

@@ -10,7 +10,8 @@ from scene_oracle import check_conversation, judge, read
 from nanovlm import evaluate, recipes
 from nanovlm.data import scene_mixture, scenes
 from nanovlm.data.conversation import Turn, encode
-from nanovlm.data.scene_mixture import CAPTION, GROUNDING, LETTER, PARTS, REGION, SHORT
+from nanovlm.data.mixture import CAPTION, GROUNDING, LETTER, PROMPTS, REGION, SETS, SHORT, prompted
+from nanovlm.data.scene_mixture import PARTS
 from nanovlm.data.scene_world import HELD_OUT
 from nanovlm.data.scenes import LESSONS, Scenes
 from nanovlm.errors import UserError
@@ -118,7 +119,7 @@ def test_the_exam_asks_in_the_same_words():
 def test_the_plain_exam_is_as_it_was():
     assert {sample.turns[-1].kind for sample in Scenes().exam(2)} == {*scenes.KINDS, "caption"}
     assert not any(prompt in turn.question for sample in Scenes().exam(3) for turn in sample.turns
-                   for prompt in scene_mixture.PROMPTS)
+                   for prompt in PROMPTS)
 
 
 # --- boxes ---
@@ -152,7 +153,23 @@ def test_the_five_sentences_are_short_for_the_tiny_tokenizer():
     from nanovlm.tokenizer import Tokenizer
     phrases = recipes.get("llava15/tiny").phrases
     tokenizer = Tokenizer.train([*Scenes().texts()[:300], *(1000 * [*template_texts(), *phrases])], 1024)
-    for prompt in scene_mixture.PROMPTS:
+    for prompt in PROMPTS:
         assert len(tokenizer.encode(prompt)) <= len(prompt.split()) + 4
     ids, _ = encode(Scenes().exam(1, ["option"], view="mixture")[0].turns, tokenizer, "tiny")
     assert len(ids) < 80
+
+
+# --- the published mixture ---
+
+def test_the_sets_of_table_7():
+    assert sum(part.thousands for part in SETS) == 664
+    assert [part.name for part in SETS if not part.pictures] == ["ShareGPT"]
+    assert {prompt for part in SETS for prompt in part.prompts} == set(PROMPTS)
+
+
+def test_a_sentence_is_added_once():
+    talk = (Turn("<image>\nhow many?", "two"), Turn("where?", "left"))
+    asked = prompted(talk, SHORT)
+    assert asked == (Turn(f"<image>\nhow many?\n{SHORT}", "two"), talk[1])
+    assert prompted(asked, SHORT) == asked == prompted(asked, LETTER)
+    assert prompted(talk, "") == talk

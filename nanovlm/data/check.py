@@ -148,7 +148,7 @@ def show_masks(samples: Sequence[Sample], format: str) -> list[str]:
         shown = [sample for sample in shown if len(sample.images) == 1]  # plain is one picture and its caption
     texts = (text for s in shown for turn in s.turns for text in (turn.question.replace(IMAGE, ""), turn.answer))
     tokenizer = Tokenizer.train(texts, VOCAB_SIZE)
-    marks = "bold" if sys.stdout.isatty() else "⟦ ⟧"
+    marks = "green" if sys.stdout.isatty() else "⟦ ⟧"
     print(f"\nthe first samples in format {format}; what is trained stands in {marks}")
     problems = []
     for i, sample in enumerate(tqdm(shown, desc="encoding", unit=" samples", leave=False, disable=None)):
@@ -165,7 +165,7 @@ def show_masks(samples: Sequence[Sample], format: str) -> list[str]:
 def marked(turns: Sequence[Turn], tokenizer: Tokenizer, format: str, name: str) -> str:
     """One line of the tokens' text, the trained runs between marks."""
     ids, labels = encode(turns, tokenizer, format, name=name)
-    before, after = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("⟦", "⟧")
+    before, after = ("\033[1;32m", "\033[0m") if sys.stdout.isatty() else ("⟦", "⟧")
     line, start = "", 0
     for end in range(1, len(ids) + 1):
         trained = labels[start] != IGNORE

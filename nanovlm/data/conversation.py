@@ -53,6 +53,7 @@ class Sample:
     turns: tuple[Turn, ...] = ()
     label: str = ""
     format: str = ""  # of its conversation, where it is not the stage's
+    form: str = ""  # "short": its answers are of a word or two, and in a mixture that has to be said
 
 
 @dataclass(frozen=True)

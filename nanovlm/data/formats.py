@@ -13,6 +13,7 @@ Idea: each format is read into the same records, and whatever is wrong with one 
     captions.jsonl / any .jsonl   {"image": "images/a.jpg", "caption": "a hat", "label": "hat", "split": "train"}
     COCO .json                    {"images": [{"id": 7, "file_name": "a.jpg"}, ..],
                                    "annotations": [{"image_id": 7, "caption": "a hat"}, ..]}
+    VQAv2, ScienceQA .json        see benchmarks.py
     LLaVA .json                   [{"id": "7", "image": "a.jpg", "conversations": [
                                     {"from": "human", "value": "<image>\\nhat?"}, {"from": "gpt", "value": "yes"}]}, ..]
                                    (what data/instruct.py makes also tells a "caption", and the "kind" of an answer)
@@ -26,6 +27,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from nanovlm.data import benchmarks
 from nanovlm.data.conversation import IMAGE, Sample, Turn
 from nanovlm.data.records import Records
 from nanovlm.errors import UserError
@@ -34,7 +36,7 @@ PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".
 PICTURE_FOLDERS = ("", "images", "train2014", "val2014", "train2017", "val2017")  # where a JSON's pictures usually lie
 WANTED = (
     'give a folder of pictures with a .txt beside each, a .jsonl of {"image", "caption"}, COCO captions JSON, '
-    "or LLaVA conversations JSON"
+    "LLaVA conversations JSON, VQAv2's questions or ScienceQA's problems.json"
 )
 
 
@@ -90,6 +92,10 @@ def scan(path: str | Path) -> Found:
         raise UserError(f"{path}: this is neither a folder nor a .json or .jsonl file; {WANTED}.")
     rows = _read_jsonl(path) if path.suffix.lower() == ".jsonl" else _read_json(path)
     name = path.parent.resolve().name if path.name == "captions.jsonl" else path.stem
+    if benchmarks.is_vqav2(rows):
+        rows = benchmarks.vqav2(path, rows)
+    elif benchmarks.is_science_qa(rows):
+        rows = benchmarks.science_qa(path, rows)
     if isinstance(rows, dict):
         return _scan_coco(path, name, rows)
     found, roots = Found("captions", name), _picture_roots(path)
@@ -214,7 +220,7 @@ def _conversation(record: str, row: dict) -> Sample:
     # A long answer names the picture best in its first sentence; 40 words are what a pair can hold.
     first_sentence = re.split(r"(?<=[.!?])\s", _one_line(turns[0].answer), maxsplit=1)[0]
     caption = _one_line(str(row.get("caption") or "")) or " ".join(first_sentence.split()[:40])
-    return Sample(record, tuple(images), caption, (caption,), turns=turns)
+    return Sample(record, tuple(images), caption, (caption,), turns=turns, form=str(row.get("form") or ""))
 
 
 def _turns(messages: object) -> tuple[Turn, ...]:
@@ -243,6 +249,8 @@ def _read_json(file: Path) -> dict | list[tuple[str, object]]:
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: it cannot be read as JSON ({error}).") from error
     if isinstance(table, dict) and isinstance(table.get("images"), list) and isinstance(table.get("annotations"), list):
+        return table
+    if benchmarks.is_vqav2(table) or benchmarks.is_science_qa(table):
         return table
     if isinstance(table, list):
         return [(f"{file.name} record {i}", row) for i, row in enumerate(table)]

@@ -150,7 +150,8 @@ def as_record(told: Symbols, kind: str, pairs: Sequence[tuple[str, str]], base: 
         conversation += [{"from": "human", "value": question}, said]
     record = {"id": f"{told.id}/{kind}", "image": os.path.relpath(told.image, base), "conversations": conversation,
               "caption": told.captions[0]}
-    return record | ({"split": told.split} if told.split else {})
+    form = {"form": "short"} if kind == "conversation" and told.label else {}
+    return record | form | ({"split": told.split} if told.split else {})
 
 
 # --- the work ---

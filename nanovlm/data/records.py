@@ -8,7 +8,7 @@ The interface is that of `scenes.Scenes`, so the loop does not know whether the 
     captions   for alignment       one           "<image>" → the caption
     described  the same            one           the same: there is nothing here to vary
     instruct   for instruction     any number    the conversation, or "<image>\\nwhat is in the picture?" → the caption
-    mixture    the same            any number    the same: published mixtures say how to answer in their questions
+    mixture    the same            any number    the same, and how to answer, see mixture.py
     text       for the LM          none          the same, with the caption where the image would stand
 
     records ─► train │ val ─► entries of each view ─► sample(view, split, index)
@@ -28,6 +28,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from nanovlm.data.conversation import IMAGE, Sample, Turn
+from nanovlm.data.mixture import CAPTION, SHORT, prompted
 from nanovlm.data.transforms import load_image
 from nanovlm.errors import UserError
 
@@ -178,6 +179,8 @@ def as_view(record: Sample, caption: str, view: str, rng: Random) -> Sample:
         turns = (Turn(IMAGE, caption, "caption"),)
     else:
         turns = record.turns or (Turn(f"{IMAGE}\n{rng.choice(QUESTIONS)}", caption, "caption"),)
+    if view == "mixture":
+        turns = prompted(turns, CAPTION if not record.turns else SHORT if record.form == "short" else "")
     if view == "text":
         turns = tuple(replace(turn, question=turn.question.replace(IMAGE, caption)) for turn in turns)
     return replace(record, caption=caption, turns=turns)

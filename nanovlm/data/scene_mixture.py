@@ -13,25 +13,17 @@
 
 Whether a word or a sentence is wanted cannot be guessed from "what colour is the square?": a model that was taught both gives
 either, or always the one that was more frequent. SHORT takes the doubt away (§3.2: why InstructBLIP answers in words only).
-As in the published file, the sentence stands on a line of its own behind the first question and holds for the whole talk.
-
-The five sentences are the published ones, to the letter: weights tuned on them expect them.
+The sentences stand in mixture.py, behind the first question, and hold for the whole conversation.
 """
 
 from dataclasses import replace
 from random import Random
 
 from nanovlm.data.conversation import Turn
+from nanovlm.data.mixture import CAPTION, GROUNDING, LETTER, REGION, SHORT, prompted
 from nanovlm.data.scene_language import DESCRIPTIONS, caption, description
 from nanovlm.data.scene_questions import ATTRIBUTES, FOLLOW_UP, Asked, ask, dense, questions
 from nanovlm.data.scene_world import CELLS, COLOURS, PAIRS, SHAPES, SIZES, Object, Scene, boxes
-
-SHORT = "Answer the question using a single word or phrase."
-LETTER = "Answer with the option's letter from the given choices directly."
-CAPTION = "Provide a one-sentence caption for the provided image."
-REGION = "Provide a short description for this region."
-GROUNDING = "Provide the bounding box coordinate of the region this sentence describes."
-PROMPTS = (SHORT, LETTER, CAPTION, REGION, GROUNDING)
 
 # How many of a hundred conversations: about the paper's shares, with more of what is harder to learn here.
 PARTS = {"short": 45, "dense": 12, "sentences": 15, "letters": 9, "caption": 4, "region": 5, "grounding": 5, "chat": 5}
@@ -53,14 +45,9 @@ def conversation(scene: Scene, rng: Random, pairs: tuple = PAIRS) -> tuple[tuple
         things = rng.sample(scene.objects, min(2, len(scene.objects)))
         return tuple({"region": region, "grounding": grounding}[part](scene, thing) for thing in things), True
     if part == "short":
-        return short(questions(scene, rng, pairs)), True
+        return prompted(questions(scene, rng, pairs), SHORT), True
     talk = tuple(replace(turn, answer=sentence(turn)) for turn in questions(scene, rng, pairs))
     return (talk, True) if part == "sentences" else (told(scene, rng, talk), False)
-
-
-def short(talk: tuple[Turn, ...]) -> tuple[Turn, ...]:
-    first = talk[0]
-    return (replace(first, question=f"{first.question}\n{SHORT}"), *talk[1:])
 
 
 def told(scene: Scene, rng: Random, talk: tuple[Turn, ...]) -> tuple[Turn, ...]:

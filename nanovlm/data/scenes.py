@@ -55,6 +55,7 @@ from random import Random
 
 from nanovlm.data import scene_mixture
 from nanovlm.data.conversation import Sample, Turn
+from nanovlm.data.mixture import CAPTION, SHORT, prompted
 from nanovlm.data.scene_language import (
     DESCRIPTIONS,
     caption,
@@ -222,7 +223,7 @@ class Scenes:
         rng, mixed = Random(f"exam/{kind}/{index}"), view == "mixture"
         if kind == "caption":
             sample = self.sample("captions", "val", index)
-            wanted = scene_mixture.CAPTION if mixed else DESCRIBE
+            wanted = CAPTION if mixed else DESCRIBE
             return replace(sample, turns=(Turn(f"<image>\n{wanted}", sample.caption, kind),))
         if kind in scene_mixture.KINDS:
             scene = _val_scene(rng)
@@ -242,7 +243,7 @@ class Scenes:
             if asked and _wanted(scene, asked[-1], kind, index):
                 break
         turns = tuple(one.turn for one in asked)
-        turns = _put_before(scene_mixture.short(turns) if mixed else turns, "<image>")
+        turns = _put_before(prompted(turns, SHORT) if mixed else turns, "<image>")
         images = (render(scene, self.image_size),)
         return Sample(f"scenes/exam/{kind}/{index}", images, references=captions(scene), turns=turns)
 

@@ -19,7 +19,7 @@ taken over from 1.5; 4,096 tokens, what its language model was trained for, as t
 from dataclasses import replace
 from functools import partial
 
-from nanovlm.data import scene_mixture
+from nanovlm.data import mixture
 from nanovlm.decoder import VICUNA_7B, VICUNA_13B, DecoderConfig
 from nanovlm.papers.llava import LLaVA, LLaVAConfig
 from nanovlm.recipes import llava
@@ -37,7 +37,7 @@ TINY = replace(
     llava.TINY,
     name="llava15/tiny",
     build=partial(build_llava15, replace(llava.TINY_CONFIG, projector_layers=2), False),
-    phrases=scene_mixture.PROMPTS,
+    phrases=mixture.PROMPTS,
     stages=(llava.TINY.stages[0], replace(llava.TINY.stages[1], view="mixture", fit="pad")),
 )
 
