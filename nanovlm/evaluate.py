@@ -120,16 +120,16 @@ def evaluate(model: nn.Module, recipe: Recipe, stage: Stage, source: object, tok
     return results
 
 
+def right(guess: str, truth: str) -> float:
+    return metrics.vqa_accuracy(guess, [truth])
+
+
 def judge_answers(examinee: Examinee, samples: Sequence[Sample],
-                  judge: Callable[[str, str], float]) -> list[tuple[float, float, float]]:
+                  judge: Callable[[str, str], float] = right) -> list[tuple[float, float, float]]:
     truths = [s.turns[-1].answer for s in samples]
     common = Counter(truths).most_common(1)[0][0]
     return [tuple(judge(guess, truth) for guess in (said, common, blind))
             for truth, said, blind in zip(truths, examinee.answer(samples), examinee.answer(permuted(samples)))]
-
-
-def right(guess: str, truth: str) -> float:
-    return metrics.vqa_accuracy(guess, [truth])
 
 
 def judge_captions(examinee: Examinee, samples: Sequence[Sample], source: object) -> dict[str, dict[str, float]]:
