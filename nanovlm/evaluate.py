@@ -88,7 +88,8 @@ class Examinee:
         return chosen
 
 
-JUDGES = {"grounding": metrics.box_hit, "science": metrics.same_letter}  # kinds whose answers are not compared word by word
+TALKS = ("instruct", "mixture", "science")  # the views whose samples are conversations, as exams are
+JUDGES = {"grounding": metrics.box_hit, "science": metrics.same_letter, "science_text": metrics.same_letter}  # kinds whose answers are not compared word by word
 
 
 def evaluate(model: nn.Module, recipe: Recipe, stage: Stage, source: object, tokenizer: Tokenizer,
@@ -98,8 +99,7 @@ def evaluate(model: nn.Module, recipe: Recipe, stage: Stage, source: object, tok
     if "retrieval" in stage.evaluate:
         return judge_retrieval(examinee, source)
     by_kind = defaultdict(list)
-    mixed = "mixture" if stage.view == "mixture" else "instruct"
-    for sample in source.exam(view=mixed):
+    for sample in source.exam(view=stage.view):
         by_kind[sample.turns[-1].kind].append(sample)
     if "two" in stage.evaluate:
         by_kind["caption"] = source.exam(kinds=("caption of two",))
@@ -214,7 +214,7 @@ def examples(model: nn.Module, recipe: Recipe, stage: Stage, source: object, tok
              device: torch.device | str, n: int = 12) -> list[tuple[object, str, str, str]]:
     """(picture, question, truth, prediction) of n held-out samples, spread over the kinds: rows for `plots.save_samples`."""
     examinee = Examinee(model, recipe, stage, tokenizer, device)
-    if stage.view in ("instruct", "mixture"):
+    if stage.view in TALKS:
         exam = source.exam(n, view=stage.view)
         samples = [exam[i * len(exam) // n] for i in range(min(n, len(exam)))]
     else:  # before instruction tuning: what it says of a picture, of a text, or which caption it finds the best

@@ -39,6 +39,13 @@ def test_llava(name):
     assert model.config.feature_layer == -2  # of 25 hidden states: the last but one block's
 
 
+@pytest.mark.parametrize("name", ["llava/7b-science", "llava/13b-science"])
+def test_science_is_another_second_stage(name):
+    align, science = recipes.get(name).stages
+    assert align == recipes.get(name.removesuffix("-science")).stages[0]
+    assert science.steps == round(12 * 12_726 / science.batch_size) and "language" in science.trains
+
+
 # llava15.md §0, and for HD what the issue of this paper states: total, projector, image tokens of a view
 LLAVA15 = {"llava15/7b": (7_062_902_784, 20_979_712, 576), "llava15/13b": (13_350_839_296, 31_467_520, 576),
            "llava15/7b-hd": (7_062_579_200, 20_979_712, 256), "llava15/13b-hd": (13_350_516_736, 31_467_520, 256)}

@@ -122,6 +122,32 @@ def test_the_plain_exam_is_as_it_was():
                    for prompt in PROMPTS)
 
 
+# --- ScienceQA in small ---
+
+def test_science_reasons_before_the_letter():
+    """Half with a picture, half with a context that tells it; the reason names the right thing, the letter the right answer."""
+    blind = 0
+    train = [Scenes().sample("science", "train", LESSONS["science"]["dense"] + index) for index in range(400)]
+    for sample in [*train, *Scenes().exam(30, view="science")]:
+        (turn,) = sample.turns
+        if turn.kind == "notes":
+            continue
+        truth, text = read(sample.references[0]), turn.question.removeprefix("<image>\n")
+        question, context, options = text.split("\n")
+        assert bool(sample.images) == turn.question.startswith("<image>") == (context == "Context: N/A")
+        blind += not sample.images
+        if not sample.images:
+            assert read(context.removeprefix("Context: ")) == truth
+        size, colour, shape, cell, letter = re.fullmatch(
+            r"There is a (\w+) (\w+) (\w+) in the (\w+ \w+)\. The answer is ([A-C])\.", turn.answer).groups()
+        assert {"size": size, "colour": colour, "shape": shape}.items() <= truth[cell].items()
+        named = dict(re.findall(r"\(([A-C])\) ([a-z ]+?)(?= \(|$)", options))
+        assert named[letter] == judge(question, truth, None)[0] and named[letter] in (size, colour, shape, cell)
+    assert 150 < blind < 250
+    kinds = Counter(sample.turns[-1].kind for sample in Scenes().exam(5, view="science"))
+    assert kinds == {"science": 5, "science_text": 5} and evaluate.JUDGES["science_text"]("The answer is A.", "x The answer is A.")
+
+
 # --- boxes ---
 
 @pytest.mark.parametrize(("said", "hit"), [

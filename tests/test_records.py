@@ -151,7 +151,7 @@ def test_galleries_hold_each_caption_once(tmp_path):
 
 def test_unknown_views_and_empty_ones(llava):
     source = read(llava)
-    with pytest.raises(UserError, match="no view 'videos' of split 'train'.*pairs, captions, described, instruct, mixture, text"):
+    with pytest.raises(UserError, match="no view 'videos' of split 'train'.*pairs, captions, described, instruct, mixture, science, text"):
         source.size("videos", "train")
     rows = [row for row in json.loads(llava.read_text()) if row["id"] in (7, "text")]
     write(llava, rows + [{**rows[0], "id": "more"}])

@@ -32,7 +32,7 @@ from nanovlm.data.mixture import CAPTION, SHORT, prompted
 from nanovlm.data.transforms import load_image
 from nanovlm.errors import UserError
 
-VIEWS = ("pairs", "captions", "described", "instruct", "mixture", "text")
+VIEWS = ("pairs", "captions", "described", "instruct", "mixture", "science", "text")
 SPLITS = ("train", "val")
 QUESTIONS = ("what is in the picture?", "what does the picture show?", "what do you see?", "describe the picture.")
 KEPT_PICTURES, KEPT_BYTES = 20_000, 1 << 30  # a set beyond either is decoded anew in every epoch

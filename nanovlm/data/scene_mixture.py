@@ -84,6 +84,24 @@ def option(scene: Scene, rng: Random, kind: str, asked: Asked | None = None) -> 
     return Turn(f"{asked.turn.question}\n{lines}\n{LETTER}", "ABCD"[choices.index(right)], "option")
 
 
+def science(scene: Scene, rng: Random, shown: bool, asked: Asked | None = None) -> Turn:
+    """ScienceQA in small (LLaVA §5.2): question, context, options, and the reason before the letter.
+
+    shown: the picture is there, else the context tells what would be in it, as half of ScienceQA has no picture.
+    """
+    asked = asked or ask(scene, rng, rng.choice(tuple(ATTRIBUTES)))
+    while asked.it is None:  # of the sign there is no more to say than where it is
+        asked = ask(scene, rng, rng.choice(tuple(ATTRIBUTES)))
+    right, thing = asked.turn.answer, asked.it
+    wrong = [answer for answer in OPTIONS[asked.turn.kind] if answer != right]
+    choices = rng.sample([right, *rng.sample(wrong, min(2, len(wrong)))], min(2, len(wrong)) + 1)
+    options = " ".join(f"({letter}) {choice}" for letter, choice in zip("ABC", choices))
+    context = "N/A" if shown else description(scene, rng, DESCRIPTIONS[:1])
+    reason = f"There is a {phrase(thing)} in the {thing.cell}."
+    return Turn(f"{asked.turn.question}\nContext: {context}\nOptions: {options}",
+                f"{reason} The answer is {'ABC'[choices.index(right)]}.", "science")
+
+
 def region(scene: Scene, thing: Object) -> Turn:
     return Turn(f"{box(scene, thing)}\n{REGION}", phrase(thing), "region")
 
@@ -103,7 +121,7 @@ def box(scene: Scene, thing: Object) -> str:
 
 
 def examine(scene: Scene, rng: Random, kind: str, about: Object) -> Turn:
-    """One of KINDS, about the object `about`."""
+    """One of KINDS, or of science's two, about the object `about`."""
     if kind == "region":
         return region(scene, about)
     if kind == "grounding":
@@ -114,5 +132,7 @@ def examine(scene: Scene, rng: Random, kind: str, about: Object) -> Turn:
             break
     if kind == "option":
         return option(scene, rng, asked.turn.kind, asked)
+    if kind in ("science", "science_text"):
+        return replace(science(scene, rng, kind == "science", asked), kind=kind)
     (turn,) = told(scene, rng, (replace(asked.turn, answer=sentence(asked.turn), kind="chat"),))
     return turn

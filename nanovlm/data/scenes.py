@@ -12,12 +12,13 @@ A worked example, sample("instruct", "train", i):
     |           |     v     |
     +-----------+-----------+
 
-Six views of the world:
+Seven views of the world:
 
     pairs     picture + caption + captions with one fact wrong       contrastive learning
     captions  "<image>" -> caption                                   the bridge learns to pass on what is there
     described the same, some in colours without names                and where it learns from captions alone
     instruct  "<image>\\n" question -> answer, several turns           instruction tuning
+    science   question, context, options -> reason, letter             ScienceQA in small, half of it without pictures
     mixture   the same, asked in LLaVA-1.5's ways (scene_mixture.py)   and with the form of the answer on demand
     text      description "\\n" question -> answer, no picture         what the tiny language model reads beforehand
 
@@ -98,10 +99,11 @@ from nanovlm.data.scene_world import (
 )
 from nanovlm.errors import UserError
 
-VIEWS = ("pairs", "captions", "described", "instruct", "mixture", "text")
+VIEWS = ("pairs", "captions", "described", "instruct", "mixture", "science", "text")
 SPLITS = ("train", "val")
 # view -> the lessons that come before conversations, each with the sample where it ends
-LESSONS = {"text": {"repeat": 16_000, "dense": 80_000}, "instruct": {"dense": 12_000}, "mixture": {"dense": 12_000}}
+LESSONS = {"text": {"repeat": 16_000, "dense": 80_000}, "instruct": {"dense": 12_000}, "mixture": {"dense": 12_000},
+           "science": {"dense": 12_000}}
 UNNAMED = 112_000  # of view "described": samples before this one
 
 TWO = "caption of two"  # to describe a scene of two objects and no sign, in an exam; "caption": any scene
@@ -153,11 +155,11 @@ class Scenes:
             return Sample(name, turns=_document(scene, rng, lesson), references=captions(scene), format=style)
         if view == "pairs":
             return self._pair(name, scene, rng, pairs, split)
-        if view in ("instruct", "mixture") and split == "train" and rng.random() < 0.15:
+        if view in ("instruct", "mixture", "science") and split == "train" and rng.random() < 0.15:
             return self._colourless(name, scene, rng)
-        if view == "mixture" and not lesson:
-            return self._mixed(name, scene, rng, pairs)
-        if view in ("instruct", "mixture"):
+        if view in ("mixture", "science") and not lesson:
+            return self._mixed(name, scene, rng, pairs, view)
+        if view in ("instruct", "mixture", "science"):
             turns = _put_before((dense(scene, rng, pairs),) if lesson else conversation(scene, rng, pairs), "<image>")
             return Sample(name, (render(scene, self.image_size),), references=captions(scene), turns=turns)
         wording, shown = rng.choice(wordings(scene)), scene
@@ -167,9 +169,13 @@ class Scenes:
         turns = (Turn("<image>", true, "caption"),)
         return Sample(name, (render(shown, self.image_size),), caption=true, references=captions(scene), turns=turns)
 
-    def _mixed(self, name: str, scene: Scene, rng: Random, pairs: tuple) -> Sample:
-        """One part of the mixture; one in twenty has no picture."""
-        turns, shown = scene_mixture.conversation(scene, rng, pairs)
+    def _mixed(self, name: str, scene: Scene, rng: Random, pairs: tuple, view: str) -> Sample:
+        """One part of the mixture, of which one in twenty has no picture, or of the science set, of which half has none."""
+        if view == "science":
+            shown = rng.random() < 0.5
+            turns = (scene_mixture.science(scene, rng, shown),)
+        else:
+            turns, shown = scene_mixture.conversation(scene, rng, pairs)
         if not shown:
             return Sample(name, turns=turns, references=captions(scene))
         images = (render(scene, self.image_size),)
@@ -207,7 +213,8 @@ class Scenes:
     def exam(self, n: int = 200, kinds: Sequence[str] = (), view: str = "instruct") -> list[Sample]:
         """n samples of each kind (all unless told), whose last turn is to be judged. Every scene has a held-out pair.
 
-        view "mixture": more kinds, and behind each first question the sentence that says how to answer.
+        view "mixture": more kinds, and behind each first question the sentence that says how to answer. "science": questions
+        with a picture, and with a context in its place.
 
         Scenes are drawn until the answer is the one whose turn it is (so that all answers are equally frequent) and,
         unless the question is about no object in particular, until it is about a held-out pair. For "existence" that
@@ -215,6 +222,8 @@ class Scenes:
         turn that it needs.
         """
         known = (*KINDS, *(scene_mixture.KINDS if view == "mixture" else ()), "caption")
+        if view == "science":
+            known = ("science", "science_text")
         if unknown := set(kinds) - {*known, TWO}:
             raise UserError(f"scenes have no questions of kind {min(unknown)!r}, only {', '.join(known)} and {TWO}")
         return [self._exam_question(kind, index, view) for kind in kinds or known for index in range(n)]
@@ -225,11 +234,11 @@ class Scenes:
             sample = self.sample("captions", "val", index)
             wanted = CAPTION if mixed else DESCRIBE
             return replace(sample, turns=(Turn(f"<image>\n{wanted}", sample.caption, kind),))
-        if kind in scene_mixture.KINDS:
+        if kind in (*scene_mixture.KINDS, "science", "science_text"):
             scene = _val_scene(rng)
             about = next(thing for thing in scene.objects if thing.pair in HELD_OUT)
             turns = (scene_mixture.examine(scene, rng, kind, about),)
-            if kind == "chat":
+            if kind in ("chat", "science_text"):
                 return Sample(f"scenes/exam/{kind}/{index}", turns=turns, references=captions(scene))
             images = (render(scene, self.image_size),)
             return Sample(f"scenes/exam/{kind}/{index}", images, references=captions(scene), turns=_put_before(turns, "<image>"))

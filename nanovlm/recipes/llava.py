@@ -9,6 +9,7 @@ What scale changes: sizes, steps, learning rates. What it does not: what is froz
 Hyper-parameters of the published ones: LLaVA §5 and App. C (batch 128 then 32, Adam, no weight decay, cosine, 3 % warm-up).
 """
 
+from dataclasses import replace
 from functools import partial
 
 from torch import nn
@@ -81,5 +82,16 @@ def published(name: str, language: DecoderConfig, weights: str) -> Recipe:
     )
 
 
-RECIPES = (TINY, SMALL, published("llava/7b", VICUNA_7B, "lmsys/vicuna-7b-v1.3"),
-           published("llava/13b", VICUNA_13B, "lmsys/vicuna-13b-v1.3"))
+def science(base: Recipe, stage: Stage) -> Recipe:
+    """The other stage 2 (§5.2): ScienceQA, the reason before the letter, after the same alignment."""
+    return replace(base, name=f"{base.name}-science", stages=(base.stages[0], stage))
+
+
+# 12 epochs of 12,726 questions (App. C); learning rate and batch from the released script, as the paper gives none
+SCIENCE = Stage("science", ("projector", "language"), "science", format="v0", steps=1_193, batch_size=128, lr=2e-5,
+                max_length=2048, evaluate=("answers",))
+
+PUBLISHED = (published("llava/7b", VICUNA_7B, "lmsys/vicuna-7b-v1.3"),
+             published("llava/13b", VICUNA_13B, "lmsys/vicuna-13b-v1.3"))
+RECIPES = (TINY, science(TINY, replace(TINY.stages[1], name="science", view="science", steps=2400, evaluate=("answers",))),
+           SMALL, *PUBLISHED, *(science(base, SCIENCE) for base in PUBLISHED))

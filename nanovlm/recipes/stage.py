@@ -21,7 +21,7 @@ from torch import nn
 
 from nanovlm.errors import UserError
 
-VIEWS = ("pairs", "captions", "described", "instruct", "mixture", "text")
+VIEWS = ("pairs", "captions", "described", "instruct", "mixture", "science", "text")
 SCHEDULES = ("cosine", "constant")
 EVALUATIONS = ("answers", "captions", "two", "classes", "retrieval")  # see evaluate.py
 
@@ -37,7 +37,7 @@ class Stage:
 
     name: str  # unique among all stages of a run, backbones' too: it names the checkpoint
     trains: tuple[str, ...]  # modules or parameters of the model, by name: ("projector",)
-    view: str  # how the source shows itself: "pairs" | "captions" | "described" | "instruct" | "mixture" | "text"
+    view: str  # how the source shows itself: "pairs" | "captions" | "described" | "instruct" | "mixture" | "science" | "text"
     steps: int
     batch_size: int  # of one optimiser step, over all ranks and micro-batches together
     lr: float  # the highest, reached after the warm-up
