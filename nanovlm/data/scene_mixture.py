@@ -39,14 +39,13 @@ def conversation(scene: Scene, rng: Random, pairs: tuple = PAIRS) -> tuple[tuple
         return (dense(scene, rng, pairs),), True
     if part == "caption":
         return (Turn(CAPTION, caption(scene, rng), "caption"),), True
-    if part == "letters":
-        return tuple(option(scene, rng, kind) for kind in rng.sample(tuple(OPTIONS)[:5], 2)), True
+    if part == "letters":  # these three have one turn, as they are long already and a batch is as long as its longest row
+        return (option(scene, rng, rng.choice(tuple(OPTIONS))),), True
     if part in ("region", "grounding"):
-        things = rng.sample(scene.objects, min(2, len(scene.objects)))
-        return tuple({"region": region, "grounding": grounding}[part](scene, thing) for thing in things), True
+        return ({"region": region, "grounding": grounding}[part](scene, rng.choice(scene.objects)),), True
     if part == "short":
         return prompted(questions(scene, rng, pairs), SHORT), True
-    talk = tuple(replace(turn, answer=sentence(turn)) for turn in questions(scene, rng, pairs))
+    talk = tuple(replace(turn, answer=sentence(turn)) for turn in questions(scene, rng, pairs)[:2])
     return (talk, True) if part == "sentences" else (told(scene, rng, talk), False)
 
 

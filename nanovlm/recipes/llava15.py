@@ -61,8 +61,8 @@ def published(name: str, language: DecoderConfig, weights: str, hd: bool = False
         stages=(
             Stage("align", ("projector",), "captions", format="plain", steps=2_181, batch_size=256, lr=1e-3, max_length=2048,
                   init=(("vision", f"published:{eyes}"), ("language", f"published:{weights}"))),
-            Stage("tune", ("projector", "language", *["tiles"] * hd), "instruct", format="v1", steps=5_198, batch_size=128,
-                  lr=2e-5, fit="pad", max_length=4096 if hd else 2048, evaluate=llava.JUDGED),
+            Stage("tune", ("projector", "language", *["tiles"] * hd), "mixture", format="v1", steps=5_198, batch_size=128,
+                  lr=2e-5, fit="pad", group=True, max_length=4096 if hd else 2048, evaluate=llava.JUDGED),
         ),
     )
 

@@ -4,6 +4,9 @@
                      │                          └ a new permutation in every epoch; an endless world is read in order
                      └ rank r of W takes places r, r + W, r + 2W, …
 
+LLaVA-1.5's second stage groups (App. A.2): a batch is of one modality, so that talk without pictures does not wait for image
+tokens, and its rows are dealt to the ranks so that all have about as many words. Which batch comes when is left to chance.
+
 So a resumed run needs to know the step only, several processes share a batch without talking, and the worker processes
 of a DataLoader cannot change the order. Random crops are drawn from a generator of their own for each batch.
 """
@@ -49,6 +52,7 @@ class MicroBatches(Dataset):
         self.source, self.stage, self.seed, self.collate = source, stage, seed, collate
         self.rank, self.world = distributed.rank(), distributed.world()
         self.size = source.size(stage.view, "train")
+        self.lengths: tuple[int, ...] | None = None  # of the samples, where they are grouped
         if self.size == 0:
             raise UserError(f"{source.name} has nothing to train stage {stage.name} on (view {stage.view!r}).")
         if stage.batch_size % (self.world * stage.accumulate):
@@ -72,13 +76,52 @@ class MicroBatches(Dataset):
         places = range(first, first + self.stage.batch_size)
         if self.size >= ENDLESS:
             return [place % self.size for place in places]
-        return [_epoch(self.size, f"{self.seed}/{self.stage.name}/{place // self.size}")[place % self.size]
-                for place in places]
+        length = len(self.epoch(0))
+        return [self.epoch(place // length)[place % length] for place in places]
+
+    def epoch(self, number: int) -> list[int]:
+        """The order of the samples in an epoch: of all or, grouped, of as many as make whole batches."""
+        key, B = f"{self.seed}/{self.stage.name}/{number}", self.stage.batch_size
+        if not self.stage.group or self.size < B:
+            return _epoch(self.size, key)
+        if self.lengths is None:
+            self.lengths = tuple(self.source.lengths(self.stage.view))
+        return _grouped_epoch(self.lengths, B, self.world, key)[:self.size // B * B]
 
 
 @lru_cache(maxsize=4)  # a batch may lie across two epochs
 def _epoch(size: int, key: str) -> list[int]:
     return torch.randperm(size, generator=torch.Generator().manual_seed(Random(key).getrandbits(63))).tolist()
+
+
+@lru_cache(maxsize=2)
+def _grouped_epoch(lengths: tuple[int, ...], batch_size: int, ranks: int, key: str) -> list[int]:
+    """Whole batches of one modality, in an order left to chance; what is left of both modalities comes last.
+
+    lengths: words of each sample, below zero without a picture.
+    """
+    rng, batches, left = Random(key), [], []
+    for wanted in (True, False):
+        own = [i for i, length in enumerate(lengths) if (length > 0) == wanted]
+        rng.shuffle(own)
+        whole = len(own) // batch_size * batch_size
+        batches += [dealt(own[start:start + batch_size], lengths, ranks) for start in range(0, whole, batch_size)]
+        left += own[whole:]
+    rng.shuffle(batches)
+    return [i for batch in batches for i in batch] + left
+
+
+def dealt(batch: Sequence[int], lengths: Sequence[int], ranks: int) -> list[int]:
+    """The batch in the order in which ranks take it, r the places r, r + ranks, …: from the longest row down, each goes to
+    the rank that has the fewest words so far and a place free.
+    """
+    rows: list[list[int]] = [[] for _ in range(ranks)]
+    words = [0] * ranks
+    for i in sorted(batch, key=lambda i: -abs(lengths[i])):
+        rank = min((r for r in range(ranks) if len(rows[r]) < len(batch) // ranks), key=lambda r: words[r])
+        rows[rank].append(i)
+        words[rank] += abs(lengths[i])
+    return [rows[r][n] for n in range(len(batch) // ranks) for r in range(ranks)]
 
 
 class _Carried(Dataset):
