@@ -10,7 +10,7 @@ from tools import close, randn
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
 from nanovlm.attention import KVCache
-from nanovlm.generation import beam_search, choose, generate, keep_likely, score_candidates
+from nanovlm.generation import beam_search, choose, generate, keep_likely, score_candidates, stream
 
 V, PAD = 5, 0
 
@@ -75,6 +75,15 @@ def test_no_step_is_wasted():
     fake = Fake([1, 2])
     generate(fake.prefill, fake.step, 4, [], PAD)
     assert fake.steps == 3  # the fourth token is chosen from the third step's logits
+
+
+def test_nothing_is_done_once_all_rows_have_stopped():
+    """And a stream hands out what there is after each token."""
+    said = generate(Fake([1]).prefill, Fake([1]).step, 9, [], PAD)[0].tolist()
+    stop = said[3]
+    fake, end = Fake([1]), said.index(stop) + 1
+    parts = [ids.tolist() for ids in stream(fake.prefill, fake.step, 9, [stop])]
+    assert parts == [[said[:n]] for n in range(1, end + 1)] and fake.steps == end - 1 < 8
 
 
 def best_of_all(fake: Fake, prompt: int, stop: list[int], length: int) -> tuple[int, ...]:
