@@ -25,8 +25,8 @@ from nanovlm.data.scene_language import DESCRIPTIONS, caption, description
 from nanovlm.data.scene_questions import ATTRIBUTES, FOLLOW_UP, Asked, ask, dense, questions
 from nanovlm.data.scene_world import CELLS, COLOURS, PAIRS, SHAPES, SIZES, Object, Scene, boxes
 
-# How many of a hundred conversations: about the paper's shares, with more of what is harder to learn here.
-PARTS = {"short": 45, "dense": 12, "sentences": 15, "letters": 9, "caption": 4, "region": 5, "grounding": 5, "chat": 5}
+# How many of a hundred conversations: short answers lead, as in the paper; lists of lookups hold on to what lessons taught.
+PARTS = {"short": 50, "dense": 22, "sentences": 9, "letters": 6, "caption": 3, "region": 4, "grounding": 4, "chat": 2}
 KINDS = ("option", "region", "grounding", "chat")  # what an exam asks beyond the questions of scene_questions
 OPTIONS = {"colour": tuple(COLOURS), "shape": SHAPES, "size": tuple(SIZES), "position": CELLS,
            "count": ("one", "two", "three", "four"), "relation": ("left", "right", "above", "below")}

@@ -38,7 +38,7 @@ TINY = replace(
     name="llava15/tiny",
     build=partial(build_llava15, replace(llava.TINY_CONFIG, projector_layers=2), False),
     phrases=mixture.PROMPTS,
-    stages=(llava.TINY.stages[0], replace(llava.TINY.stages[1], view="mixture", fit="pad")),
+    stages=(llava.TINY.stages[0], replace(llava.TINY.stages[1], view="mixture", fit="pad", steps=4600)),
 )
 
 SMALL = replace(
