@@ -55,11 +55,11 @@ def main() -> None:
     parser.add_argument("--collect", type=Path, nargs="+", metavar="FOLDER")
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
-    name = "_".join([*args.recipe.split("/"), Path(args.data).name if args.data else "scenes"])
+    name = "_".join([*args.recipe.split("/"), Path(args.data).stem if args.data else "scenes"])
     path = RESULTS / f"{name}.json"
     if not args.table:
         machine = f"{os.cpu_count()} {platform.machine()} cores"
-        result = {"recipe": args.recipe, "data": Path(args.data).name if args.data else "scenes", "machine": machine,
+        result = {"recipe": args.recipe, "data": Path(args.data).stem if args.data else "scenes", "machine": machine,
                   "runs": []}
         for one in args.collect or args.seeds:
             finished = isinstance(one, Path)

@@ -26,7 +26,7 @@ from nanovlm.data.transforms import load_image
 from nanovlm.errors import UserError
 from nanovlm.papers.llava import LLaVA
 from nanovlm.tokenizer import Tokenizer
-from nanovlm.training import checkpoint, folder
+from nanovlm.training import checkpoint, distributed, folder
 
 ROOM = 128  # tokens of an answer, where none is given
 
@@ -78,7 +78,7 @@ class Dialogue:
         yield text[len(said):]
 
 
-def load_run(path: str | Path, device: str = "cpu") -> tuple[evaluate.Examinee, int]:
+def load_run(path: str | Path, device: torch.device | str = "cpu") -> tuple[evaluate.Examinee, int]:
     """The model that a run has trained, after its last stage, ready to be asked; and the longest sequence it has met."""
     path = Path(path)
     if not folder.is_run(path):
@@ -100,7 +100,7 @@ def load_run(path: str | Path, device: str = "cpu") -> tuple[evaluate.Examinee, 
 def main(argv: Sequence[str] | None = None) -> int:
     options = make_parser().parse_args(argv)
     try:
-        examinee, limit = load_run(options.run, options.device)
+        examinee, limit = load_run(options.run, distributed.choose_device(options.device))
         if not isinstance(examinee.model, LLaVA):
             raise UserError(f"{options.run} holds a {type(examinee.model).__name__}, which was never trained to converse: "
                             "name a run of llava or llava15.")
@@ -150,7 +150,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-new-tokens", type=int, default=ROOM, metavar="N", help=f"of an answer (default: {ROOM})")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default); above, answers are drawn")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda", "mps"))
+    parser.add_argument("--device", default="cpu", choices=("auto", "cpu", "cuda", "mps"))
     return parser
 
 

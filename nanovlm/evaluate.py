@@ -65,7 +65,8 @@ class Examinee:
             inputs, named = self.inputs(chunk)
             if not hasattr(self.model, "encode_image"):  # a language model reads only
                 inputs = inputs[1:]
-            for ids in self.model.generate(*inputs, MAX_NEW_TOKENS, stop, **named).tolist():
+            room = max(REASONS if s.turns[-1].kind == "science" else MAX_NEW_TOKENS for s in chunk)
+            for ids in self.model.generate(*inputs, room, stop, **named).tolist():
                 answers.append(self.text(ids, stop))
         return answers
 
@@ -88,8 +89,16 @@ class Examinee:
         return chosen
 
 
+def right(guess: str, truth: str) -> float:
+    return metrics.vqa_accuracy(guess, [truth])
+
+
 TALKS = ("instruct", "mixture", "science")  # the views whose samples are conversations, as exams are
-JUDGES = {"grounding": metrics.box_hit, "science": metrics.same_letter, "science_text": metrics.same_letter}  # kinds whose answers are not compared word by word
+# kinds whose answers are not compared word by word: how they are, and what makes two of them the same answer
+JUDGES: dict[str, tuple[Callable[[str, str], float], Callable[[str], object]]] = {
+    "grounding": (metrics.box_hit, str), "science": (metrics.same_letter, metrics.option_letter),
+    "science_text": (metrics.same_letter, metrics.option_letter)}
+REASONS = 1024  # tokens for an answer whose letter comes last
 
 
 def evaluate(model: nn.Module, recipe: Recipe, stage: Stage, source: object, tokenizer: Tokenizer,
@@ -99,7 +108,7 @@ def evaluate(model: nn.Module, recipe: Recipe, stage: Stage, source: object, tok
     if "retrieval" in stage.evaluate:
         return judge_retrieval(examinee, source)
     by_kind = defaultdict(list)
-    for sample in source.exam(view=stage.view):
+    for sample in source.exam(view=stage.view if stage.view in TALKS else "instruct"):
         by_kind[sample.turns[-1].kind].append(sample)
     if "two" in stage.evaluate:
         by_kind["caption"] = source.exam(kinds=("caption of two",))
@@ -110,7 +119,9 @@ def evaluate(model: nn.Module, recipe: Recipe, stage: Stage, source: object, tok
             if {"captions", "two"} & set(stage.evaluate):
                 results |= judge_captions(examinee, samples, source)
         elif "answers" in stage.evaluate:
-            marks += (of_kind := judge_answers(examinee, samples, JUDGES.get(kind, right)))
+            of_kind = judge_answers(examinee, samples, kind)
+            # without a picture there is nothing to exchange: such questions have a row of their own only
+            marks += [mark for mark, sample in zip(of_kind, samples) if sample.images]
             if kind:
                 results[f"vqa_accuracy/{kind}"] = mean(of_kind)
     if marks:
@@ -120,14 +131,12 @@ def evaluate(model: nn.Module, recipe: Recipe, stage: Stage, source: object, tok
     return results
 
 
-def right(guess: str, truth: str) -> float:
-    return metrics.vqa_accuracy(guess, [truth])
-
-
 def judge_answers(examinee: Examinee, samples: Sequence[Sample],
-                  judge: Callable[[str, str], float] = right) -> list[tuple[float, float, float]]:
+                  kind: str = "") -> list[tuple[float, float, float]]:
+    judge, same = JUDGES.get(kind, (right, metrics.normalise_answer))
     truths = [s.turns[-1].answer for s in samples]
-    common = Counter(truths).most_common(1)[0][0]
+    ((often, _),) = Counter(map(same, truths)).most_common(1)
+    common = next(truth for truth in truths if same(truth) == often)
     return [tuple(judge(guess, truth) for guess in (said, common, blind))
             for truth, said, blind in zip(truths, examinee.answer(samples), examinee.answer(permuted(samples)))]
 

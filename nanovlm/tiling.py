@@ -68,7 +68,10 @@ class Tiling:
         return 1 + rows * columns
 
     def fitted(self, size: Size) -> Size:
-        """The picture's size inside of its grid: one side fills it, the other keeps the proportions, rounded up."""
+        """The picture's size inside of its grid: one side fills it, the other keeps the proportions, rounded up.
+
+        differs: the released code rounds up in floats, which one size in a thousand gives a pixel more.
+        """
         height, width = (n * self.side for n in self.grid(size))
         if width / size[1] < height / size[0]:
             return min(-(-size[0] * width // size[1]), height), width

@@ -7,6 +7,7 @@ from PIL import Image
 
 from nanovlm import evaluate
 from nanovlm.data import formats
+from nanovlm.data.conversation import Sample, Turn
 from nanovlm.data.mixture import CAPTION, SHORT
 from nanovlm.errors import UserError
 from nanovlm.metrics import option_letter, same_letter
@@ -62,22 +63,30 @@ def test_in_a_mixture_the_form_is_said(vqa):
     assert asked.endswith(f"\n{CAPTION}")
 
 
-def test_val2014_is_held_out(vqa):
+def test_val2014_alone_is_split_as_any_set(vqa):
+    """It has nothing to train on but itself: a tenth is held out."""
     (vqa.parent / "val2014").mkdir()
     for picture in list((vqa.parent / "train2014").iterdir()):
         picture.rename(vqa.parent / "val2014" / picture.name.replace("train", "val"))
     vqa.write_text(json.dumps({**QUESTIONS, "data_subtype": "val2014"}))
-    assert set(formats.scan(vqa).splits) == {"val"}
+    assert [formats.read(vqa).size("instruct", split) for split in ("train", "val")] == [1, 1]
 
 
 @pytest.mark.parametrize(("change", "complaint"), [
-    (lambda file: file.with_name("v2_mscoco_train2014_annotations.json").unlink(), "are expected in v2_mscoco_train2014_annotations.json"),
-    (lambda file: file.write_text(json.dumps({**QUESTIONS, "questions": [{"question": "?"}]})), r'questions\[0\]: "image_id", "question"'),
-    (lambda file: file.write_text(json.dumps({**QUESTIONS, "questions": [{**QUESTIONS["questions"][0], "question_id": 7}]})),
-     "have no answer to question_id 7")])
+    ({"image_id": "abc"}, '"image_id" (a number), "question" and'), ({"question_id": 7}, "have no answer to question_id 7")])
 def test_what_is_wrong_with_vqav2(vqa, change, complaint):
-    change(vqa)
-    with pytest.raises(UserError, match=complaint):
+    """One question is, and all of them are read to say so."""
+    first, *others = QUESTIONS["questions"]
+    vqa.write_text(json.dumps({**QUESTIONS, "questions": [{**first, **change}, *others]}))
+    found = formats.scan(vqa)
+    assert len(found.samples) == 2
+    (problem,) = map(str, found.problems)
+    assert problem.startswith(f"{vqa.name} questions[0]: ") and complaint in problem
+
+
+def test_questions_without_their_annotations(vqa):
+    vqa.with_name("v2_mscoco_train2014_annotations.json").unlink()
+    with pytest.raises(UserError, match="are expected in v2_mscoco_train2014_annotations.json"):
         formats.scan(vqa)
 
 
@@ -101,12 +110,37 @@ def test_science_qa_is_qcm_lea(science):
     assert second.turns[0].answer == "It has a subject and a verb. The answer is B." and second.turns[0].kind == "science"
 
 
-@pytest.mark.parametrize(("change", "complaint"), [({"answer": 4}, 'problem 1: field "answer" is 4'), ({"choices": ["a"]}, "of its 1"),
+@pytest.mark.parametrize(("change", "complaint"), [({"answer": 4}, 'field "answer" is 4'), ({"choices": ["a"]}, "of its 1"),
                                                    ({"question": " "}, '"question" is empty'), ({"answer": True}, "True")])
 def test_what_is_wrong_with_science_qa(science, change, complaint):
     science.write_text(json.dumps({**PROBLEMS, "1": {**PROBLEMS["1"], **change}}))
-    with pytest.raises(UserError, match=complaint):
-        formats.scan(science)
+    found = formats.scan(science)
+    assert len(found.samples) == 1 and complaint in str(found.problems[0])
+    assert str(found.problems[0]).startswith("problems.json problem 1: ")
+
+
+def test_an_exam_asks_in_the_words_of_its_view(vqa):
+    """What was trained with the line is judged with it."""
+    records = formats.read(vqa)
+    assert records.exam(view="mixture")[0].turns[0].question.endswith(SHORT)
+    assert SHORT not in records.exam()[0].turns[0].question
+
+
+class Parrot:
+    """Says the same to everything; of an exam only what judges need."""
+
+    def __init__(self, text: str):
+        self.text = text
+
+    def answer(self, samples: list) -> list[str]:
+        return [self.text] * len(samples)
+
+
+def test_chance_is_the_most_frequent_letter_not_the_most_frequent_reason():
+    exam = [Sample(str(i), ("picture",), turns=(Turn("q", f"reason {i}. The answer is {letter}.", "science"),))
+            for i, letter in enumerate("CBBBBABBBB")]
+    marks = evaluate.mean(evaluate.judge_answers(Parrot("The answer is C."), exam, "science"))
+    assert marks == {"value": 0.1, "n": 10, "chance": 0.8, "shuffled": 0.1}
 
 
 @pytest.mark.parametrize(("text", "letter"), [
@@ -120,4 +154,4 @@ def test_what_decides_for_a_letter(text, letter):
 def test_letters_are_compared_not_reasons():
     assert same_letter("Nonsense. The answer is B.", "It has a verb. The answer is B.") == 1
     assert same_letter("It has a verb. The answer is A.", "It has a verb. The answer is B.") == 0
-    assert same_letter("", "") == 0 and evaluate.JUDGES["science"] is same_letter
+    assert same_letter("", "") == 0 and evaluate.JUDGES["science"][0] is same_letter

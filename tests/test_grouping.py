@@ -64,6 +64,21 @@ def test_ranks_have_about_as_many_words(world):
     assert sum(map(spread, batches(source, world)[:11])) < 0.5 * sum(map(spread, batches(source, world, group=False)[:11]))
 
 
+def test_two_ranks_share_each_batch_between_them(monkeypatch):
+    """Every item is a function of its number: in any order, as after a resume, and each rank gets its own rows."""
+    source, made = Talks(), {}
+    monkeypatch.setattr(source, "sample", lambda view, split, index: index)
+    for rank in range(2):
+        stream = MicroBatches(source, replace(STAGE, accumulate=2), 0, collate=lambda rows, rng: rows)
+        stream.world, stream.rank = 2, rank
+        made[rank] = {n: stream[n] for n in (31, 0, 30, 1, 24, 25)}
+        assert all(len(rows) == 2 for rows in made[rank].values())
+    alone = batches(source, 2)
+    for step in (0, 12, 15):
+        rows = [i for rank in range(2) for n in (2 * step, 2 * step + 1) for i in made[rank][n]]
+        assert sorted(rows) == sorted(alone[step]) and len(set(rows)) == 8
+
+
 def test_dealing_by_hand():
     """9 | 7, then 4 to the shorter, 9 | 7 + 4, and 3 to the other; 9 + 3 | 7 + 4 + 1, and 0 where there is room."""
     assert dealt([0, 1, 2, 3], [9, -7, 4, 3], 2) == [0, 1, 3, 2]

@@ -216,7 +216,7 @@ def test_an_interrupted_run_goes_on(tmp_path):
         synthesise(told, breaks, ["conversation"], out, SETTINGS)
     assert not out.exists()
     part = out.with_name("made.json.part")
-    part.write_text(part.read_text() + '{"key": "4/conv')
+    part.write_bytes(part.read_bytes() + '{"key": "4/conversation", "record": "é'.encode()[:-1])  # torn within a letter
     with pytest.raises(UserError, match="was begun with other settings"):
         synthesise(told, rules, ["conversation"], out, {"seed": 1})
     later = []
@@ -224,6 +224,35 @@ def test_an_interrupted_run_goes_on(tmp_path):
     assert len(later) == 2 and not part.exists()
     synthesise(told, rules, ["conversation"], tmp_path / "whole.json", SETTINGS)
     assert written(out) == written(tmp_path / "whole.json")
+
+
+def test_what_was_left_out_is_asked_for_again(tmp_path):
+    """After the server's address was mended, say."""
+    def breaks(said):
+        if said[-1]["content"] == CLASS.as_text():
+            raise UserError("Gone.")
+        return "nonsense"
+
+    with pytest.raises(UserError, match="Gone"):
+        synthesise([TOLD, CLASS], breaks, ["conversation"], tmp_path / "made.json", SETTINGS)
+    assert synthesise([TOLD, CLASS], rules, ["conversation"], tmp_path / "made.json", SETTINGS)["made"] == 2
+
+
+def test_rules_leave_out_what_they_cannot_say(tmp_path):
+    """A caption of one word, or one that speaks of captions, is no reason to stop."""
+    told = [replace(TOLD, boxes=(), captions=("a hat.",)), replace(TOLD, id="8", boxes=(), captions=("a cat with a caption.",)), TOLD]
+    seen = synthesise(told, rules, ["detail"], tmp_path / "made.json", SETTINGS)
+    assert (seen["made"], seen["left out"]) == (1, 2)
+
+
+def test_short_answers_are_marked_only_where_all_are(tmp_path):
+    """A server may answer in sentences though a class is known."""
+    for reply, kinds, form in ((GOOD, {""}, ""), ("Question:\nWhat?\n===\nAnswer:\nhat", {"class"}, "short")):
+        out = tmp_path / f"{form}.json"
+        synthesise([CLASS], lambda said, reply=reply: reply, ["conversation"], out, SETTINGS)
+        (record,) = written(out)
+        assert {turn.get("kind", "") for turn in record["conversations"]} - {""} == kinds - {""}
+        assert record.get("form", "") == form
 
 
 def test_scenes_are_drawn_without_held_out_pairs(tmp_path, capsys):
@@ -245,9 +274,9 @@ def coco(tmp_path):
     images = [{"id": 7, "file_name": "7.png", "width": 100, "height": 50}]
     captioned.write_text(json.dumps({"images": images, "annotations": [{"image_id": 7, "caption": "a dog"}]}))
 
-    def write(bbox: object) -> None:
+    def write(bbox: object, crowd: int = 0) -> None:
         instances.write_text(json.dumps({"images": images, "categories": [{"id": 18, "name": "dog"}], "annotations": [
-            {"image_id": 7, "category_id": 18, "bbox": bbox}]}))
+            {"id": 5, "image_id": 7, "category_id": 18, "bbox": bbox, "iscrowd": crowd}]}))
     return str(captioned), str(instances), write
 
 
@@ -258,11 +287,19 @@ def test_coco_boxes_become_fractions(coco):
     assert told.boxes == (("dog", (0.1, 0.1, 0.6, 0.9)),)
 
 
-@pytest.mark.parametrize("bbox", [[90, 5, 50, 40], [-9, 5, 20, 40], [10, 5, 0, 40], [10, 5, 20, 60], [1, 2, 3], "1 2 3 4"])
+def test_crowds_and_empty_boxes_are_no_things(coco):
+    """COCO's own files have both: annotation 918 of 2017 is 0 pixels high."""
+    captioned, instances, write = coco
+    for bbox, crowd in (([10, 5, 50, 40], 1), ([10.0, 5.0, 1.03, 0.0], 0)):
+        write(bbox, crowd)
+        assert symbols.read(captioned, instances)[0].boxes == ()
+
+
+@pytest.mark.parametrize("bbox", [[90, 5, 50, 40], [-9, 5, 20, 40], [10, 5, -3, 40], [10, 5, 20, 60], [1, 2, 3], "1 2 3 4"])
 def test_a_box_outside_of_its_picture(coco, bbox):
     captioned, instances, write = coco
     write(bbox)
-    with pytest.raises(UserError, match='instances.json annotation 0: field "bbox"'):
+    with pytest.raises(UserError, match='instances.json annotation 5: field "bbox"'):
         symbols.read(captioned, instances)
 
 
@@ -287,6 +324,11 @@ def server():
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(content if isinstance(content, bytes) else json.dumps(content).encode())
+
+        def do_GET(self):  # what urllib makes of a redirected POST
+            requests.append((self.path, self.headers.get("Authorization"), None))
+            self.send_response(404)
+            self.end_headers()
 
         def log_message(self, *_):
             """Silence."""
@@ -364,6 +406,32 @@ def test_nobody_there_and_too_slow(server):
     nobody, _ = endpoint("http://127.0.0.1:9", tries=3)
     with pytest.raises(UserError, match=r"127.0.0.1:9/chat/completions gave no answer in 3 tries \(the last time: .*refused"):
         nobody([])
+
+
+def test_a_key_is_not_sent_on(server, monkeypatch):
+    """Where a server redirects, whoever is there gets no key."""
+    address, replies, requests = server
+    monkeypatch.setenv("MY_KEY", " secret-17\n")
+    replies += [(302, {}, {"Location": f"{address}/elsewhere"}), said("x")]
+    with pytest.raises(UserError):
+        endpoint(address, key_from="MY_KEY", tries=1)[0]([])
+    assert [key for _, key, _ in requests] == ["Bearer secret-17"] or requests[1][1] is None
+
+
+@pytest.mark.parametrize(("url", "key", "rate", "complaint"), [
+    ("myserver/v1", "k", 60, "myserver/v1 is no address"), ("http://x", "", 60, "MY_KEY, which is to hold the key, is empty"),
+    ("http://x", "a\nb", 60, "holds something else"), ("http://x", "k", 0, "0 requests a minute")])
+def test_an_endpoint_that_cannot_be(url, key, rate, complaint, monkeypatch):
+    monkeypatch.setenv("MY_KEY", key)
+    with pytest.raises(UserError, match=complaint) as refused:
+        Endpoint(url, "m", key_from="MY_KEY", per_minute=rate)
+    assert "a\nb" not in str(refused.value)
+
+
+def test_a_server_that_is_gone_in_the_middle(server):
+    address, replies, _ = server
+    replies += [(200, b"{}", {"Content-Length": "999"}), said("whole")]
+    assert endpoint(address, per_minute=1e9, timeout=2)[0]([]) == "whole"
 
 
 @pytest.mark.parametrize("content", [b"<html>", {"choices": []}, {"choices": [{"message": {"content": None}}]}, [1]])

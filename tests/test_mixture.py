@@ -145,7 +145,7 @@ def test_science_reasons_before_the_letter():
         assert named[letter] == judge(question, truth, None)[0] and named[letter] in (size, colour, shape, cell)
     assert 150 < blind < 250
     kinds = Counter(sample.turns[-1].kind for sample in Scenes().exam(5, view="science"))
-    assert kinds == {"science": 5, "science_text": 5} and evaluate.JUDGES["science_text"]("The answer is A.", "x The answer is A.")
+    assert kinds == {"science": 5, "science_text": 5} and evaluate.JUDGES["science_text"][0]("The answer is A.", "x The answer is A.")
 
 
 # --- boxes ---
@@ -169,7 +169,7 @@ def test_intersection_over_union_by_counting():
 
 
 def test_boxes_are_judged_as_boxes():
-    assert evaluate.JUDGES["grounding"] is box_hit
+    assert evaluate.JUDGES["grounding"][0] is box_hit
     assert evaluate.right("[0.10, 0.10, 0.50, 0.49]", "[0.10, 0.10, 0.50, 0.50]") == 0
 
 

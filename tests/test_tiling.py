@@ -1,5 +1,7 @@
 """Tiles against transformers' LlavaNext: grids, pixels, logits, tokens; the paper's scheme against loops and a table."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
@@ -13,6 +15,7 @@ from torch import nn
 from transformers.models.llava_next import modeling_llava_next as theirs
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
+from nanovlm import recipes
 from nanovlm.data.collate import collate_conversations
 from nanovlm.data.conversation import Sample, Turn
 from nanovlm.data.transforms import CLIP_MEAN, CLIP_STD, Transform, cut
@@ -21,6 +24,7 @@ from nanovlm.hub import from_hf
 from nanovlm.papers.llava import LLaVA
 from nanovlm.tiling import NEXT_GRIDS, SIX_TILES, Tiles, hd_tiling, llava_next_tiling
 from nanovlm.tokenizer import Tokenizer
+from nanovlm.training import vitals
 
 SIDE, G = 20, 4  # of a view, in pixels and in tokens
 FIVE = [(20, 20), (13, 41), (50, 22), (31, 37), (20, 59)]  # (height, width): each takes another grid but one
@@ -229,3 +233,43 @@ def test_pinpoints_that_are_no_multiples(pinpoints):
     config = {**hf.config.to_dict(), "image_grid_pinpoints": pinpoints}
     with pytest.raises(UserError, match="image_grid_pinpoints is .* a list of .height, width. is needed, each a multi"):
         from_hf(config, hf.state_dict())
+
+
+def test_exchanged_pictures_keep_their_views():
+    """The vital sign puts each picture in the place of the next: all of its views, and its size."""
+    model = ours(hf_next(9))
+    inputs, rows = example(9)
+    ids, mask = padded(rows, "right")
+    batch = {**inputs, "input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(~mask | (ids == IMAGE_ID), -100)}
+    views = inputs["images"].split([model.tiling.views(size) for size in FIVE])
+    moved = {**batch, "images": torch.cat([views[4], *views[:4]]), "image_sizes": torch.tensor([FIVE[4], *FIVE[:4]])}
+    right, exchanged = vitals.image_use(model, batch)
+    with torch.no_grad():
+        for got, want in ((right, batch), (exchanged, moved)):
+            total, count = model.losses(want)["lm"]
+            assert got == pytest.approx((total / count).item(), abs=1e-6)
+    assert abs(right - exchanged) > 1e-3
+    alone = {**batch, "image_sizes": batch["image_sizes"][:1]}
+    assert vitals.image_use(model, alone) is None, "with one picture there is nothing to exchange"
+
+
+def test_sizes_are_asked_for_where_pictures_are_tiled():
+    model = ours(hf_next(9))
+    inputs, rows = example(9)
+    ids, mask = padded(rows, "right")
+    with pytest.raises(UserError, match="are tiled: give image_sizes"):
+        model(inputs["images"], ids, mask)
+    plain = LLaVA(replace(model.config, tiling=None))
+    with pytest.raises(UserError, match="are not tiled: leave out image_sizes"):
+        plain(**inputs, input_ids=ids, attention_mask=mask)
+
+
+def test_a_persons_pictures_are_kept_as_large_as_tiles_can_show():
+    """Else they would be shrunk to one tile's size before they are cut into six."""
+    assert [recipes.shorter_side(recipes.get(name)) for name in ("llava/7b", "llava15/7b", "llava15/7b-hd")] == [224, 336, 448]
+
+
+def test_a_picture_too_thin_for_tiles_is_named():
+    thin = Sample("photo 7", (Image.new("RGB", (400, 2)),), turns=(Turn("<image>?", "x"),))
+    with pytest.raises(UserError, match="photo 7: A picture 400 pixels wide and 2 high is thinner than one of"):
+        collate_conversations([thin], Tokenizer([]), "tiny", Transform(SIDE, tiling=hd_tiling(SIDE)), None, 16, None)

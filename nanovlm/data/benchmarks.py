@@ -29,20 +29,23 @@ def is_science_qa(table: object) -> bool:
 
 
 def vqav2(file: Path, table: dict) -> Rows:
-    """One row of LLaVA's JSON for each picture."""
+    """One row of LLaVA's JSON for each picture, and for each question that is broken a UserError."""
     answers = {note.get("question_id"): note for note in _annotations(file) if isinstance(note, dict)}
-    by_picture: dict[object, list] = defaultdict(list)
+    by_picture: dict[int, list] = defaultdict(list)
+    broken: Rows = []
     for i, asked in enumerate(table["questions"]):
-        if not isinstance(asked, dict) or not {"image_id", "question", "question_id"} <= set(asked):
-            raise UserError(f'{file.name} questions[{i}]: "image_id", "question" and "question_id" are needed.')
+        where = f"{file.name} questions[{i}]"
+        if not isinstance(asked, dict) or type(asked.get("image_id")) is not int or not {"question", "question_id"} <= set(asked):
+            broken.append((where, UserError('"image_id" (a number), "question" and "question_id" are needed')))
+            continue
         note = answers.get(asked["question_id"])
         if not note or not isinstance(note.get("multiple_choice_answer"), str):
-            raise UserError(f"{file.name} questions[{i}]: the annotations have no answer to question_id {asked['question_id']}.")
+            broken.append((where, UserError(f"the annotations have no answer to question_id {asked['question_id']}")))
+            continue
         by_picture[asked["image_id"]].append((asked["question"], note["multiple_choice_answer"], note.get("answer_type", "")))
     folder = table.get("data_subtype", "train2014")
-    split = {"split": "val"} if str(folder).startswith("val") else {}
-    return [(f"{file.name} image {number}", {
-        "image": f"COCO_{folder}_{int(number):012}.jpg", "form": "short", **split,
+    return broken + [(f"{file.name} image {number}", {
+        "image": f"COCO_{folder}_{number:012}.jpg", "form": "short",
         "conversations": [turn for i, (question, answer, kind) in enumerate(asked) for turn in (
             {"from": "human", "value": f"<image>\n{question}" if i == 0 else question},
             {"from": "gpt", "value": answer, "kind": kind})]}) for number, asked in by_picture.items()]
@@ -61,16 +64,15 @@ def _annotations(file: Path) -> list:
 
 def science_qa(file: Path, table: dict) -> Rows:
     """One row for each problem; pictures in SPLIT/ID/ beside the file, or below its folder images/."""
-    return [(f"{file.name} problem {number}", _problem(f"{file.name} problem {number}", number, problem))
-            for number, problem in table.items()]
+    return [(f"{file.name} problem {number}", _problem(number, problem)) for number, problem in table.items()]
 
 
-def _problem(where: str, number: str, problem: dict) -> dict:
+def _problem(number: str, problem: dict) -> dict | UserError:
     choices, answer = problem.get("choices"), problem.get("answer")
     if not isinstance(choices, list) or len(choices) < 2 or type(answer) is not int or not 0 <= answer < len(choices):
-        raise UserError(f'{where}: field "answer" is {answer!r}; the number of one of its {len(choices or ())} "choices" is needed.')
+        return UserError(f'field "answer" is {answer!r}; the number of one of its {len(choices or ())} "choices" is needed')
     if not str(problem.get("question") or "").strip():
-        raise UserError(f'{where}: field "question" is empty.')
+        return UserError('field "question" is empty')
     options = " ".join(f"({chr(65 + i)}) {choice}" for i, choice in enumerate(choices))
     asked = f"{problem['question']}\nContext: {problem.get('hint') or 'N/A'}\nOptions: {options}"
     said = " ".join(filter(None, (problem.get("lecture"), problem.get("solution"), f"The answer is {chr(65 + answer)}.")))

@@ -51,7 +51,10 @@ def collate_conversations(
         turns = sample.turns[:rng.randint(1, len(sample.turns))] if separate and sample.turns else sample.turns
         layout = format if separate else sample.format or format
         pictures = [_picture(image) for image in sample.images]
-        counts = [transform.places(picture, image_tokens) for picture in pictures]
+        try:
+            counts = [transform.places(picture, image_tokens) for picture in pictures]
+        except UserError as error:  # too thin to be tiled
+            raise UserError(f"{sample.id}: {error}") from error
         row, row_labels = encode(turns, tokenizer, layout, max_length, counts, sample.id)
         if separate:
             row, row_labels = two_sequences(row, row_labels, _given(turns[-1], row_labels, rng))

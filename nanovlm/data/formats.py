@@ -175,6 +175,8 @@ def _scan_coco(file: Path, name: str, table: dict) -> Found:
 def _add(found: Found, record: str, row: object, roots: list[Path], references: tuple[str, ...] = ()) -> None:
     """One row becomes a sample or a problem."""
     try:
+        if isinstance(row, UserError):
+            raise row
         if isinstance(row, ValueError):
             raise UserError(f"this is no JSON ({row}); write one object per line")
         make = _conversation if isinstance(row, dict) and "conversations" in row else _captioned

@@ -16,7 +16,7 @@ told of (symbols.py), as if it saw them; what it writes is read as data, checked
 The first turn has the picture before or after its question, as chance wills (Eq. 2); the released code since v1.0.0 has it
 always before (`--image-first`). The requests, system messages and examples are our own wording of the paper's.
 Differs from the paper in: the default teacher goes by rules and costs nothing; GPT-4, or any other, is called only where an
-address is given.
+address is given. For conversations too it is told the boxes, where there are some; the paper's was told captions only.
 """
 
 import argparse
@@ -70,7 +70,7 @@ FORM = ("You are given lines that somebody wrote about the picture and, in some 
 BLOCKS = 'Write "Question:", on the next line the question, then "===", "Answer:" and the answer, with "===" between any two.'
 TEXT = "Write the description and nothing else."
 
-# What a reply looks like: (what is told, the reply). Two examples for conversations, which see captions only, three for others.
+# What a reply looks like: (what is told, the reply). Two examples for conversations, of captions only, three for the others.
 EXAMPLES = {
     "conversation": (
         ("a black dog sleeps on a red sofa.\na dog lying on a couch beside a pillow.",
@@ -140,17 +140,17 @@ def turns(kind: str, reply: str, rng: Random) -> list[tuple[str, str]]:
 
 def as_record(told: Symbols, kind: str, pairs: Sequence[tuple[str, str]], base: Path, first: bool, rng: Random) -> dict:
     """LLaVA's JSON. "kind", "caption" and "split" are further fields, which our reader knows and others pass over."""
-    conversation = []
+    conversation, short = [], all(answer in ("yes", "no", *told.labels) for _, answer in pairs)
     for number, (question, answer) in enumerate(pairs):
         if number == 0:
             question = f"<image>\n{question}" if first or rng.random() < 0.5 else f"{question}\n<image>"
         said = {"from": "gpt", "value": answer}
-        if kind == "conversation" and told.label:  # for the per-kind table: here a question has one right answer
+        if short:  # for the per-kind table: such a question has one right answer
             said["kind"] = "existence" if answer in ("yes", "no") else "class"
         conversation += [{"from": "human", "value": question}, said]
     record = {"id": f"{told.id}/{kind}", "image": os.path.relpath(told.image, base), "conversations": conversation,
               "caption": told.captions[0]}
-    form = {"form": "short"} if kind == "conversation" and told.label else {}
+    form = {"form": "short"} if short else {}
     return record | form | ({"split": told.split} if told.split else {})
 
 
@@ -199,24 +199,26 @@ def ask(teacher: Teacher, told: Symbols, kind: str, rng: Random) -> tuple[list[t
         return [(rng.choice(BRIEF), told.captions[0])], 0
     asked: Messages = messages(kind, told)
     for failed in range(TRIES):
+        reply = teacher(asked)
         try:
-            return turns(kind, teacher(asked), rng), failed
+            return turns(kind, reply, rng), failed
         except ValueError:
-            if teacher is rules:
-                raise  # rules say the same every time; a reply of theirs that is wrong is our mistake
+            if teacher is rules:  # they say the same every time; a caption that speaks of captions, say
+                return [], failed + 1
     return [], TRIES
 
 
 def read_part(part: Path, settings: dict) -> dict[str, dict | None]:
-    """What an interrupted run has made; a line that was being written goes."""
+    """What an interrupted run has made; a line that was being written goes, and what was left out is asked for again."""
     if not part.exists():
         return {}
-    lines = part.read_text(encoding="utf-8").split("\n")
-    whole = [json.loads(line) for line in lines[:-1]]
+    content = part.read_bytes()
+    content = content[:content.rfind(b"\n") + 1]
+    os.truncate(part, len(content))
+    whole = [json.loads(line) for line in content.splitlines()]
     if whole and whole[0] != settings:
         raise UserError(f"{part} was begun with other settings ({json.dumps(whole[0])}): use the same, or delete it.")
-    part.write_text("".join(f"{line}\n" for line in lines[:-1]), encoding="utf-8")
-    return {line["key"]: line["record"] for line in whole[1:]}
+    return {line["key"]: line["record"] for line in whole[1:] if line["record"]}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -242,8 +244,8 @@ def make(options: argparse.Namespace) -> int:
     told = told[:options.limit or None]
     endpoint = Endpoint(options.teacher, options.model, options.key_from, options.per_minute, options.timeout) \
         if options.teacher else None
-    settings = {"source": options.source, "teacher": options.model or "rules", "seed": options.seed, "kinds": kinds,
-                "image_first": options.image_first}
+    settings = {"source": options.source, "instances": options.instances, "teacher": [options.teacher, options.model],
+                "seed": options.seed, "kinds": kinds, "image_first": options.image_first}
     seen = synthesise(told, endpoint or rules, kinds, out, settings, options.image_first)
     print(f"{out}: {seen['made']:,} conversations about {len(told):,} pictures; {seen['left out']:,} left out, "
           f"{seen['refused replies']:,} replies of the wrong form")

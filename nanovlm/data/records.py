@@ -123,9 +123,9 @@ class Records:
 
     def exam(self, n: int = 1000, view: str = "instruct") -> list[Sample]:
         """Up to n held-out samples, spread evenly, each to be judged by the answer of its last turn."""
-        size, samples = self.size("instruct", "val"), []
+        size, samples = self.size(view, "val"), []
         for i in range(min(n, size)):
-            sample = self.sample("instruct", "val", i * size // min(n, size))
+            sample = self.sample(view, "val", i * size // min(n, size))
             # A conversation ends now with an early, now with a late turn, and holds the pictures up to there.
             turns = sample.turns[: 1 + i % len(sample.turns)]
             marks = sum(turn.question.count(IMAGE) for turn in turns)

@@ -5,6 +5,7 @@
     part        stands for                    question                                    answer
     short       VQAv2, GQA, OKVQA, OCR-VQA    what colour is the square? ⏎ SHORT          blue
     sentences   LLaVA-Instruct                what colour is the square?                  It is blue.
+    dense       –                             count red, star, blue circle.               red one, star none, …
     letters     A-OKVQA                       … A. red B. blue ⏎ LETTER                   B
     caption     TextCaps                      CAPTION                                     a small blue square in the …
     region      RefCOCO, Visual Genome        [0.60, 0.10, 0.88, 0.38] ⏎ REGION           small blue square
@@ -114,7 +115,7 @@ def phrase(thing: Object) -> str:
 
 
 def box(scene: Scene, thing: Object) -> str:
-    """Left, top, right, bottom as fractions of the picture, two decimals (spec §2.2: how many is not published)."""
+    """Left, top, right, bottom as fractions of the picture, two decimals (how many is not published)."""
     corners = dict(zip(scene.things, (corners for _, corners in boxes(scene))))[thing]
     return f"[{', '.join(f'{x:.2f}' for x in corners)}]"
 

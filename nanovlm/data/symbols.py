@@ -120,12 +120,14 @@ def _with_boxes(told: Sequence[Symbols], file: Path) -> list[Symbols]:
         table = json.loads(file.read_text(encoding="utf-8-sig"))
         names = {category["id"]: category["name"] for category in table["categories"]}
         sizes = {image["id"]: (image["file_name"], image["width"], image["height"]) for image in table["images"]}
-        rows = [(row["image_id"], row["category_id"], row["bbox"]) for row in table["annotations"]]
+        # a crowd is one box around many, and a few published boxes have no height: neither is a thing to be counted
+        rows = [(row["id"], row["image_id"], row["category_id"], row["bbox"]) for row in table["annotations"]
+                if not row.get("iscrowd") and not (isinstance(row["bbox"], list) and 0 in row["bbox"][2:])]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f'{file}: it cannot be read as COCO instances ({type(error).__name__}: {error}); "categories", '
                         '"images" and "annotations" with "bbox" are needed.') from error
     found: dict[str, list[tuple[str, Box]]] = defaultdict(list)
-    for number, (image, category, box) in enumerate(rows):
+    for number, image, category, box in rows:
         if image in sizes:
             name, width, height = sizes[image]
             found[name].append((names.get(category, f"category {category}"), _fractions(f"{file} annotation {number}",
@@ -138,9 +140,9 @@ def _fractions(where: str, box: object, width: float, height: float) -> Box:
     if not isinstance(box, list) or len(box) != 4 or not all(isinstance(x, int | float) for x in box):
         raise UserError(f'{where}: field "bbox" is {box!r}; [left, top, width, height] in pixels is needed.')
     left, top, right, bottom = box[0], box[1], box[0] + box[2], box[1] + box[3]
-    if left < -1 or top < -1 or right > width + 1 or bottom > height + 1 or box[2] <= 0 or box[3] <= 0:
-        raise UserError(f'{where}: field "bbox" {box} lies outside of its picture of {width} × {height} pixels or is empty; '
-                        "mend or remove it.")
+    if left < -1 or top < -1 or right > width + 1 or bottom > height + 1 or right <= left or bottom <= top:
+        raise UserError(f'{where}: field "bbox" {box} lies outside of its picture of {width} × {height} pixels; mend or '
+                        "remove it.")
     return tuple(min(1.0, max(0.0, x)) for x in (left / width, top / height, right / width, bottom / height))
 
 

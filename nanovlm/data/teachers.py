@@ -9,6 +9,7 @@
 A teacher is any function from messages, [{"role", "content"}, …], to a text in the form that `instruct` asks for.
 """
 
+import http.client
 import json
 import os
 import re
@@ -170,10 +171,15 @@ class Endpoint:
     def __init__(self, url: str, model: str, key_from: str = "", per_minute: float = 60, timeout: float = 60,
                  tries: int = 5, wait: Callable[[float], None] = time.sleep, clock: Callable[[], float] = time.monotonic):
         """key_from: the environment variable that holds the key; its value is in the request's header and nowhere else."""
-        if key_from and not os.environ.get(key_from):
-            raise UserError(f"The environment variable {key_from}, which is to hold the key, is empty.")
+        if not url.startswith(("http://", "https://")):
+            raise UserError(f"{url} is no address of a server: it must begin with http:// or https://.")
+        if per_minute <= 0:
+            raise UserError(f"{per_minute:g} requests a minute are none: give a number above 0.")
+        self.key = os.environ.get(key_from, "").strip() if key_from else ""
+        if key_from and not (self.key.isascii() and self.key.isprintable() and self.key):
+            raise UserError(f"The environment variable {key_from}, which is to hold the key, is empty or holds something else.")
         self.url, self.model, self.timeout, self.tries = f"{url.rstrip('/')}/chat/completions", model, timeout, tries
-        self.key_from, self.pause, self.wait, self.clock = key_from, 60 / per_minute, wait, clock
+        self.pause, self.wait, self.clock = 60 / per_minute, wait, clock
         self.next = 0.0  # the earliest moment of the next request
         self.calls = self.tokens_in = self.tokens_out = 0
 
@@ -192,16 +198,15 @@ class Endpoint:
                     raise UserError(f"{self.url} refuses: {reason}. Look at the address, the model's name "
                                     f"({self.model}) and the key.") from error
                 self.asked_to_wait = _seconds(error.headers.get("Retry-After"))
-            except OSError as error:  # nobody there, or too slow
+            except (OSError, http.client.HTTPException) as error:  # nobody there, too slow, or gone in the middle
                 reason = str(getattr(error, "reason", error)) or type(error).__name__
         raise UserError(f"{self.url} gave no answer in {self.tries} tries (the last time: {reason}).")
 
     def ask(self, messages: Messages) -> str:
         body = json.dumps({"model": self.model, "messages": list(messages)}).encode()
-        headers = {"Content-Type": "application/json"}
-        if self.key_from:
-            headers["Authorization"] = f"Bearer {os.environ[self.key_from]}"
-        request = urllib.request.Request(self.url, body, headers)
+        request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
+        if self.key:  # not sent on to where a server may redirect
+            request.add_unredirected_header("Authorization", f"Bearer {self.key}")
         with urllib.request.urlopen(request, timeout=self.timeout) as response:
             content = response.read()
         self.calls += 1

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from nanovlm import generation
 from nanovlm.decoder import Decoder, DecoderConfig
+from nanovlm.errors import UserError
 from nanovlm.lm_loss import IGNORE, Output, lm_loss, mean_loss
 from nanovlm.projector import Projector
 from nanovlm.tiling import Tiles, Tiling
@@ -74,6 +75,9 @@ class LLaVA(nn.Module):
         With a tiling images are the views of all pictures, and image_sizes int64 (n, 2) their heights and widths: then
         each picture has its own N, and a list of (N, D) is returned.
         """
+        if (self.tiles is None) != (image_sizes is None):
+            raise UserError("Pictures of this LLaVA are tiled: give image_sizes, the height and width of each." if self.tiles
+                            else "Pictures of this LLaVA are not tiled: leave out image_sizes.")
         views = self.projector(self.encode_image(images))  # Eq. 1
         return views if self.tiles is None else self.tiles(views, image_sizes.tolist())
 

@@ -36,3 +36,10 @@ def stage_name(name: str, stage: str | None = None) -> str:
     if stage is not None and stage not in stages:
         raise UserError(f"Recipe {name} has no stage {stage!r}; its stages are {', '.join(stages)}.")
     return stage or stages[-1]
+
+
+def shorter_side(recipe: Recipe) -> int:
+    """How many pixels of a picture's shorter side the model can see: with tiles those of the largest canvas."""
+    with torch.device("meta"):
+        tiling = getattr(recipe.build(recipe.stages[-1].name), "tiling", None)
+    return recipe.image_size if tiling is None else max(map(min, tiling.grids)) * tiling.side

@@ -5,15 +5,15 @@
     small        clip/small, 196                2 layers    captions              conversations
     7b, 13b      CLIP-L/14 at 336: 576 tokens   2 layers    558K pairs, lr 1e-3   665K conversations, lr 2e-5
     7b-hd, …     CLIP-L/14 at 224, up to 7      2 layers    as above, at 224      the same, pictures in tiles
-                 views: 528 to 1,888 tokens
+                 views: up to 1,888 tokens
 
-Stage 1 crops a picture to a square, stage 2 pads it with the mean colour (spec §1, from the released scripts): nothing of it
-is lost where questions are asked. HD has no stage 1 of its own: the projector has learned on whole pictures, and stage 2
+Stage 1 crops a picture to a square, stage 2 pads it with the mean colour (the released scripts do): nothing of it is lost where
+questions are asked. HD has no stage 1 of its own: the projector has learned on whole pictures, and stage 2
 goes on with tiles (§A.1).
 
 Hyper-parameters of the published ones: LLaVA-1.5 Table 9, batches of 256 and 128, AdamW without weight decay, cosine, 3 %
-warm-up. Steps are one epoch: 558,128 pairs, 665,298 conversations. What HD's authors leave open (batch, sequence length) is
-taken over from 1.5; 4,096 tokens, what its language model was trained for, as the longest pictures take 1,888 of them.
+warm-up. Steps are one epoch: 558,128 pairs, 665,298 conversations. What is not said of HD: its batch is taken over from 1.5, its
+sequence is as long as its language model allows, 4,096 tokens, as the largest pictures take 1,888 of them.
 """
 
 from dataclasses import replace
@@ -38,7 +38,7 @@ TINY = replace(
     name="llava15/tiny",
     build=partial(build_llava15, replace(llava.TINY_CONFIG, projector_layers=2), False),
     phrases=mixture.PROMPTS,
-    stages=(llava.TINY.stages[0], replace(llava.TINY.stages[1], view="mixture", fit="pad", steps=4600)),
+    stages=(llava.TINY.stages[0], replace(llava.TINY.stages[1], view="mixture", fit="pad", steps=4600, on_data=(("steps", 2000),))),
 )
 
 SMALL = replace(

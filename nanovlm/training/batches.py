@@ -13,7 +13,6 @@ of a DataLoader cannot change the order. Random crops are drawn from a generator
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
 from random import Random
 
 import torch
@@ -52,7 +51,9 @@ class MicroBatches(Dataset):
         self.source, self.stage, self.seed, self.collate = source, stage, seed, collate
         self.rank, self.world = distributed.rank(), distributed.world()
         self.size = source.size(stage.view, "train")
-        self.lengths: tuple[int, ...] | None = None  # of the samples, where they are grouped
+        grouped = stage.group and self.size >= stage.batch_size
+        self.lengths = source.lengths(stage.view) if grouped else None
+        self.orders: dict[int, list[int]] = {}  # of the epochs that the last batches were of
         if self.size == 0:
             raise UserError(f"{source.name} has nothing to train stage {stage.name} on (view {stage.view!r}).")
         if stage.batch_size % (self.world * stage.accumulate):
@@ -76,29 +77,28 @@ class MicroBatches(Dataset):
         places = range(first, first + self.stage.batch_size)
         if self.size >= ENDLESS:
             return [place % self.size for place in places]
-        length = len(self.epoch(0))
-        return [self.epoch(place // length)[place % length] for place in places]
+        # grouped, an epoch is of as many samples as make whole batches
+        length = self.size if self.lengths is None else self.size // self.stage.batch_size * self.stage.batch_size
+        numbers = range(places[0] // length, places[-1] // length + 1)
+        self.orders = {number: self.orders.get(number) or self.epoch(number) for number in numbers}
+        return [self.orders[place // length][place % length] for place in places]
 
     def epoch(self, number: int) -> list[int]:
-        """The order of the samples in an epoch: of all or, grouped, of as many as make whole batches."""
-        key, B = f"{self.seed}/{self.stage.name}/{number}", self.stage.batch_size
-        if not self.stage.group or self.size < B:
-            return _epoch(self.size, key)
+        """The order of the samples in an epoch."""
+        key = f"{self.seed}/{self.stage.name}/{number}"
         if self.lengths is None:
-            self.lengths = tuple(self.source.lengths(self.stage.view))
-        return _grouped_epoch(self.lengths, B, self.world, key)[:self.size // B * B]
+            return _epoch(self.size, key)
+        return _grouped_epoch(self.lengths, self.stage.batch_size, self.world, key)
 
 
-@lru_cache(maxsize=4)  # a batch may lie across two epochs
 def _epoch(size: int, key: str) -> list[int]:
     return torch.randperm(size, generator=torch.Generator().manual_seed(Random(key).getrandbits(63))).tolist()
 
 
-@lru_cache(maxsize=2)
-def _grouped_epoch(lengths: tuple[int, ...], batch_size: int, ranks: int, key: str) -> list[int]:
+def _grouped_epoch(lengths: Sequence[int], batch_size: int, ranks: int, key: str) -> list[int]:
     """Whole batches of one modality, in an order left to chance; what is left of both modalities comes last.
 
-    lengths: words of each sample, below zero without a picture.
+    lengths: words of each sample, below zero without a picture. differs: the released code also evens out micro-batches.
     """
     rng, batches, left = Random(key), [], []
     for wanted in (True, False):

@@ -108,7 +108,7 @@ class Run:
         self.world = Scenes(options.seed, recipe.image_size)
         self.source = self.world
         if options.data:  # pictures are kept a third larger than the model sees them: room for random crops
-            self.source = formats.read(options.data, options.on_missing, recipe.image_size * 4 // 3)
+            self.source = formats.read(options.data, options.on_missing, recipes.shorter_side(recipe) * 4 // 3)
         self.config = self.make_config()
         self.folder = self.open_folder()
         self.finished: dict[str, State] = {}  # stage → its weights

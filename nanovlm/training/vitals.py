@@ -52,10 +52,13 @@ def gradient_warning(names: set[str], trained: int) -> str | None:
 def image_use(model: nn.Module, batch: dict) -> tuple[float, float] | None:
     """The loss with the right images and with every image in its neighbour's place; None without two images."""
     images = batch.get("images")
-    if images is None or len(images) < 2:
+    sizes = batch.get("image_sizes")
+    if images is None or len(images if sizes is None else sizes) < 2:
         return None
-    moved = torch.roll(images, 1, dims=0) if isinstance(images, Tensor) else images[1:] + images[:1]
-    exchanged = {**batch, "images": moved}
+    exchanged = {**batch, "images": torch.roll(images, 1, dims=0)}
+    if sizes is not None:  # views stay with their picture
+        own = images.split([model.tiling.views(tuple(size)) for size in sizes.tolist()])
+        exchanged |= {"images": torch.cat([own[-1], *own[:-1]]), "image_sizes": torch.roll(sizes, 1, dims=0)}
     with undisturbed(model):
         return _total(model.losses(batch)), _total(model.losses(exchanged))
 
