@@ -194,7 +194,7 @@ def test_a_teacher_that_talks_nonsense_is_asked_again_and_then_left_out(tmp_path
     seen = synthesise([TOLD, CLASS], lambda asked: next(replies), ["conversation"], tmp_path / "made.json", SETTINGS)
     assert seen == {"made": 1, "left out": 1, "refused replies": 4}
     assert [record["id"] for record in written(tmp_path / "made.json")] == ["7/conversation"]
-    with pytest.raises(UserError, match="were of no use, all 1 of them"):
+    with pytest.raises(UserError, match="were of no use, all 1 of them; of the last: a description is running text"):
         synthesise([TOLD], lambda asked: "what?", ["detail"], tmp_path / "none.json", SETTINGS)
     assert not (tmp_path / "none.json").exists()
 

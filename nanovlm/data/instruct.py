@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from nanovlm.data import symbols
 from nanovlm.data.symbols import Symbols
-from nanovlm.data.teachers import Endpoint, Messages, Teacher, rules
+from nanovlm.data.teachers import Endpoint, Teacher, rules
 from nanovlm.errors import UserError
 
 KINDS = ("brief", "conversation", "detail", "reasoning")
@@ -159,7 +159,7 @@ def as_record(told: Symbols, kind: str, pairs: Sequence[tuple[str, str]], base: 
 def synthesise(told: Sequence[Symbols], teacher: Teacher, kinds: Sequence[str], out: Path, settings: dict,
                image_first: bool = False) -> Counter:
     """Write `out`; what happened, counted. Interrupted, it goes on where it was: `out`.part has a line for each reply."""
-    part = out.with_name(out.name + ".part")
+    part, why = out.with_name(out.name + ".part"), "nothing was asked"
     done = read_part(part, settings)
     seen = Counter("made" if record else "left out" for record in done.values())
     jobs = [(s, kind) for s in told for kind in kinds if possible(s, kind) and f"{s.id}/{kind}" not in done]
@@ -169,7 +169,7 @@ def synthesise(told: Sequence[Symbols], teacher: Teacher, kinds: Sequence[str], 
         for s, kind in tqdm(jobs, desc="asking the teacher", unit=" replies", leave=False, disable=None):
             rng = Random(f"{settings['seed']}/{s.id}/{kind}")
             try:
-                pairs, failed = ask(teacher, s, kind, rng)
+                pairs, failed, why = ask(teacher, s, kind, rng)
             except UserError as error:
                 raise UserError(f"{error} What was made so far is kept in {part}: the same command goes on from there.") from error
             record = as_record(s, kind, pairs, out.parent, image_first, rng) if pairs else None
@@ -179,8 +179,7 @@ def synthesise(told: Sequence[Symbols], teacher: Teacher, kinds: Sequence[str], 
             file.flush()
     records = [done[key] for s in told for kind in kinds if done.get(key := f"{s.id}/{kind}")]
     if not records:
-        raise UserError(f"The teacher's replies were of no use, all {seen['left out']} of them: look at one, with the messages "
-                        "that it answers, before you go on.")
+        raise UserError(f"The teacher's replies were of no use, all {seen['left out']} of them; of the last: {why}.")
     beside = out.with_name(out.name + ".tmp")
     beside.write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(beside, out)
@@ -193,19 +192,19 @@ def possible(told: Symbols, kind: str) -> bool:
     return kind != "reasoning" or bool(told.boxes)
 
 
-def ask(teacher: Teacher, told: Symbols, kind: str, rng: Random) -> tuple[list[tuple[str, str]], int]:
-    """Questions and answers, none if no reply was of use; and how many were not."""
+def ask(teacher: Teacher, told: Symbols, kind: str, rng: Random) -> tuple[list[tuple[str, str]], int, str]:
+    """Questions and answers, none if no reply was of use; how many were not, and what was wrong with the last of these."""
     if kind == "brief":
-        return [(rng.choice(BRIEF), told.captions[0])], 0
-    asked: Messages = messages(kind, told)
-    for failed in range(TRIES):
+        return [(rng.choice(BRIEF), told.captions[0])], 0, ""
+    asked, why = messages(kind, told), ""
+    tries = 1 if teacher is rules else TRIES  # rules say the same every time: of a caption that speaks of captions, say
+    for failed in range(tries):
         reply = teacher(asked)
         try:
-            return turns(kind, reply, rng), failed
-        except ValueError:
-            if teacher is rules:  # they say the same every time; a caption that speaks of captions, say
-                return [], failed + 1
-    return [], TRIES
+            return turns(kind, reply, rng), failed, why
+        except ValueError as error:
+            why = str(error)
+    return [], tries, why
 
 
 def read_part(part: Path, settings: dict) -> dict[str, dict | None]:
