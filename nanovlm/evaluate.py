@@ -27,7 +27,7 @@ from torch import nn
 
 from nanovlm import metrics
 from nanovlm.data.collate import PAIR_LENGTH, collate_images, collate_prompts, collate_questions, collate_texts
-from nanovlm.data.conversation import Sample, answer_ids, find_format, prompt, stop_ids
+from nanovlm.data.conversation import TALKS, Sample, answer_ids, find_format, prompt, stop_ids
 from nanovlm.data.transforms import Transform, load_image
 from nanovlm.errors import UserError
 from nanovlm.recipes.stage import Recipe, Stage
@@ -93,7 +93,6 @@ def right(guess: str, truth: str) -> float:
     return metrics.vqa_accuracy(guess, [truth])
 
 
-TALKS = ("instruct", "mixture", "science")  # the views whose samples are conversations, as exams are
 # kinds whose answers are not compared word by word: how they are, and what makes two of them the same answer
 JUDGES: dict[str, tuple[Callable[[str, str], float], Callable[[str], object]]] = {
     "grounding": (metrics.box_hit, str), "science": (metrics.same_letter, metrics.option_letter),

@@ -30,6 +30,7 @@ from nanovlm.lm_loss import IGNORE
 from nanovlm.tokenizer import Tokenizer
 
 IMAGE = "<image>"
+TALKS = ("instruct", "mixture", "science")  # the views of a source whose samples are conversations, as exams are
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ from nanovlm.data.scene_world import CELLS, COLOURS, PAIRS, SHAPES, SIZES, Objec
 # How many of a hundred conversations: short answers lead, as in the paper; lists of lookups hold on to what lessons taught.
 PARTS = {"short": 50, "dense": 22, "sentences": 9, "letters": 6, "caption": 3, "region": 4, "grounding": 4, "chat": 2}
 KINDS = ("option", "region", "grounding", "chat")  # what an exam asks beyond the questions of scene_questions
+SCIENCE = ("science", "science_text")  # what an exam of view "science" asks
+BLIND = ("chat", "science_text")  # of these, what is asked without a picture
 OPTIONS = {"colour": tuple(COLOURS), "shape": SHAPES, "size": tuple(SIZES), "position": CELLS,
            "count": ("one", "two", "three", "four"), "relation": ("left", "right", "above", "below")}
 
@@ -132,7 +134,7 @@ def examine(scene: Scene, rng: Random, kind: str, about: Object) -> Turn:
             break
     if kind == "option":
         return option(scene, rng, asked.turn.kind, asked)
-    if kind in ("science", "science_text"):
+    if kind in SCIENCE:
         return replace(science(scene, rng, kind == "science", asked), kind=kind)
     (turn,) = told(scene, rng, (replace(asked.turn, answer=sentence(asked.turn), kind="chat"),))
     return turn

@@ -55,7 +55,7 @@ from dataclasses import replace
 from random import Random
 
 from nanovlm.data import scene_mixture
-from nanovlm.data.conversation import Sample, Turn
+from nanovlm.data.conversation import TALKS, Sample, Turn
 from nanovlm.data.mixture import CAPTION, SHORT, prompted
 from nanovlm.data.scene_language import (
     DESCRIPTIONS,
@@ -155,11 +155,11 @@ class Scenes:
             return Sample(name, turns=_document(scene, rng, lesson), references=captions(scene), format=style)
         if view == "pairs":
             return self._pair(name, scene, rng, pairs, split)
-        if view in ("instruct", "mixture", "science") and split == "train" and rng.random() < 0.15:
+        if view in TALKS and split == "train" and rng.random() < 0.15:
             return self._colourless(name, scene, rng)
         if view in ("mixture", "science") and not lesson:
             return self._mixed(name, scene, rng, pairs, view)
-        if view in ("instruct", "mixture", "science"):
+        if view in TALKS:
             turns = _put_before((dense(scene, rng, pairs),) if lesson else conversation(scene, rng, pairs), "<image>")
             return Sample(name, (render(scene, self.image_size),), references=captions(scene), turns=turns)
         wording, shown = rng.choice(wordings(scene)), scene
@@ -170,7 +170,7 @@ class Scenes:
         return Sample(name, (render(shown, self.image_size),), caption=true, references=captions(scene), turns=turns)
 
     def _mixed(self, name: str, scene: Scene, rng: Random, pairs: tuple, view: str) -> Sample:
-        """One part of the mixture, of which one in twenty has no picture, or of the science set, of which half has none."""
+        """One part of the mixture, of which one in fifty has no picture, or of the science set, of which half has none."""
         if view == "science":
             shown = rng.random() < 0.5
             turns = (scene_mixture.science(scene, rng, shown),)
@@ -221,9 +221,8 @@ class Scenes:
         goes for yes and no alike, and every second pair that is not there is a near miss. A follow-up stands after the
         turn that it needs.
         """
-        known = (*KINDS, *(scene_mixture.KINDS if view == "mixture" else ()), "caption")
-        if view == "science":
-            known = ("science", "science_text")
+        more = scene_mixture.KINDS if view == "mixture" else ()
+        known = scene_mixture.SCIENCE if view == "science" else (*KINDS, *more, "caption")
         if unknown := set(kinds) - {*known, TWO}:
             raise UserError(f"scenes have no questions of kind {min(unknown)!r}, only {', '.join(known)} and {TWO}")
         return [self._exam_question(kind, index, view) for kind in kinds or known for index in range(n)]
@@ -234,11 +233,11 @@ class Scenes:
             sample = self.sample("captions", "val", index)
             wanted = CAPTION if mixed else DESCRIBE
             return replace(sample, turns=(Turn(f"<image>\n{wanted}", sample.caption, kind),))
-        if kind in (*scene_mixture.KINDS, "science", "science_text"):
+        if kind in (*scene_mixture.KINDS, *scene_mixture.SCIENCE):
             scene = _val_scene(rng)
             about = next(thing for thing in scene.objects if thing.pair in HELD_OUT)
             turns = (scene_mixture.examine(scene, rng, kind, about),)
-            if kind in ("chat", "science_text"):
+            if kind in scene_mixture.BLIND:
                 return Sample(f"scenes/exam/{kind}/{index}", turns=turns, references=captions(scene))
             images = (render(scene, self.image_size),)
             return Sample(f"scenes/exam/{kind}/{index}", images, references=captions(scene), turns=_put_before(turns, "<image>"))

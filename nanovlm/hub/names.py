@@ -157,6 +157,16 @@ def llava(language: str, head: str, projector: Names, vision: str) -> Names:
             **under(vision, "vision.", CLIP_VISION)}
 
 
+# language model, its head, projector, vision tower
+HF_LLAVA = (
+    # the files of the hub; the files that transformers 5 writes
+    ("language_model.model.", "language_model.lm_head", "multi_modal_projector.", "vision_tower.vision_model."),
+    ("language_model.model.", "language_model.lm_head", "multi_modal_projector.", "vision_tower."),
+    # state_dict() in transformers 5; in late transformers 4
+    ("model.language_model.", "lm_head", "model.multi_modal_projector.", "model.vision_tower."),
+    ("model.language_model.", "lm_head", "model.multi_modal_projector.", "model.vision_tower.vision_model."),
+)
+
 # every layout that a kind of checkpoint comes in; the one that knows most of its names is used
 LAYOUTS: dict[str, tuple[Names, ...]] = {
     "clip_vision_model": (
@@ -198,28 +208,12 @@ LAYOUTS: dict[str, tuple[Names, ...]] = {
         under("", "language.", t5(T5_GATED)),
         under("", "language.", t5(T5_PLAIN)),
     ),
-    "llava": (
-        # the files of the hub; the files that transformers 5 writes
-        llava("language_model.model.", "language_model.lm_head", under("multi_modal_projector.", "", HF_PROJECTOR),
-              "vision_tower.vision_model."),
-        llava("language_model.model.", "language_model.lm_head", under("multi_modal_projector.", "", HF_PROJECTOR),
-              "vision_tower."),
-        # state_dict() in transformers 5; in late transformers 4
-        llava("model.language_model.", "lm_head", under("model.multi_modal_projector.", "", HF_PROJECTOR),
-              "model.vision_tower."),
-        llava("model.language_model.", "lm_head", under("model.multi_modal_projector.", "", HF_PROJECTOR),
-              "model.vision_tower.vision_model."),
-    ),
-    "llava_next": tuple(
-        {**llava(language, head, under(projector, "", HF_PROJECTOR), vision), newline: "tiles.row_end"}
-        for language, head, projector, vision, newline in (
-            ("language_model.model.", "language_model.lm_head", "multi_modal_projector.", "vision_tower.vision_model.",
-             "image_newline"),
-            ("language_model.model.", "language_model.lm_head", "multi_modal_projector.", "vision_tower.", "image_newline"),
-            ("model.language_model.", "lm_head", "model.multi_modal_projector.", "model.vision_tower.", "model.image_newline"),
-            ("model.language_model.", "lm_head", "model.multi_modal_projector.", "model.vision_tower.vision_model.",
-             "model.image_newline"))
-    ),
+    "llava": tuple(llava(language, head, under(projector, "", HF_PROJECTOR), vision)
+                   for language, head, projector, vision in HF_LLAVA),
+    # the row end stands beside the projector
+    "llava_next": tuple({**llava(language, head, under(projector, "", HF_PROJECTOR), vision),
+                         projector.replace("multi_modal_projector.", "image_newline"): "tiles.row_end"}
+                        for language, head, projector, vision in HF_LLAVA),
     # LLaVA's own code: one or two layers; the tower added from a CLIP file, from memory, or (rarely) in the checkpoint
     "llava (original)": tuple(
         llava("model.", "lm_head", under("model.", "", projector), vision)

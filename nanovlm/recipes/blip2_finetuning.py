@@ -53,8 +53,8 @@ TINY = {  # the published stages, where smaller data and models need something e
     "vqa": replace(VQA, steps=2_000, batch_size=32, lr=3e-4, warmup=0.03, layer_decay=0.95, augment=False,
                    max_length=256, on_data=(("augment", True), ("evaluate", ("answers", "captions", "classes")))),
     # as in stage 1: the world's own pairs leave facts out of captions, which are complete where it is judged
-    "retrieval": replace(RETRIEVAL, view="described", format="pair", steps=300, batch_size=32, lr=3e-4, warmup=0.03, layer_decay=0.95, augment=False,
-                         max_length=48, on_data=(("augment", True),)),
+    "retrieval": replace(RETRIEVAL, view="described", format="pair", steps=300, batch_size=32, lr=3e-4, warmup=0.03,
+                         layer_decay=0.95, augment=False, max_length=48, on_data=(("augment", True),)),
 }
 
 BASE = {recipe.name: recipe for recipe in blip2.RECIPES}
