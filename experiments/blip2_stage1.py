@@ -14,39 +14,32 @@ same questions with the pictures exchanged. The paper's figure has curves only, 
 falls as training goes on.
 """
 
-import argparse
-import json
-import os
-import platform
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from experiments import seeds
 from nanovlm import evaluate, recipes
 from nanovlm.data.scene_questions import KINDS
 from nanovlm.data.scenes import Scenes
 from nanovlm.lm_loss import mean_loss
 from nanovlm.recipes.stage import Recipe, Stage
 from nanovlm.training import checkpoint
-from nanovlm.training.batches import MicroBatches, make_collate, stream
-from nanovlm.training.loop import freeze, train_stage
-from nanovlm.training.optim import make_optimiser
-from nanovlm.training.run import Options, Run, versions
-from nanovlm.training.weights import initial_model
+from nanovlm.training.batches import MicroBatches, make_collate
+from nanovlm.training.loop import freeze
+from nanovlm.training.run import Options, Run
 
-RESULTS = Path(__file__).parent / "results" / "blip2_stage1.json"
 RECIPE = recipes.get("blip2/tiny")
-CPU = torch.device("cpu")
 PER_KIND = 40  # questions of each kind, at every point
 POINTS = 6
 
 
 def prepare(seed: int, scratch: str) -> Run:
     """A run that has its backbones and stage 1."""
-    training = Run(RECIPE.name, Options(seed=seed, out=str(Path(scratch) / "run")), CPU)
+    training = Run(RECIPE.name, Options(seed=seed, out=str(Path(scratch) / "run")), seeds.CPU)
     for job in training.jobs[:-1]:
         training.obtain(replace(job, final=False))
     return training
@@ -64,20 +57,19 @@ def flops(training: Run, stage: Stage) -> int:
 
 def curve(training: Run, seed: int, recipe: Recipe) -> list[dict]:
     """Train the recipe's last stage and ask it POINTS times on the way."""
-    stage = recipe.stages[-1]
-    model = initial_model(recipe, stage, seed, training.finished)
-    freeze(model, stage.trains)
-    batches = MicroBatches(training.world, stage, seed, make_collate(RECIPE, stage, training.tokenizer, model))
+    stage, points = recipe.stages[-1], []
     questions = [sample for kind in KINDS for sample in Scenes().exam(PER_KIND, (kind,))]
     marks = {round(stage.steps * (i + 1) / POINTS) for i in range(POINTS)}
-    points = []
-    for report in train_stage(model, stage, stream(batches, 0, CPU), make_optimiser(model, stage), CPU):
+
+    def ask(model: nn.Module, report: object) -> None:
         if report.step in marks:
             with checkpoint.undisturbed(model):
-                examinee = evaluate.Examinee(model, RECIPE, stage, training.tokenizer, CPU)
+                examinee = evaluate.Examinee(model, RECIPE, stage, training.tokenizer, seeds.CPU)
                 judged = evaluate.mean(evaluate.judge_answers(examinee, questions))
             points.append({"step": report.step, "loss": round(report.losses["lm"], 4), **judged})
             print(f"  step {report.step}: {judged['value']:.3f} (pictures exchanged {judged['shuffled']:.3f})", flush=True)
+
+    seeds.learn(recipe, stage, training.world, seed, training.tokenizer, training.finished, ask)
     return points
 
 
@@ -93,7 +85,7 @@ def measure(seed: int, fraction: float) -> dict:
         for name, stages in (("with", (first, second)), ("without", (alone,)), ("equal", (longer,))):
             print(f"seed {seed}, {name}: {stages[-1].steps} steps", flush=True)
             curves[name] = curve(training, seed, replace(RECIPE, stages=stages))
-    return {"seed": seed, "fraction": fraction, "stage1_steps": first.steps, "gigaflops_a_step": [c / 1e9 for c in cost],
+    return {"stage1_steps": first.steps, "gigaflops_a_step": [c / 1e9 for c in cost],
             "curves": curves}
 
 
@@ -106,21 +98,5 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 7])
-    parser.add_argument("--steps", type=float, default=0.3, help="fraction of stage 2")
-    parser.add_argument("--table", action="store_true")
-    args = parser.parse_args()
-    for seed in [] if args.table else args.seeds:
-        new = measure(seed, args.steps)
-        stored = json.loads(RESULTS.read_text(encoding="utf-8"))["runs"] if RESULTS.exists() else []
-        runs = sorted([run for run in stored if run["seed"] != seed] + [new], key=lambda run: run["seed"])
-        result = {"recipe": RECIPE.name, "machine": f"{os.cpu_count()} {platform.machine()} cores",
-                  "versions": versions(), "runs": runs}
-        RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(table(json.loads(RESULTS.read_text(encoding="utf-8"))))
-
-
 if __name__ == "__main__":
-    main()
+    seeds.main(__doc__, "blip2_stage1", RECIPE.name, measure, table, fraction=0.3)

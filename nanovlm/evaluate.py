@@ -57,16 +57,16 @@ class Examinee:
         named = {name: tensor.to(self.device) for name, tensor in named.items()}
         return (named.pop("images"), ids.to(self.device), mask.to(self.device)), named
 
-    def answer(self, samples: Sequence[Sample]) -> list[str]:
-        """Greedy answers to the last question of each sample, its turns before given."""
+    def answer(self, samples: Sequence[Sample], room: int = 0) -> list[str]:
+        """Greedy answers to the last question of each sample, its turns before given; of `room` tokens at most, if told."""
         stop = stop_ids(self.format, self.tokenizer)
         answers = []
         for chunk in chunks(samples):
             inputs, named = self.inputs(chunk)
             if not hasattr(self.model, "encode_image"):  # a language model reads only
                 inputs = inputs[1:]
-            room = max(REASONS if s.turns[-1].kind == "science" else MAX_NEW_TOKENS for s in chunk)
-            for ids in self.model.generate(*inputs, room, stop, **named).tolist():
+            most = room or max(REASONS if s.turns[-1].kind == "science" else MAX_NEW_TOKENS for s in chunk)
+            for ids in self.model.generate(*inputs, most, stop, **named).tolist():
                 answers.append(self.text(ids, stop))
         return answers
 

@@ -45,7 +45,7 @@ NEXT_GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 class Tiling:
     side: int  # S, what the vision encoder looks at
     grids: tuple[Size, ...] = SIX_TILES
-    whole: str = "pad"  # "pad" | "stretch": how the whole picture becomes a square
+    whole: str = "pad"  # "pad" | "stretch": how the whole picture becomes a square; "none": it is left out (§4.2)
     fill: str = "mean"  # "mean" | "black": the colour around what is fitted into the tiles
     whole_first: bool = False
 
@@ -65,7 +65,11 @@ class Tiling:
 
     def views(self, size: Size) -> int:
         rows, columns = self.grid(size)
-        return 1 + rows * columns
+        return self.wholes + rows * columns
+
+    @property
+    def wholes(self) -> int:
+        return int(self.whole != "none")
 
     def fitted(self, size: Size) -> Size:
         """The picture's size inside of its grid: one side fills it, the other keeps the proportions, rounded up.
@@ -97,7 +101,7 @@ class Tiling:
     def tokens(self, size: Size, g: int) -> int:
         """How many places of the sequence one <image> of this size takes."""
         rows, columns = self.kept(size, g)
-        return g * g + (rows.stop - rows.start) * (columns.stop - columns.start + 1)
+        return self.wholes * g * g + (rows.stop - rows.start) * (columns.stop - columns.start + 1)
 
 
 def hd_tiling(side: int) -> Tiling:
@@ -128,8 +132,8 @@ class Tiles(nn.Module):
 
     def join(self, views: Tensor, size: Size) -> Tensor:
         """One picture's: (1 + R·C, g², D) → (N, D)."""
-        whole, tiles = views[0], views[1:]
-        (R, C), g, D = self.tiling.grid(size), isqrt(len(whole)), whole.shape[-1]
+        whole, tiles = views[:self.tiling.wholes].flatten(0, 1), views[self.tiling.wholes:]
+        (R, C), g, D = self.tiling.grid(size), isqrt(views.shape[1]), views.shape[-1]
         # a tile's rows stand below each other: (R, C, g, g, D) → (R, g, C, g, D)
         plane = tiles.view(R, C, g, g, D).transpose(1, 2).reshape(R * g, C * g, D)
         plane = plane[self.tiling.kept(size, g)]  # (r, c, D)

@@ -5,7 +5,7 @@
 
 import re
 
-from nanovlm.data.scene_world import CELLS, COLOURS, DIGITS, HELD_OUT, SHAPES, SIZES, WORDS, Scene
+from nanovlm.data.scene_world import CELLS, COLOURS, DIGITS, HELD_OUT, NUMBERS, SHAPES, SIZES, WORDS, Scene
 
 NUMBER_WORDS = {1: "one", 2: "two", 3: "three", 4: "four"}
 HELD_OUT_NAMES = [f"{colour} {shape}" for colour, shape in HELD_OUT]
@@ -21,7 +21,7 @@ def read(text: str, told: frozenset = frozenset({"size", "colour", "shape"})) ->
     for word in re.findall(r"top left|top right|bottom left|bottom right|left of|right of|\w+", text):
         if word in CELLS:
             waiting.append(word)
-        for field, values in {"size": SIZES, "colour": COLOURS, "shape": SHAPES, "text": DIGITS + WORDS}.items():
+        for field, values in {"size": SIZES, "colour": COLOURS, "shape": SHAPES, "text": DIGITS + WORDS + NUMBERS}.items():
             if word in values:
                 assert field not in thing, f"{field} twice in {text!r}"
                 thing[field] = word
@@ -43,10 +43,9 @@ def meant(name: str, truth: dict) -> str:
     words = name.split()[1:]
     if words[:3] == ["object", "in", "the"]:
         fits = [cell for cell, thing in truth.items() if cell == " ".join(words[3:]) and "shape" in thing]
-    elif words in (["word"], ["digit"]):
-        fits = [
-            cell for cell, thing in truth.items() if "text" in thing and thing["text"].isdigit() == (words == ["digit"])
-        ]
+    elif words in (["word"], ["digit"], ["number"]):
+        like = {"word": r"[A-Z]+", "digit": r"\d", "number": r"[1-9]\d"}[words[0]]
+        fits = [cell for cell, thing in truth.items() if re.fullmatch(like, thing.get("text", ""))]
     else:
         wanted = [word for word in words if word != "object"]
         fits = [cell for cell, thing in truth.items() if "shape" in thing and all(w in thing.values() for w in wanted)]
@@ -95,6 +94,14 @@ def judge(question: str, truth: dict, it: str | None) -> tuple[str, str | None]:
         return ", ".join(cells) + ".", None
     if found := re.fullmatch(r"sides of ([\w ,]+)\.", question):
         return ", ".join(f"{couple} {seen_from(couple.split(), truth)}" for couple in found[1].split(", ")) + ".", None
+    if found := re.fullmatch(r"(colour|shape|size|position) of ([\w ,]+)\.((?:\n[A-D]\. [\w ]+)+)", question):
+        named = dict(line.split(". ") for line in found[3].strip().split("\n"))
+        assert len(set(named.values())) == len(named) and list(named) == list("ABCD")[:len(named)]
+        cells = [(look, meant(f"the {look}", truth)) for look in found[2].split(", ")]
+        values = [cell if found[1] == "position" else truth[cell][found[1]] for _, cell in cells]
+        assert not any(value in look.split() for (look, _), value in zip(cells, values)), "the name gives it away"
+        letters = {value: letter for letter, value in named.items()}
+        return ", ".join(f"{look} {letters[value]}" for (look, _), value in zip(cells, values)) + ".", None
     if found := re.fullmatch(rf"which is (larger|smaller), {name} or {name}\?", question):
         sizes = {thing: truth[meant(thing, truth)]["size"] for thing in found.groups()[1:]}
         assert set(sizes.values()) == {"large", "small"}

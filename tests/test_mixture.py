@@ -35,6 +35,14 @@ def in_short(sentence: str) -> str:
     raise AssertionError(f"{sentence!r} is no sentence of ours")
 
 
+def boxed(box: str, truth: dict) -> dict[str, str]:
+    """The thing in the cell where the box has its middle; the box is as large as it should be."""
+    left, top, right, bottom = (float(x) for x in re.findall(r"\d\.\d\d", box))
+    thing = truth[CORNERS[(left + right) / 2 < 0.5, (top + bottom) / 2 < 0.5]]
+    assert 0 <= left < right <= 1 and (right - left > 0.36) == (thing["size"] == "large")
+    return thing
+
+
 def check(turns: tuple[Turn, ...], truth: dict) -> str:
     """Every answer is right; returns which part of the mixture the conversation is of."""
     first, *others = turns
@@ -56,15 +64,18 @@ def check(turns: tuple[Turn, ...], truth: dict) -> str:
         for turn in (first, *others):
             asked, last = turn.question.split("\n")
             box, phrase = (asked, turn.answer) if last == REGION else (turn.answer, asked)
-            left, top, right, bottom = (float(x) for x in re.findall(r"\d\.\d\d", box))
-            thing = truth[CORNERS[(left + right) / 2 < 0.5, (top + bottom) / 2 < 0.5]]
-            assert phrase == f"{thing['size']} {thing['colour']} {thing['shape']}" and 0 <= left < right <= 1
-            assert (right - left > 0.36) == (thing["size"] == "large")
+            thing = boxed(box, truth)
+            assert phrase == f"{thing['size']} {thing['colour']} {thing['shape']}"
         return "region" if question.endswith(REGION) else "grounding"
     if question.endswith(f"\n{SHORT}"):
         check_conversation([replace(first, question=question.removesuffix(f"\n{SHORT}")), *others], truth)
         return "short"
-    if first.kind in ("notes", "census", "places", "sides"):
+    if first.kind == "boxes":
+        looks = question.removeprefix("boxes of ").rstrip(".").split(", ")
+        for look, (said, box) in zip(looks, re.findall(r"([a-z ,]+) (\[.*?\])", first.answer), strict=True):
+            assert said.strip(", ") == look and set(look.split()) <= set(boxed(box, truth).values())
+        return "dense"
+    if first.kind in ("notes", "census", "places", "sides", "letters"):
         check_conversation([first], truth)
         return "dense"
     check_conversation([replace(turn, answer=in_short(turn.answer)) for turn in (first, *others)], truth)
@@ -94,7 +105,29 @@ def test_every_answer_is_right_and_in_the_form_that_is_asked_for(monkeypatch):
 
 def test_lessons_come_first():
     first = Scenes().sample("mixture", "train", 17).turns
-    assert len(first) == 1 and first[0].kind in ("notes", "census", "places", "sides")
+    assert len(first) == 1 and first[0].kind in ("notes", "census", "places", "sides", "letters", "boxes")
+
+
+def test_what_is_told_beforehand_is_the_mixture_without_pictures():
+    """Every answer follows from the text before it, in the form that is asked for; what is asked about boxes is told with them."""
+    parts, n = Counter(), 2000
+    for index in range(LESSONS["told"]["dense"], LESSONS["told"]["dense"] + n):
+        sample = Scenes().sample("told", "train", index)
+        assert not sample.images and "<image>" not in sample.turns[0].question
+        truth, (told, question) = read(sample.references[0]), sample.turns[0].question.split("\n", 1)
+        boxes = re.findall(r"\[.*?\]", told)
+        asked = re.findall(r"\[.*?\]", f"{question} {sample.turns[0].answer}")
+        objects = {cell: thing for cell, thing in truth.items() if "shape" in thing}
+        assert read(re.sub(r" \[.*?\]", "", told)) == (objects if asked else truth)
+        assert set(asked) <= set(boxes) and len(boxes) == (len(objects) if asked else 0)
+        part = check((replace(sample.turns[0], question=question), *sample.turns[1:]), truth)
+        parts[part] += 1
+    weights = {**PARTS, "sentences": PARTS["sentences"] + PARTS["chat"]}
+    weights.pop("chat")
+    for part, weight in weights.items():
+        p = weight / sum(weights.values())
+        assert abs(parts[part] - n * p) < 5 * (n * p * (1 - p)) ** 0.5, part
+    assert set(parts) == set(weights)
 
 
 def test_the_exam_asks_in_the_same_words():

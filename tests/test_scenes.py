@@ -1,4 +1,4 @@
-"""The embedded world: its pictures, its four views, its splits. What is said is judged by the oracle in scene_oracle.py."""
+"""The embedded world: its pictures, its views, its splits. What is said is judged by the oracle in scene_oracle.py."""
 
 import os
 import re
@@ -21,6 +21,7 @@ from nanovlm.data.scene_world import (
     COLOURS,
     DIGITS,
     HELD_OUT,
+    NUMBERS,
     PAIRS,
     SHAPES,
     SIZES,
@@ -40,9 +41,9 @@ IMAGE_VIEWS = ("pairs", "captions", "described", "instruct")
 
 def test_pixels_are_where_the_truth_says():
     rng = Random(8)
-    for size in (48, 96):
+    for size, small_print in ((48, False), (96, False), (96, True)):
         for _ in range(300):
-            scene = random_scene(rng, PAIRS)
+            scene = random_scene(rng, PAIRS, texts=DIGITS + WORDS + NUMBERS, small_print=small_print)
             pixels = np.array(render(scene, size))  # (height, width, 3)
             empty = np.ones((size, size), dtype=bool)
             for thing, (name, box) in zip(scene.things, boxes(scene), strict=True):
@@ -66,7 +67,7 @@ def test_different_things_look_different():
         shapes = [np.array(render(Scene((Object("white", shape, size, cell),)))) for shape in SHAPES]
         for one, two in combinations(shapes, 2):
             assert (one != two).any(-1).sum() >= 0.15 * SIZES[size] ** 2
-    signs = [np.array(render(Scene((), Sign(text, "top left")))) for text in DIGITS + WORDS]
+    signs = [np.array(render(Scene((), Sign(text, "top left")))) for text in DIGITS + WORDS + NUMBERS]
     for one, two in combinations(signs, 2):
         assert (abs(one.astype(int) - two).max(-1) > 100).sum() >= 8
     for one, two in combinations(COLOURS.values(), 2):
@@ -188,6 +189,33 @@ def test_exam(kind):
         assert len(near) >= 4
 
 
+def test_small_print_is_half_as_large_and_in_a_quarter_of_its_cell():
+    """What a tile of 48 pixels shows is as large as a number in a picture of 48."""
+    for text, cell, corner in product(("10", "47"), CELLS, CELLS):
+        (_, large), = boxes(Scene((), Sign(text, cell)))
+        (_, small), = boxes(Scene((), Sign(text, cell, corner=corner)))
+        sides = [[edges[2] - edges[0], edges[3] - edges[1]] for edges in (large, small)]
+        assert sides[0] == pytest.approx([2 * side for side in sides[1]])
+        middle = [(small[0] + small[2]) / 2, (small[1] + small[3]) / 2]
+        for at, words in zip(middle, ((cell.split()[1], corner.split()[1]), (cell.split()[0], corner.split()[0]))):
+            outer, inner = (word in ("right", "bottom") for word in words)
+            assert abs(at - (0.125 + 0.5 * outer + 0.25 * inner)) < 0.02
+
+
+def test_the_world_of_small_print():
+    """Same facts to ask for, but signs of two digits, which all come in turn; the vocabulary is that of the plain world."""
+    source = Scenes(0, 96, small_print=True)
+    samples = source.exam(90, ["reading"])
+    assert Counter(sample.turns[-1].answer for sample in samples) == dict.fromkeys(NUMBERS, 1)
+    assert samples[0].images[0].size == (96, 96) and source.texts() == Scenes().texts()
+    said = [source.sample("captions", "train", index).caption for index in range(300)]
+    assert 120 < sum("number" in text for text in said) and not any("digit" in text or "word" in text for text in said)
+    pairs = [source.sample("pairs", "train", index) for index in range(300)]
+    numbers = [[re.findall(r"\d+", text) for text in (pair.caption, *pair.negatives)] for pair in pairs]
+    wrong = [(right[0], other[0]) for right, *others in numbers for other in others if other and other != right]
+    assert len(wrong) > 20 and all(sum(a == b for a, b in zip(*two)) == 1 for two in wrong), "one digit wrong, one right"
+
+
 def test_an_exam_of_two_objects():
     samples = Scenes().exam(30, ["caption of two"])
     for sample in samples:
@@ -264,12 +292,13 @@ def test_speed_is_printed_not_judged(capsys):
 def test_lessons_come_before_questions():
     source = Scenes()
     taught = {"repeat": {"repeat"}, "dense": {"notes", "census", "places", "sides"}}
+    more = {"told": {"letters", "boxes"}, "mixture": {"letters", "boxes"}}
     for view, lessons in LESSONS.items():
         begin = 0
         for lesson, end in lessons.items():
             samples = [source.sample(view, "train", index) for index in (*range(begin, begin + 100), end - 1)]
             assert all(len(sample.turns) == 1 for sample in samples)
-            assert {sample.turns[0].kind for sample in samples} == taught[lesson]
+            assert {sample.turns[0].kind for sample in samples} == taught[lesson] | (more.get(view, set()) if lesson == "dense" else set())
             objects = {sum("shape" in thing for thing in read(sample.references[0]).values()) for sample in samples}
             assert objects == {2, 3}
             begin = end

@@ -1,6 +1,7 @@
 """Tiles against transformers' LlavaNext: grids, pixels, logits, tokens; the paper's scheme against loops and a table."""
 
 from dataclasses import replace
+from random import Random
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from nanovlm.papers.llava import LLaVA
 from nanovlm.tiling import NEXT_GRIDS, SIX_TILES, Tiles, hd_tiling, llava_next_tiling
 from nanovlm.tokenizer import Tokenizer
 from nanovlm.training import vitals
+from nanovlm.training.batches import make_collate, world_of
 
 SIDE, G = 20, 4  # of a view, in pixels and in tokens
 FIVE = [(20, 20), (13, 41), (50, 22), (31, 37), (20, 59)]  # (height, width): each takes another grid but one
@@ -142,11 +144,17 @@ def test_the_papers_views():
           (torch.tensor(mean) / 255 - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD))
 
 
+def test_the_whole_can_be_left_out():
+    """§4.2's ablation: the same tiles, nothing before or behind them."""
+    picture, tiles_only = pictures(4)[3], replace(hd_tiling(SIDE), whole="none")
+    assert cut(picture, tiles_only, CLIP_MEAN) == cut(picture, hd_tiling(SIDE), CLIP_MEAN)[1:]
+    assert tiles_only.views((31, 37)) == 4 and tiles_only.tokens((31, 37), G) == hd_tiling(SIDE).tokens((31, 37), G) - G * G
+
+
 # --- tokens ---
 
-@pytest.mark.parametrize("whole_first", [True, False])
-def test_joined_tokens_are_a_loop(whole_first):
-    tiling = llava_next_tiling(SIDE) if whole_first else hd_tiling(SIDE)
+@pytest.mark.parametrize("tiling", [llava_next_tiling(SIDE), hd_tiling(SIDE), replace(hd_tiling(SIDE), whole="none")])
+def test_joined_tokens_are_a_loop(tiling):
     tiles = Tiles(tiling, 5)
     views = randn(sum(map(tiling.views, FIVE)), G * G, 5, seed=3)
     first = 0
@@ -155,13 +163,13 @@ def test_joined_tokens_are_a_loop(whole_first):
         want = []
         for r in range(rows.start, rows.stop):
             for c in range(columns.start, columns.stop):
-                tile = first + 1 + (r // G) * C + c // G
+                tile = first + tiling.wholes + (r // G) * C + c // G
                 want.append(views[tile, (r % G) * G + c % G])
             want.append(tiles.row_end)
-        whole = list(views[first])
-        close(got, torch.stack(whole + want if whole_first else want + whole), 0)
+        whole = list(views[first]) if tiling.wholes else []
+        close(got, torch.stack(whole + want if tiling.whole_first else want + whole), 0)
         assert len(got) == tiling.tokens(size, G)
-        first += 1 + R * C
+        first += tiling.wholes + R * C
 
 
 def test_a_wrong_number_of_views_is_an_error():
@@ -273,3 +281,34 @@ def test_a_picture_too_thin_for_tiles_is_named():
     thin = Sample("photo 7", (Image.new("RGB", (400, 2)),), turns=(Turn("<image>?", "x"),))
     with pytest.raises(UserError, match="photo 7: A picture 400 pixels wide and 2 high is thinner than one of"):
         collate_conversations([thin], Tokenizer([]), "tiny", Transform(SIDE, tiling=hd_tiling(SIDE)), None, 16, None)
+
+
+def test_a_tiled_row_alone_is_the_row_in_its_batch():
+    model = ours(hf_next(11))
+    inputs, rows = example(11)
+    ids, mask = padded(rows, "right")
+    together = model(inputs["images"], ids, mask, image_sizes=inputs["image_sizes"]).logits
+    views, sizes = inputs["images"].split([model.tiling.views(size) for size in FIVE]), inputs["image_sizes"]
+    first = 0
+    for i, row in enumerate(rows):
+        count = int((row == IMAGE_ID).sum())
+        own = torch.cat([inputs["images"][:0], *views[first:first + count]])
+        alone = model(own, row[None], torch.ones(1, len(row), dtype=torch.bool), image_sizes=sizes[first:first + count]).logits
+        close(together[i, :alone.shape[1]], alone[0], 1e-5)
+        first += count
+
+
+def test_the_tiny_recipe_sees_small_print():
+    """Five views and 88 tokens of each picture; stage 1 looks at the whole, as the paper's does."""
+    recipe = recipes.get("llava15/tiny-hd")
+    world, tokenizer = world_of(recipe, 0), Tokenizer([])
+    assert world.exam(1, ["reading"])[0].turns[-1].answer == "10"
+    sample = next(s for s in (world.sample("captions", "train", i) for i in range(99)) if "number" in s.caption)
+    for stage, views, tokens in zip(recipe.stages, (1, 5), (16, 88)):
+        with torch.device("meta"):
+            model = recipe.build(stage.name)
+        collate = make_collate(recipe, stage, tokenizer, model)
+        batch = collate([sample], Random(0))
+        assert batch["images"].shape == (views, 3, 48, 48) and ("image_sizes" in batch) == (views == 5)
+        assert (tokens if model.tiling is None else model.tiling.tokens((96, 96), 4)) == tokens
+    assert {"tiles"} == set(recipe.stages[1].trains) - set(recipes.get("llava15/tiny").stages[1].trains)

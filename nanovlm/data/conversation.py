@@ -30,7 +30,9 @@ from nanovlm.lm_loss import IGNORE
 from nanovlm.tokenizer import Tokenizer
 
 IMAGE = "<image>"
-TALKS = ("instruct", "mixture", "science")  # the views of a source whose samples are conversations, as exams are
+VIEWS = ("pairs", "captions", "described", "instruct", "mixture", "science", "text", "told")  # how a source shows itself
+TALKS = ("instruct", "mixture", "science")  # the views whose samples are conversations about pictures, as exams are
+TEXTS = ("text", "told")  # the views without pictures, which a language model reads before it sees
 
 
 @dataclass(frozen=True)

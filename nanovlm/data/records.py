@@ -27,12 +27,11 @@ from random import Random
 from PIL import Image
 from tqdm import tqdm
 
-from nanovlm.data.conversation import IMAGE, Sample, Turn
+from nanovlm.data.conversation import IMAGE, TEXTS, VIEWS, Sample, Turn
 from nanovlm.data.mixture import CAPTION, SHORT, prompted
 from nanovlm.data.transforms import load_image
 from nanovlm.errors import UserError
 
-VIEWS = ("pairs", "captions", "described", "instruct", "mixture", "science", "text")
 SPLITS = ("train", "val")
 QUESTIONS = ("what is in the picture?", "what does the picture show?", "what do you see?", "describe the picture.")
 KEPT_PICTURES, KEPT_BYTES = 20_000, 1 << 30  # a set beyond either is decoded anew in every epoch
@@ -85,7 +84,7 @@ class Records:
         for step in range(size):
             record, caption = self._entries[view, split][(index + step) % size]
             try:
-                images = () if view == "text" else tuple(self._picture(path) for path in record.images)
+                images = () if view in TEXTS else tuple(self._picture(path) for path in record.images)
             except UserError as error:
                 if not self._skip:
                     raise UserError(f"{record.id}: {error}") from error
@@ -187,9 +186,9 @@ def as_view(record: Sample, caption: str, view: str, rng: Random) -> Sample:
         turns = (Turn(IMAGE, caption, "caption"),)
     else:
         turns = record.turns or (Turn(f"{IMAGE}\n{rng.choice(QUESTIONS)}", caption, "caption"),)
-    if view == "mixture":
+    if view in ("mixture", "told"):
         turns = prompted(turns, CAPTION if not record.turns else SHORT if record.form == "short" else "")
-    if view == "text":
+    if view in TEXTS:
         turns = tuple(replace(turn, question=turn.question.replace(IMAGE, caption)) for turn in turns)
     return replace(record, caption=caption, turns=turns)
 

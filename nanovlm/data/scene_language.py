@@ -22,7 +22,20 @@ from dataclasses import replace
 from random import Random
 from typing import NamedTuple
 
-from nanovlm.data.scene_world import CELLS, COLOURS, DIGITS, PAIRS, SHAPES, SIZES, WORDS, Object, Scene, Sign, side
+from nanovlm.data.scene_world import (
+    CELLS,
+    COLOURS,
+    DIGITS,
+    NUMBERS,
+    PAIRS,
+    SHAPES,
+    SIZES,
+    WORDS,
+    Object,
+    Scene,
+    Sign,
+    side,
+)
 
 
 class Wording(NamedTuple):
@@ -150,7 +163,7 @@ def _one_fact_wrong(scene: Scene, rng: Random) -> Scene:
         values = {"colour": COLOURS, "shape": SHAPES, "size": SIZES}[change]
         return _with(scene, {thing: replace(thing, **{change: _another(values, getattr(thing, change), rng)})})
     if change == "text" and scene.sign:
-        texts = DIGITS if scene.sign.type == "digit" else WORDS
+        texts = {"digit": DIGITS, "word": WORDS, "number": _one_digit_off(scene.sign.text)}[scene.sign.type]
         return _with(scene, {scene.sign: replace(scene.sign, text=_another(texts, scene.sign.text, rng))})
     if change == "move" and (free := [cell for cell in CELLS if all(cell != thing.cell for thing in scene.things)]):
         thing = rng.choice(scene.things)
@@ -162,6 +175,11 @@ def _one_fact_wrong(scene: Scene, rng: Random) -> Scene:
         one, two = rng.sample(scene.objects, 2)
         return _with(scene, {one: replace(one, colour=two.colour), two: replace(two, colour=one.colour)})
     return scene
+
+
+def _one_digit_off(number: str) -> list[str]:
+    """The numbers of two digits that share one with this one, at its place."""
+    return [other for other in NUMBERS if sum(a == b for a, b in zip(other, number)) == 1]
 
 
 def _another(values: Iterable[str], value: str, rng: Random) -> str:

@@ -11,23 +11,27 @@
     region      RefCOCO, Visual Genome        [0.60, 0.10, 0.88, 0.38] ⏎ REGION           small blue square
     grounding   the same, the other way       small blue square ⏎ GROUNDING               [0.60, 0.10, 0.88, 0.38]
     chat        ShareGPT, no picture          top right: small blue square. what colour…  It is blue.
+    bare        InstructBLIP's way, not part  what colour is the square?                  blue
+                of the mixture
 
 Whether a word or a sentence is wanted cannot be guessed from "what colour is the square?": a model that was taught both gives
 either, or always the one that was more frequent. SHORT takes the doubt away (§3.2: why InstructBLIP answers in words only).
 The sentences stand in mixture.py, behind the first question, and hold for the whole conversation.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
 
 from nanovlm.data.conversation import Turn
 from nanovlm.data.mixture import CAPTION, GROUNDING, LETTER, REGION, SHORT, prompted
 from nanovlm.data.scene_language import DESCRIPTIONS, caption, description
-from nanovlm.data.scene_questions import ATTRIBUTES, FOLLOW_UP, Asked, ask, dense, questions
+from nanovlm.data.scene_questions import ATTRIBUTES, FOLLOW_UP, Asked, ask, dense, questions, single_looks
 from nanovlm.data.scene_world import CELLS, COLOURS, PAIRS, SHAPES, SIZES, Object, Scene, boxes
 
 # How many of a hundred conversations: short answers lead, as in the paper; lists of lookups hold on to what lessons taught.
 PARTS = {"short": 50, "dense": 22, "sentences": 9, "letters": 6, "caption": 3, "region": 4, "grounding": 4, "chat": 2}
+BOXED = ("region", "grounding", "boxes")  # kinds with boxes in question or answer
 KINDS = ("option", "region", "grounding", "chat")  # what an exam asks beyond the questions of scene_questions
 SCIENCE = ("science", "science_text")  # what an exam of view "science" asks
 BLIND = ("chat", "science_text")  # of these, what is asked without a picture
@@ -35,21 +39,64 @@ OPTIONS = {"colour": tuple(COLOURS), "shape": SHAPES, "size": tuple(SIZES), "pos
            "count": ("one", "two", "three", "four"), "relation": ("left", "right", "above", "below")}
 
 
-def conversation(scene: Scene, rng: Random, pairs: tuple = PAIRS) -> tuple[tuple[Turn, ...], bool]:
+def conversation(scene: Scene, rng: Random, pairs: tuple = PAIRS,
+                 parts: dict[str, int] = PARTS) -> tuple[tuple[Turn, ...], bool]:
     """The turns of one part, and whether they are about a picture; no mark stands in them yet."""
-    part = rng.choices(tuple(PARTS), PARTS.values())[0]
+    part = rng.choices(tuple(parts), parts.values())[0]
     if part == "dense":
-        return (dense(scene, rng, pairs),), True
+        return (lists(scene, rng, pairs, parts),), True
     if part == "caption":
         return (Turn(CAPTION, caption(scene, rng), "caption"),), True
     if part == "letters":  # these three have one turn, as they are long already and a batch is as long as its longest row
         return (option(scene, rng, rng.choice(tuple(OPTIONS))),), True
     if part in ("region", "grounding"):
         return ({"region": region, "grounding": grounding}[part](scene, rng.choice(scene.objects)),), True
-    if part == "short":
-        return prompted(questions(scene, rng, pairs), SHORT), True
+    if part in ("short", "bare"):
+        return prompted(questions(scene, rng, pairs), SHORT if part == "short" else ""), True
     talk = tuple(replace(turn, answer=sentence(turn)) for turn in questions(scene, rng, pairs)[:2])
     return (talk, True) if part == "sentences" else (told(scene, rng, talk), False)
+
+
+def lists(scene: Scene, rng: Random, pairs: tuple = PAIRS, parts: dict[str, int] = PARTS) -> Turn:
+    """A question whose answer is many answers, those of the new kinds among them where these are part of the mixture."""
+    weights = (6, 2 * ("letters" in parts), int("grounding" in parts))
+    return rng.choices((dense, letters, boxes_of), weights)[0](scene, rng, pairs)
+
+
+def letters(scene: Scene, rng: Random, pairs: tuple = PAIRS) -> Turn:
+    """Up to four things by name, and the letter before what each is: what a choice of options needs, and densely so."""
+    kind = rng.choice(tuple(ATTRIBUTES))
+    field = ATTRIBUTES[kind]
+    named = [(look, getattr(thing, field)) for thing in scene.objects for look in single_looks(scene, thing)
+             if getattr(thing, field) not in look.split()]
+    asked = rng.sample(named, min(4, len(named)))
+    if not asked:
+        return dense(scene, rng, pairs)
+    right = list(dict.fromkeys(answer for _, answer in asked))
+    wrong = [answer for answer in OPTIONS[kind] if answer not in right]
+    choices = [*right, *rng.sample(wrong, min(len(wrong), max(0, 4 - len(right))))]
+    rng.shuffle(choices)
+    answer = ", ".join(f"{look} {'ABCD'[choices.index(value)]}" for look, value in asked)
+    return Turn(f"{kind} of {', '.join(look for look, _ in asked)}.\n{enumerated(choices)}", f"{answer}.", "letters")
+
+
+def boxes_of(scene: Scene, rng: Random, pairs: tuple = PAIRS) -> Turn:
+    """Two things by name, and the box of each."""
+    named = [(look, thing) for thing in scene.objects for look in single_looks(scene, thing)]
+    asked = rng.sample(named, min(2, len(named)))
+    answer = ", ".join(f"{look} {box(scene, thing)}" for look, thing in asked)
+    return Turn(f"boxes of {', '.join(look for look, _ in asked)}.", f"{answer}.", "boxes")
+
+
+def description_with_boxes(scene: Scene, rng: Random) -> str:
+    """The objects for a reader without eyes who is asked about boxes. A model that has read of cells and boxes side by side
+    finds the places of things in a picture; one that has not finds them late, or never (seed 0: position 0.58 instead of 0.99).
+    """
+    return " ".join(f"{thing.cell}: {phrase(thing)} {box(scene, thing)}." for thing in rng.sample(scene.objects, len(scene.objects)))
+
+
+def enumerated(choices: Sequence[str]) -> str:
+    return "\n".join(f"{letter}. {choice}" for letter, choice in zip("ABCD", choices))
 
 
 def told(scene: Scene, rng: Random, talk: tuple[Turn, ...]) -> tuple[Turn, ...]:
@@ -82,8 +129,7 @@ def option(scene: Scene, rng: Random, kind: str, asked: Asked | None = None) -> 
     wrong = [answer for answer in OPTIONS[asked.turn.kind] if answer != right]
     choices = [right, *rng.sample(wrong, min(len(wrong), rng.choice((2, 3))))]
     rng.shuffle(choices)
-    lines = "\n".join(f"{letter}. {choice}" for letter, choice in zip("ABCD", choices))
-    return Turn(f"{asked.turn.question}\n{lines}\n{LETTER}", "ABCD"[choices.index(right)], "option")
+    return Turn(f"{asked.turn.question}\n{enumerated(choices)}\n{LETTER}", "ABCD"[choices.index(right)], "option")
 
 
 def science(scene: Scene, rng: Random, shown: bool, asked: Asked | None = None) -> Turn:

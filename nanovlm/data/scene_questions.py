@@ -161,7 +161,7 @@ def census(scene: Scene, rng: Random, pairs: tuple = PAIRS) -> Turn:
 
 def places(scene: Scene, rng: Random, pairs: tuple = PAIRS) -> Turn:
     """Up to four things by name, and the corner of each: what "where is" needs."""
-    named = [(look, thing.cell) for thing in scene.objects for look in _single_looks(scene, thing)]
+    named = [(look, thing.cell) for thing in scene.objects for look in single_looks(scene, thing)]
     named += [(thing.type, thing.cell) for thing in (scene.sign,) if thing]
     asked = rng.sample(named, min(4, len(named)))
     answer = ", ".join(f"{look} {cell}" for look, cell in asked)
@@ -174,7 +174,7 @@ def sides(scene: Scene, rng: Random, pairs: tuple = PAIRS) -> Turn | None:
         (f"{look} {landmark}", side(one, two))
         for one in scene.objects for two in scene.objects if one is not two and side(one, two)
         for look, landmark in zip(_looks_of(one), _looks_of(two))
-        if {look, landmark} <= {*_single_looks(scene, one), *_single_looks(scene, two)}
+        if {look, landmark} <= {*single_looks(scene, one), *single_looks(scene, two)}
     ]
     if not couples:
         return None
@@ -187,7 +187,7 @@ def _looks_of(thing: Object) -> tuple[str, str, str]:
     return thing.colour, thing.shape, " ".join(thing.pair)
 
 
-def _single_looks(scene: Scene, thing: Object) -> list[str]:
+def single_looks(scene: Scene, thing: Object) -> list[str]:
     """The looks that this object alone has."""
     return [look for look in _looks_of(thing) if _fitting(scene, look) == 1]
 

@@ -15,6 +15,9 @@ of all training pictures; every picture that is judged shows at least one. A mod
 apart from each other names a blue circle that it has never seen; one that has learned thirty stickers does not.
 
 Lengths are measured on a picture of 48 by 48 and scale with its size. Jitter is part of the scene, hence of its truth.
+
+**Small print**, for LLaVA-1.5-HD: in pictures of 96 by 96 a sign is a number of two digits, drawn at half the size of other
+signs. A tile of 48 shows its digits as large as an encoder has met them; the whole, made 48, shows a smear of ten pixels.
 """
 
 from collections.abc import Iterable
@@ -38,6 +41,7 @@ COLUMN_ROW = {"top left": (0, 0), "top right": (1, 0), "bottom left": (0, 1), "b
 CELLS = tuple(COLUMN_ROW)  # in reading order
 DIGITS = tuple("0123456789")
 WORDS = ("GO", "NO", "UP", "ON", "HI", "IN")
+NUMBERS = tuple(map(str, range(10, 100)))
 
 PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 HELD_OUT = (
@@ -53,8 +57,8 @@ SEEN = tuple(pair for pair in PAIRS if pair not in HELD_OUT)
 GRID = 48  # the picture size in which all lengths below are given
 CELL = GRID // 2
 JITTER = 1
-SIGN_BOX = {"digit": (12, 16), "word": (20, 12)}  # width, height
-SIGN_FONT = {"digit": 21, "word": 14}
+SIGN_BOX = {"digit": (12, 16), "word": (20, 12), "number": (22, 16)}  # width, height
+SIGN_FONT = {"digit": 21, "word": 14, "number": 20}
 BACKGROUND = (40, 40, 40)
 SIGN_COLOUR = (255, 170, 70)
 
@@ -77,10 +81,11 @@ class Sign:
     text: str
     cell: str
     jitter: tuple[int, int] = (0, 0)
+    corner: str = ""  # of the cell, one of CELLS: small print, half as large and in that quarter of it
 
     @property
     def type(self) -> str:
-        return "digit" if self.text in DIGITS else "word"
+        return "digit" if self.text in DIGITS else "word" if self.text in WORDS else "number"
 
 
 @dataclass(frozen=True)
@@ -94,17 +99,18 @@ class Scene:
         return _in_reading_order([*self.objects, self.sign] if self.sign else self.objects)
 
 
-def random_scene(rng: Random, pairs: tuple = SEEN, including: tuple = (), many: int = 0, signs: float = 0.4) -> Scene:
+def random_scene(rng: Random, pairs: tuple = SEEN, including: tuple = (), many: int = 0, signs: float = 0.4,
+                 texts: tuple[str, ...] = DIGITS + WORDS, small_print: bool = False) -> Scene:
     """A scene of `many` objects (0: one to four), drawn from `pairs`, one of them from `including` if that is given.
 
-    signs: how often a sign stands beside one to three objects.
+    signs: how often a sign stands beside one to three objects; texts: what it may say.
     """
     cells = rng.sample(CELLS, len(CELLS))
     # Two objects teach best what belongs to what: with one there is nothing to confuse, with three too much.
     many = many or rng.choices((1, 2, 3, 4), (25, 50, 15, 10))[0]
     sign = None
     if many < len(cells) and rng.random() < signs:
-        sign = Sign(rng.choice(DIGITS + WORDS), cells.pop(), _jitter(rng))
+        sign = Sign(rng.choice(texts), cells.pop(), _jitter(rng), rng.choice(CELLS) if small_print else "")
 
     chosen = [rng.choice(including or pairs)]
     while len(chosen) < many:
@@ -163,9 +169,8 @@ def render(scene: Scene, size: int = GRID) -> Image.Image:
     for thing in scene.things:
         left, top, width, height = (round(length * size / GRID) for length in _place(thing))
         if isinstance(thing, Sign):
-            image.paste(
-                SIGN_COLOUR, (left, top), _sign_mask(thing.text, width, height, SIGN_FONT[thing.type] * size / GRID)
-            )
+            font_size = SIGN_FONT[thing.type] * size / GRID / (2 if thing.corner else 1)
+            image.paste(SIGN_COLOUR, (left, top), _sign_mask(thing.text, width, height, font_size))
         else:
             image.paste(COLOURS.get(thing.colour, thing.colour), (left, top), _shape_mask(thing.shape, width))
     return image
@@ -181,13 +186,16 @@ def boxes(scene: Scene) -> list[tuple[str, tuple[float, float, float, float]]]:
     return found
 
 
-def _place(thing: Object | Sign) -> tuple[int, int, int, int]:
+def _place(thing: Object | Sign) -> tuple[float, float, float, float]:
     """left, top, width, height on the 48-pixel grid."""
     column, row = COLUMN_ROW[thing.cell]
     width, height = SIGN_BOX[thing.type] if isinstance(thing, Sign) else (SIZES[thing.size],) * 2
-    left = column * CELL + (CELL - width) // 2 + thing.jitter[0]
-    top = row * CELL + (CELL - height) // 2 + thing.jitter[1]
-    return left, top, width, height
+    left = (CELL - width) // 2 + thing.jitter[0]  # in its cell
+    top = (CELL - height) // 2 + thing.jitter[1]
+    if isinstance(thing, Sign) and thing.corner:  # the same in a quarter of it, where all lengths are halved
+        column, row = (n + m / 2 for n, m in zip((column, row), COLUMN_ROW[thing.corner]))
+        left, top, width, height = left / 2, top / 2, width / 2, height / 2
+    return column * CELL + left, row * CELL + top, width, height
 
 
 # Corners of the shapes in a box from (0, 0) to (1, 1); the circle is drawn as an ellipse.

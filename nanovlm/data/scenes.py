@@ -12,7 +12,7 @@ A worked example, sample("instruct", "train", i):
     |           |     v     |
     +-----------+-----------+
 
-Seven views of the world:
+Eight views of the world:
 
     pairs     picture + caption + captions with one fact wrong       contrastive learning
     captions  "<image>" -> caption                                   the bridge learns to pass on what is there
@@ -21,6 +21,7 @@ Seven views of the world:
     science   question, context, options -> reason, letter             ScienceQA in small, half of it without pictures
     mixture   the same, asked in LLaVA-1.5's ways (scene_mixture.py)   and with the form of the answer on demand
     text      description "\\n" question -> answer, no picture         what the tiny language model reads beforehand
+    told      the same, of the mixture                               and what LLaVA-1.5's reads
 
 In the text view a description stands where the picture will stand later: a language model that has learned to use what
 stands before the question needs no new skill when the bridge puts image tokens there. One text in ten is the
@@ -55,7 +56,7 @@ from dataclasses import replace
 from random import Random
 
 from nanovlm.data import scene_mixture
-from nanovlm.data.conversation import TALKS, Sample, Turn
+from nanovlm.data.conversation import TALKS, TEXTS, VIEWS, Sample, Turn
 from nanovlm.data.mixture import CAPTION, SHORT, prompted
 from nanovlm.data.scene_language import (
     DESCRIPTIONS,
@@ -87,6 +88,7 @@ from nanovlm.data.scene_world import (
     DIGITS,
     GRID,
     HELD_OUT,
+    NUMBERS,
     PAIRS,
     SEEN,
     SHAPES,
@@ -99,10 +101,9 @@ from nanovlm.data.scene_world import (
 )
 from nanovlm.errors import UserError
 
-VIEWS = ("pairs", "captions", "described", "instruct", "mixture", "science", "text")
 SPLITS = ("train", "val")
 # view -> the lessons that come before conversations, each with the sample where it ends
-LESSONS = {"text": {"repeat": 16_000, "dense": 80_000}, "instruct": {"dense": 12_000}, "mixture": {"dense": 24_000},
+LESSONS = {"text": {"repeat": 16_000, "dense": 80_000}, "told": {"repeat": 16_000, "dense": 80_000}, "instruct": {"dense": 12_000}, "mixture": {"dense": 24_000},
            "science": {"dense": 12_000}}
 UNNAMED = 112_000  # of view "described": samples before this one
 
@@ -125,31 +126,38 @@ class Scenes:
 
     name = "scenes"
 
-    def __init__(self, seed: int = 0, size: int = GRID):
+    def __init__(self, seed: int = 0, size: int = GRID, small_print: bool = False,
+                 parts: dict[str, int] = scene_mixture.PARTS):
+        """small_print: signs are numbers of two digits, half as large as others. parts: of the view "mixture", of a hundred."""
         self.seed = seed
         self.image_size = size
+        self.small_print = small_print
+        self.parts = parts
 
     def size(self, view: str, split: str) -> int:
         return 1_000_000 if split == "train" else 1000
 
     def texts(self) -> list[str]:
-        """A corpus that holds every word of the world, for the tokenizer."""
-        samples = (self.sample("text", "train", LESSONS["text"]["dense"] - 100 + index) for index in range(3000))
+        """A corpus that holds every word of the world, for the tokenizer; whatever the signs say, it is the same one."""
+        plain = Scenes(self.seed)
+        samples = (plain.sample("text", "train", LESSONS["text"]["dense"] - 100 + index) for index in range(3000))
         return ["\n".join(f"{turn.question}\n{turn.answer}" for turn in sample.turns) for sample in samples]
 
     def sample(self, view: str, split: str, index: int) -> Sample:
         if view not in VIEWS or split not in SPLITS:
             raise UserError(f"scenes have the views {VIEWS} and the splits {SPLITS}, not {view!r} and {split!r}")
         rng = Random(f"{self.seed}/{view}/{split}/{index}" if split == "train" else f"val/{view}/{index}")
-        pairs = SEEN if split == "train" and view != "text" else PAIRS  # what may be shown and mentioned
+        pairs = SEEN if split == "train" and view not in TEXTS else PAIRS  # what may be shown and mentioned
         lesson = _lesson(view, index) if split == "train" else None
         if split == "val":
-            scene = _val_scene(Random(f"val/{index}"))
+            scene = self._val_scene(Random(f"val/{index}"))
         elif lesson:
-            scene = random_scene(rng, pairs, many=rng.choice((2, 2, 3)))
+            scene = self._scene(rng, pairs, many=rng.choice((2, 2, 3)), view=view)
         else:
-            scene = random_scene(rng, pairs, many=rng.choice((1, 2, 2)) if view == "pairs" else 0)
+            scene = self._scene(rng, pairs, many=rng.choice((1, 2, 2)) if view == "pairs" else 0, view=view)
         name = f"scenes/{split}/{index}"
+        if view == "told":
+            return Sample(name, turns=_told(scene, rng, lesson), references=captions(scene))
         if view == "text":
             style = "blip2" if rng.random() < 0.2 else ""
             return Sample(name, turns=_document(scene, rng, lesson), references=captions(scene), format=style)
@@ -160,7 +168,11 @@ class Scenes:
         if view in ("mixture", "science") and not lesson:
             return self._mixed(name, scene, rng, pairs, view)
         if view in TALKS:
-            turns = _put_before((dense(scene, rng, pairs),) if lesson else conversation(scene, rng, pairs), "<image>")
+            if view == "mixture":
+                talk = (scene_mixture.lists(scene, rng, pairs, self.parts),)
+            else:
+                talk = (dense(scene, rng, pairs),) if lesson else conversation(scene, rng, pairs)
+            turns = _put_before(talk, "<image>")
             return Sample(name, (render(scene, self.image_size),), references=captions(scene), turns=turns)
         wording, shown = rng.choice(wordings(scene)), scene
         if view == "described" and split == "train" and index < UNNAMED and rng.random() < 0.25:
@@ -169,13 +181,21 @@ class Scenes:
         turns = (Turn("<image>", true, "caption"),)
         return Sample(name, (render(shown, self.image_size),), caption=true, references=captions(scene), turns=turns)
 
+    def _scene(self, rng: Random, pairs: tuple, many: int = 0, including: tuple = (), view: str = "") -> Scene:
+        if self.small_print:
+            return random_scene(rng, pairs, including, many, 0.6, NUMBERS, small_print=True)
+        return random_scene(rng, pairs, including, many, texts=DIGITS + WORDS + NUMBERS * (view == "told"))
+
+    def _val_scene(self, rng: Random) -> Scene:
+        return self._scene(rng, PAIRS, including=HELD_OUT)
+
     def _mixed(self, name: str, scene: Scene, rng: Random, pairs: tuple, view: str) -> Sample:
         """One part of the mixture, of which one in fifty has no picture, or of the science set, of which half has none."""
         if view == "science":
             shown = rng.random() < 0.5
             turns = (scene_mixture.science(scene, rng, shown),)
         else:
-            turns, shown = scene_mixture.conversation(scene, rng, pairs)
+            turns, shown = scene_mixture.conversation(scene, rng, pairs, self.parts)
         if not shown:
             return Sample(name, turns=turns, references=captions(scene))
         images = (render(scene, self.image_size),)
@@ -227,6 +247,10 @@ class Scenes:
             raise UserError(f"scenes have no questions of kind {min(unknown)!r}, only {', '.join(known)} and {TWO}")
         return [self._exam_question(kind, index, view) for kind in kinds or known for index in range(n)]
 
+    def answers(self, kind: str) -> tuple[str, ...]:
+        """Those that an exam asks for in turn; () where there are too many to list."""
+        return NUMBERS if kind == "reading" and self.small_print else ANSWERS.get(kind, ())
+
     def _exam_question(self, kind: str, index: int, view: str) -> Sample:
         rng, mixed = Random(f"exam/{kind}/{index}"), view == "mixture"
         if kind == "caption":
@@ -234,7 +258,7 @@ class Scenes:
             wanted = CAPTION if mixed else DESCRIBE
             return replace(sample, turns=(Turn(f"<image>\n{wanted}", sample.caption, kind),))
         if kind in (*scene_mixture.KINDS, *scene_mixture.SCIENCE):
-            scene = _val_scene(rng)
+            scene = self._val_scene(rng)
             about = next(thing for thing in scene.objects if thing.pair in HELD_OUT)
             turns = (scene_mixture.examine(scene, rng, kind, about),)
             if kind in scene_mixture.BLIND:
@@ -246,18 +270,14 @@ class Scenes:
             turns = (Turn(f"<image>\n{DESCRIBE}", caption(scene, rng), "caption"),)
             return Sample(f"scenes/exam/{index}", (render(scene, self.image_size),), references=captions(scene), turns=turns)
         while True:
-            scene = _val_scene(rng)
+            scene = self._val_scene(rng)
             asked = _examine(scene, rng, kind)
-            if asked and _wanted(scene, asked[-1], kind, index):
+            if asked and _wanted(scene, asked[-1], kind, index, self.answers(kind)):
                 break
         turns = tuple(one.turn for one in asked)
         turns = _put_before(prompted(turns, SHORT) if mixed else turns, "<image>")
         images = (render(scene, self.image_size),)
         return Sample(f"scenes/exam/{kind}/{index}", images, references=captions(scene), turns=turns)
-
-
-def _val_scene(rng: Random) -> Scene:
-    return random_scene(rng, PAIRS, including=HELD_OUT)
 
 
 def _lesson(view: str, index: int) -> str | None:
@@ -279,6 +299,18 @@ def _document(scene: Scene, rng: Random, lesson: str | None) -> tuple[Turn, ...]
     return _put_before(talk, told)
 
 
+def _told(scene: Scene, rng: Random, lesson: str | None) -> tuple[Turn, ...]:
+    """A part of the mixture, about a scene that is told; boxes are told where boxes are asked for."""
+    if lesson == "repeat":
+        return _document(scene, rng, lesson)
+    talk, shown = ((scene_mixture.lists(scene, rng),), True) if lesson else scene_mixture.conversation(scene, rng)
+    if not shown:  # it is told already
+        return talk
+    if talk[0].kind in scene_mixture.BOXED:
+        return _put_before(talk, scene_mixture.description_with_boxes(scene, rng))
+    return _put_before(talk, description(scene, rng, DESCRIPTIONS[:1] if lesson or rng.random() < 0.6 else DESCRIPTIONS))
+
+
 def _put_before(turns: tuple[Turn, ...], front: str) -> tuple[Turn, ...]:
     first = turns[0]
     return (Turn(f"{front}\n{first.question}", first.answer, first.kind), *turns[1:])
@@ -294,7 +326,7 @@ def _examine(scene: Scene, rng: Random, kind: str) -> list[Asked]:
     return [before, after] if after else []
 
 
-def _wanted(scene: Scene, asked: Asked, kind: str, index: int) -> bool:
+def _wanted(scene: Scene, asked: Asked, kind: str, index: int, answers: tuple[str, ...]) -> bool:
     """Whether this question has the answer that stands next in the round, and is about a held-out pair."""
     question, answer = asked.turn.question, asked.turn.answer
     if asked.about and not set(asked.about) & set(HELD_OUT):
@@ -307,7 +339,7 @@ def _wanted(scene: Scene, asked: Asked, kind: str, index: int) -> bool:
             return False
     if kind == "follow_up":
         return question == tuple(FOLLOW_UP.values())[index % len(FOLLOW_UP)]
-    return answer == ANSWERS[kind][index % len(ANSWERS[kind])]
+    return answer == answers[index % len(answers)]
 
 
 def _near_miss(scene: Scene, asked: Asked) -> bool:

@@ -122,9 +122,9 @@ def cut(image: Image.Image, tiling: Tiling, mean: tuple[float, float, float]) ->
     height, width = tiling.fitted(size)
     canvas = Image.new("RGB", (columns * side, rows * side), mean_colour(mean) if tiling.fill == "mean" else (0, 0, 0))
     canvas.paste(resize(image, (width, height)), ((canvas.width - width) // 2, (canvas.height - height) // 2))
-    whole = resize(pad_to_square(image, mean) if tiling.whole == "pad" else image, (side, side))
+    wholes = [resize(pad_to_square(image, mean) if tiling.whole == "pad" else image, (side, side))] * tiling.wholes
     corners = [(column * side, row * side) for row in range(rows) for column in range(columns)]
-    return [whole, *(canvas.crop((left, top, left + side, top + side)) for left, top in corners)]
+    return [*wholes, *(canvas.crop((left, top, left + side, top + side)) for left, top in corners)]
 
 
 def mean_colour(mean: tuple[float, float, float]) -> tuple[int, ...]:

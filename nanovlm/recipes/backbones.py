@@ -2,6 +2,7 @@
 
     clip/tiny   48-pixel pictures, 16 image tokens; captions with hard negatives       → module `vision`
     lm/tiny     documents in which a description stands where the image will stand     → module `language`
+    lm/tiny-told  the same, of LLaVA-1.5's mixture: letters, boxes, sentences on demand  → module `language`
     lm/tiny-t5  the same documents, read by an encoder and answered by a decoder       → module `language`
 
 Both are trained on the spot, from the embedded world or from the user's own --data, and then cached.
@@ -58,6 +59,12 @@ LM_TINY = Recipe(
                   betas=(0.9, 0.98), max_length=256, on_data=(("steps", 800),)),),
 )
 
+LM_TINY_TOLD = replace(
+    LM_TINY,
+    name="lm/tiny-told",
+    stages=(replace(LM_TINY.stages[0], name="lm-told", view="told"),),
+)
+
 LM_TINY_T5 = replace(
     LM_TINY,
     name="lm/tiny-t5",
@@ -83,4 +90,4 @@ LM_SMALL = Recipe(
                   betas=(0.9, 0.95), min_lr=0.1, max_length=1024),),
 )
 
-RECIPES = (CLIP_TINY, LM_TINY, LM_TINY_T5, CLIP_SMALL, LM_SMALL)
+RECIPES = (CLIP_TINY, LM_TINY, LM_TINY_TOLD, LM_TINY_T5, CLIP_SMALL, LM_SMALL)

@@ -2,6 +2,7 @@
 
                  eyes                           projector   stage 1 "align"       stage 2 "tune"
     tiny         clip/tiny, 16 tokens           2 layers    captions              scenes' mixture
+    tiny-hd      the same, 5 views, 88 tokens   2 layers    as above              the same, pictures of 96 in tiles
     small        clip/small, 196                2 layers    captions              conversations
     7b, 13b      CLIP-L/14 at 336: 576 tokens   2 layers    558K pairs, lr 1e-3   665K conversations, lr 2e-5
     7b-hd, …     CLIP-L/14 at 224, up to 7      2 layers    as above, at 224      the same, pictures in tiles
@@ -27,6 +28,8 @@ from nanovlm.recipes.stage import Recipe, Stage
 from nanovlm.tiling import hd_tiling
 from nanovlm.vit import CLIP_L_14, CLIP_L_14_336
 
+PHRASES = (*mixture.PROMPTS, " number")  # short in the tiny vocabulary
+
 
 def build_llava15(config: LLaVAConfig, checkpointing: bool, stage: str) -> LLaVA:
     """Tiles are for stage 2."""
@@ -37,8 +40,20 @@ TINY = replace(
     llava.TINY,
     name="llava15/tiny",
     build=partial(build_llava15, replace(llava.TINY_CONFIG, projector_layers=2), False),
-    phrases=mixture.PROMPTS,
-    stages=(llava.TINY.stages[0], replace(llava.TINY.stages[1], view="mixture", fit="pad", steps=4600, on_data=(("steps", 2000),))),
+    phrases=PHRASES,
+    stages=(replace(llava.TINY.stages[0], init=(("vision", "clip/tiny:vision"), ("language", "lm/tiny-told:language"))),
+            replace(llava.TINY.stages[1], view="mixture", fit="pad", steps=3600, on_data=(("steps", 2000),))),
+)
+
+# Pictures of 96 × 96 in five views of 48: 88 image tokens. The small print of these scenes only tiles can read.
+TINY_HD = replace(
+    TINY,
+    name="llava15/tiny-hd",
+    build=partial(build_llava15, replace(llava.TINY_CONFIG, projector_layers=2, tiling=hd_tiling(48)), False),
+    picture_size=96,
+    small_print=True,
+    stages=(TINY.stages[0],
+            replace(TINY.stages[1], trains=("projector", "language", "tiles"), steps=2400)),
 )
 
 SMALL = replace(
@@ -67,7 +82,7 @@ def published(name: str, language: DecoderConfig, weights: str, hd: bool = False
     )
 
 
-RECIPES = (TINY, SMALL,
+RECIPES = (TINY, TINY_HD, SMALL,
            published("llava15/7b", VICUNA_7B, "lmsys/vicuna-7b-v1.5"),
            published("llava15/13b", VICUNA_13B, "lmsys/vicuna-13b-v1.5"),
            published("llava15/7b-hd", VICUNA_7B, "lmsys/vicuna-7b-v1.5", hd=True),

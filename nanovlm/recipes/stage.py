@@ -19,9 +19,9 @@ from dataclasses import asdict, dataclass, fields, replace
 
 from torch import nn
 
+from nanovlm.data.conversation import VIEWS
 from nanovlm.errors import UserError
 
-VIEWS = ("pairs", "captions", "described", "instruct", "mixture", "science", "text")
 SCHEDULES = ("cosine", "constant")
 EVALUATIONS = ("answers", "captions", "two", "classes", "retrieval")  # see evaluate.py
 
@@ -37,7 +37,7 @@ class Stage:
 
     name: str  # unique among all stages of a run, backbones' too: it names the checkpoint
     trains: tuple[str, ...]  # modules or parameters of the model, by name: ("projector",)
-    view: str  # how the source shows itself: "pairs" | "captions" | "described" | "instruct" | "mixture" | "science" | "text"
+    view: str  # how the source shows itself, one of VIEWS, see data/scenes.py
     steps: int
     batch_size: int  # of one optimiser step, over all ranks and micro-batches together
     lr: float  # the highest, reached after the warm-up
@@ -79,6 +79,8 @@ class Recipe:
     stages: tuple[Stage, ...]
     image_size: int
     vocab: int
+    picture_size: int = 0  # of the embedded world's pictures, where they are larger than what the encoder looks at
+    small_print: bool = False  # their signs are numbers that only tiles can read
     phrases: tuple[str, ...] = ()  # what a tiny tokenizer is to know in few tokens, besides the data and the formats
     notes: str = ""
 

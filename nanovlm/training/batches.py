@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from nanovlm.data.collate import PAIR_LENGTH, collate_conversations, collate_pairs
 from nanovlm.data.conversation import Sample
+from nanovlm.data.scenes import Scenes
 from nanovlm.data.transforms import Transform
 from nanovlm.errors import UserError
 from nanovlm.recipes.stage import Recipe, Stage
@@ -148,6 +149,11 @@ def stream(batches: MicroBatches, first_step: int, device: torch.device) -> Iter
         if isinstance(item, UserError):
             raise item
         yield item
+
+
+def world_of(recipe: Recipe, seed: int) -> Scenes:
+    """The embedded world as this recipe is to see it."""
+    return Scenes(seed, recipe.picture_size or recipe.image_size, recipe.small_print)
 
 
 class MixedText:

@@ -18,13 +18,12 @@ from torch import nn
 import nanovlm
 from nanovlm import evaluate, recipes
 from nanovlm.data import formats
-from nanovlm.data.conversation import template_texts
-from nanovlm.data.scenes import Scenes
+from nanovlm.data.conversation import TEXTS, template_texts
 from nanovlm.errors import UserError
 from nanovlm.recipes.stage import Recipe, Stage, as_config, resolve
 from nanovlm.tokenizer import Tokenizer
 from nanovlm.training import cache, checkpoint, distributed, folder, vitals
-from nanovlm.training.batches import MicroBatches, MixedText, make_collate, stream
+from nanovlm.training.batches import MicroBatches, MixedText, make_collate, stream, world_of
 from nanovlm.training.loop import TrainingFailed, freeze, train_stage
 from nanovlm.training.optim import make_optimiser
 from nanovlm.training.progress import report, say
@@ -105,7 +104,7 @@ class Run:
         recipe = recipes.get(recipe_name)
         self.jobs = plan(recipe, options.data is not None, options.steps)
         self.recipe = self.jobs[-1].recipe
-        self.world = Scenes(options.seed, recipe.image_size)
+        self.world = world_of(recipe, options.seed)
         self.source = self.world
         if options.data:  # pictures are kept a third larger than the model sees them: room for random crops
             self.source = formats.read(options.data, options.on_missing, recipes.shorter_side(recipe) * 4 // 3)
@@ -187,11 +186,11 @@ class Run:
 
     def source_for(self, job: Job) -> object:
         """Scenes are drawn at the size that the job's recipe looks at: fine-tuning may look closer than its backbones."""
-        return Scenes(self.options.seed, job.recipe.image_size) if self.source is self.world else self.source
+        return world_of(job.recipe, self.options.seed) if self.source is self.world else self.source
 
     def data_for(self, job: Job) -> object:
         real = self.source is not self.world
-        return MixedText(self.source, self.world) if real and job.stage.view == "text" else self.source_for(job)
+        return MixedText(self.source, self.world) if real and job.stage.view in TEXTS else self.source_for(job)
 
     def cache_key(self, job: Job) -> str:
         """Stages behind this one play no part, so that whoever needs this one only finds it too."""

@@ -1,0 +1,126 @@
+"""What made LLaVA-1.5 of LLaVA, step by step: Table 2 of the paper at tiny scale.
+
+    linear          one map; half of the talk in sentences, half in short answers, and nothing says which is wanted
+    format prompt   "Answer the question using a single word or phrase." behind the questions with short answers
+    MLP             two maps
+    short VQA       four times as many short answers as sentences; letters and captions on demand
+    regions         boxes → phrases and phrases → boxes
+    resolution      tiles: 88 image tokens of five views instead of 16 of one
+    tiles alone     the last without the whole picture (§4.2), which is the end of no ladder
+
+    python -m experiments.llava15_ladder               seeds 0, 1 and 7
+    python -m experiments.llava15_ladder --table       print the stored results as Markdown
+
+Every rung has what the rungs before it have. All see the same world, pictures of 96 × 96 with numbers in small print, shrunk to 48
+but for tiles; image encoder and language model are those of llava15/tiny-hd, steps are the same. Judged on held-out scenes, asked
+with the sentences of the mixture; `sentences`: how many answers are one where none is asked for, `words`: how many are not one
+where a word is.
+"""
+
+import tempfile
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from torch import nn
+
+from experiments import seeds
+from nanovlm import evaluate, recipes
+from nanovlm.data.conversation import Sample
+from nanovlm.data.mixture import SHORT
+from nanovlm.data.scene_mixture import PARTS
+from nanovlm.data.scene_questions import KINDS
+from nanovlm.data.scenes import LESSONS, Scenes
+from nanovlm.recipes import llava
+from nanovlm.recipes.llava15 import build_llava15
+from nanovlm.recipes.stage import Recipe
+from nanovlm.tiling import hd_tiling
+from nanovlm.tokenizer import Tokenizer
+from nanovlm.training.batches import world_of
+from nanovlm.training.run import Options, Run
+
+NAME, BASE = "llava15_ladder", recipes.get("llava15/tiny-hd")
+HALF = {"dense": 22, "sentences": 39}
+PROMPT = HALF | {"short": 39}
+MORE = {part: weight for part, weight in PARTS.items() if part not in ("region", "grounding")}
+ONE, TWO = (replace(llava.TINY_CONFIG, projector_layers=layers) for layers in (1, 2))
+TILED = replace(TWO, tiling=hd_tiling(48))
+RUNGS = {  # name → model, parts of the mixture
+    "linear": (ONE, HALF | {"bare": 39}), "format prompt": (ONE, PROMPT), "MLP": (TWO, PROMPT), "short VQA": (TWO, MORE),
+    "regions": (TWO, PARTS), "resolution": (TILED, PARTS),
+    "tiles alone": (replace(TILED, tiling=replace(TILED.tiling, whole="none")), PARTS)}
+NEW = ("option", "region", "grounding")  # kinds
+PER_KIND = 100
+
+
+def recipe_of(config: object, fraction: float) -> Recipe:
+    align, tune = BASE.stages
+    trains = tuple(name for name in tune.trains if name != "tiles" or config.tiling)
+    stages = align, replace(tune, steps=round(tune.steps * fraction), trains=trains)
+    return replace(BASE, build=partial(build_llava15, config, False), stages=stages)
+
+
+class Shortened:
+    """A world whose lessons last as short as the stage does: the samples behind the first of them are the same."""
+
+    name = "scenes"
+
+    def __init__(self, world: Scenes, fraction: float):
+        self.world, self.left_out = world, round(LESSONS["mixture"]["dense"] * (1 - fraction))
+
+    def size(self, view: str, split: str) -> int:
+        return self.world.size(view, split)
+
+    def sample(self, view: str, split: str, index: int) -> Sample:
+        return self.world.sample(view, split, index + self.left_out * (view == "mixture"))
+
+
+def judged(model: nn.Module, recipe: Recipe, tokenizer: Tokenizer) -> dict:
+    world, examinee = world_of(recipe, 0), evaluate.Examinee(model, recipe, recipe.stages[1], tokenizer, seeds.CPU)
+    marks = {kind: evaluate.judge_answers(examinee, world.exam(PER_KIND, (kind,), "mixture"), kind) for kind in KINDS + NEW}
+    found = {kind: {k: round(v, 4) for k, v in evaluate.mean(of_kind).items()} for kind, of_kind in marks.items()}
+    found["short"] = {k: round(v, 4) for k, v in evaluate.mean([mark for kind in KINDS for mark in marks[kind]]).items()}
+    asked = world.exam(PER_KIND, ("colour", "count", "position"), "mixture")
+    plain = [replace(s, turns=(replace(s.turns[0], question=s.turns[0].question.removesuffix(f"\n{SHORT}")),)) for s in asked]
+    ended = [[said.endswith(".") for said in examinee.answer(samples)] for samples in (asked, plain)]
+    return found | {"words": 1 - sum(ended[0]) / len(asked), "sentences": sum(ended[1]) / len(plain)}
+
+
+def measure(seed: int, fraction: float) -> dict:
+    with tempfile.TemporaryDirectory() as scratch:
+        training = Run(BASE.name, Options(seed=seed, out=str(Path(scratch) / "run")), seeds.CPU)
+        for job in training.jobs[:-len(BASE.stages)]:
+            training.obtain(job)
+    rungs = {}
+    for rung, (config, parts) in RUNGS.items():
+        recipe = recipe_of(config, fraction)
+        world = Shortened(Scenes(seed, recipe.picture_size, recipe.small_print, parts), fraction)
+        print(f"seed {seed}, {rung}", flush=True)
+        align, tune = recipe.stages
+        finished = dict(training.finished)
+        finished[align.name] = seeds.learn(recipe, align, world, seed, training.tokenizer, finished).state_dict()
+        model = seeds.learn(recipe, tune, world, seed, training.tokenizer, finished)
+        rungs[rung] = judged(model, recipe, training.tokenizer)
+        print("  " + ", ".join(f"{name} {row['value'] if isinstance(row, dict) else row:.2f}" for name, row in rungs[rung].items()),
+              flush=True)
+    return {"steps": tune.steps, "rungs": rungs}
+
+
+COLUMNS = ("short", *NEW, "relation", "reading")
+
+
+def table(result: dict) -> str:
+    """Markdown: the mean over the seeds, from the lowest to the highest in brackets."""
+    head = ("rung", *COLUMNS, "words", "sentences")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for rung in RUNGS:
+        runs = [run["rungs"][rung] for run in result["runs"]]
+        columns = [[run[name]["value"] for run in runs] for name in COLUMNS] + [[run[name] for run in runs] for name in head[-2:]]
+        lines.append(f"| {rung} | " + " | ".join(f"{sum(c) / len(c):.2f} ({min(c):.2f}–{max(c):.2f})" for c in columns) + " |")
+    blind = [run["rungs"][rung]["short"]["shuffled"] for run in result["runs"] for rung in RUNGS]
+    lines.append(f"\nWith the pictures exchanged, `short` is {min(blind):.2f} to {max(blind):.2f}.")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    seeds.main(__doc__, NAME, BASE.name, measure, table, fraction=0.4)

@@ -1,0 +1,147 @@
+"""What is each kind of LLaVA's data good for? Table 4 of the paper at tiny scale: one model, four diets.
+
+    all                  conversations, detailed descriptions, reasoning, as often as in the paper (58 : 23 : 77)
+    conversation         the first only
+    detail + reasoning   the others only
+    none                 stage 1 only
+
+    python -m experiments.llava_data_mix               seeds 0, 1 and 7
+    python -m experiments.llava_data_mix --table       print the stored results as Markdown
+
+A picture of the embedded world is told to the teacher of `nanovlm.data.instruct` (by rules), which writes the talk. The language
+model has read such talk about captions; the image encoder is clip/tiny's. Steps, batches and the seed are the same for all diets.
+Judged on 200 held-out scenes for each kind, every one with an object in a (colour, shape) that no training picture shows:
+conversations by the answer to one of their questions, descriptions by the sentences that are right (F1 of said and true),
+reasoning by its conclusion. Beside it, the same with the pictures exchanged.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+from torch import nn
+
+from experiments import seeds
+from nanovlm import evaluate, metrics, recipes
+from nanovlm.data import instruct
+from nanovlm.data.conversation import Sample, Turn, template_texts
+from nanovlm.data.scene_language import captions
+from nanovlm.data.scene_world import HELD_OUT, PAIRS, SEEN, boxes, random_scene, render
+from nanovlm.data.scenes import Scenes
+from nanovlm.data.symbols import Symbols
+from nanovlm.data.teachers import rules
+from nanovlm.tokenizer import Tokenizer
+from nanovlm.training.batches import ENDLESS, MixedText
+from nanovlm.training.run import trained_model
+from nanovlm.training.weights import initial_model
+
+NAME = "llava_data_mix"
+RECIPE, READER = recipes.get("llava/tiny"), recipes.get("lm/tiny")
+SHARES = {"conversation": 58, "detail": 23, "reasoning": 77}  # thousands, §3
+DIETS = {"all": tuple(SHARES), "conversation": ("conversation",), "detail + reasoning": ("detail", "reasoning"), "none": ()}
+PER_KIND = 200
+ROOM = 320  # tokens for an answer: four things are described in about 250
+
+
+class Talk:
+    """A teacher's talk about scenes, made when asked for: a source of samples like any other."""
+
+    name = "scenes, told to a teacher"
+
+    def __init__(self, seed: int, kinds: Sequence[str]):
+        self.seed, self.kinds = seed, kinds
+
+    def size(self, view: str, split: str) -> int:
+        return ENDLESS
+
+    def sample(self, view: str, split: str, index: int) -> Sample:
+        rng = Random(f"talk/{self.seed}/{split}/{index}")
+        scene = random_scene(rng, SEEN) if split == "train" else random_scene(rng, PAIRS, including=HELD_OUT)
+        (kind,) = rng.choices(self.kinds, [SHARES[kind] for kind in self.kinds])
+        every = captions(scene)
+        told = Symbols(f"scene-{index}", Path(), tuple(rng.sample(every, min(5, len(every)))), tuple(boxes(scene)))
+        pairs, _, why = instruct.ask(rules, told, kind, rng)
+        if not pairs:
+            raise ValueError(f"the teacher has nothing to say of {told}: {why}")
+        before = told.captions[0] if view == "text" else "<image>"
+        turns = [Turn(question, answer, kind) for question, answer in pairs]
+        turns[0] = replace(turns[0], question=f"{before}\n{turns[0].question}")
+        images = () if view == "text" else (render(scene, RECIPE.image_size),)
+        return Sample(f"talk/{index}", images, references=every, turns=tuple(turns))
+
+    def exam(self, kind: str) -> list[Sample]:
+        """Of a conversation now an early, now a late question."""
+        asked = [Talk(0, (kind,)).sample("instruct", "val", index) for index in range(PER_KIND)]
+        return [replace(s, turns=s.turns[:1 + i % len(s.turns)]) for i, s in enumerate(asked)]
+
+
+def mark(sample: Sample, said: str) -> float:
+    """From 0 to 1; of several captions that are true, any will do."""
+    turn = sample.turns[-1]
+    captions_too = {text.lower() for text in sample.references}
+    if turn.kind == "reasoning":
+        return float(sentences(said)[-1:] == sentences(turn.answer)[-1:])
+    if turn.answer.lower() in captions_too:
+        return float(said.lower() in captions_too)
+    if turn.kind == "conversation":
+        return metrics.vqa_accuracy(said, [turn.answer])
+    got, wanted = (["a caption" if s.lower() in captions_too else s for s in sentences(text)] for text in (said, turn.answer))
+    right = len(set(got) & set(wanted))
+    return 2 * right / (len(got) + len(wanted))
+
+
+def sentences(text: str) -> list[str]:
+    return [f"{part}." for part in text.rstrip(".").split(". ")]
+
+
+def judged(model: nn.Module, tokenizer: Tokenizer) -> dict[str, dict[str, float]]:
+    examinee = evaluate.Examinee(model, RECIPE, RECIPE.stages[1], tokenizer, seeds.CPU)
+    results = {}
+    for kind in SHARES:
+        exam = Talk(0, (kind,)).exam(kind)
+        value, shuffled = (sum(map(mark, exam, examinee.answer(samples, ROOM))) / len(exam)
+                           for samples in (exam, evaluate.permuted(exam)))
+        results[kind] = {"value": round(value, 4), "shuffled": round(shuffled, 4), "n": len(exam)}
+        print(f"    {kind}: {value:.3f} (pictures exchanged {shuffled:.3f})", flush=True)
+    return results
+
+
+def measure(seed: int, fraction: float) -> dict:
+    world, talk = Scenes(seed), Talk(seed, DIETS["all"])
+    texts = [f"{turn.question}\n{turn.answer}" for i in range(3000) for turn in talk.sample("text", "train", i).turns]
+    tokenizer = Tokenizer.train([*world.texts(), *texts, *1000 * template_texts()], RECIPE.vocab)
+    eyes = trained_model("clip/tiny", seed=seed)[0].state_dict()
+    lesson, (align, tune) = READER.stages[0], RECIPE.stages
+    lesson = replace(lesson, steps=round(2 * lesson.steps * fraction))  # longer sentences take longer to learn
+    tune = replace(tune, steps=round(tune.steps * fraction))
+    reader, recipe = replace(READER, stages=(lesson,)), replace(RECIPE, stages=(align, tune))
+    finished = {"clip": eyes}
+    finished["lm"] = seeds.learn(reader, lesson, MixedText(talk, world), seed, tokenizer, finished).state_dict()
+    finished["align"] = seeds.learn(recipe, align, world, seed, tokenizer, finished).state_dict()
+    results = {}
+    for diet, kinds in DIETS.items():
+        print(f"seed {seed}, {diet}", flush=True)
+        if kinds:
+            model = seeds.learn(recipe, tune, Talk(seed, kinds), seed, tokenizer, finished)
+        else:
+            model = initial_model(recipe, tune, seed, finished)
+        results[diet] = judged(model, tokenizer)
+    return {"steps": {"lm": lesson.steps, "tune": tune.steps}, "diets": results}
+
+
+def table(result: dict) -> str:
+    """Markdown: the mean over the seeds, from the lowest to the highest in brackets, then pictures exchanged."""
+    lines = ["| stage 2 on | " + " | ".join(SHARES) + " | mean |", "|---|" + "---|" * (len(SHARES) + 1)]
+    for diet in DIETS:
+        runs = [run["diets"][diet] for run in result["runs"]]
+        columns = [[run[kind]["value"] for run in runs] for kind in SHARES]
+        blind = [sum(run[kind]["shuffled"] for run in runs) / len(runs) for kind in SHARES]
+        cells = [f"{sum(c) / len(c):.2f} ({min(c):.2f}–{max(c):.2f}; {b:.2f})" for c, b in zip(columns, blind)]
+        means = [sum(run[kind]["value"] for kind in SHARES) / len(SHARES) for run in runs]
+        lines.append(f"| {diet} | " + " | ".join(cells) + f" | {sum(means) / len(means):.2f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    seeds.main(__doc__, NAME, RECIPE.name, measure, table, fraction=0.25)
