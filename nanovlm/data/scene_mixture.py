@@ -89,8 +89,8 @@ def boxes_of(scene: Scene, rng: Random, pairs: tuple = PAIRS) -> Turn:
 
 
 def description_with_boxes(scene: Scene, rng: Random) -> str:
-    """The objects for a reader without eyes who is asked about boxes. A model that has read of cells and boxes side by side
-    finds the places of things in a picture; one that has not finds them late, or never (seed 0: position 0.58 instead of 0.99).
+    """The objects for a reader without eyes who is asked about boxes: who has read of cells and boxes side by side finds the
+    places of things in a picture much sooner.
     """
     return " ".join(f"{thing.cell}: {phrase(thing)} {box(scene, thing)}." for thing in rng.sample(scene.objects, len(scene.objects)))
 

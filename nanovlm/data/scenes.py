@@ -23,7 +23,7 @@ Eight views of the world:
     text      description "\\n" question -> answer, no picture         what the tiny language model reads beforehand
     told      the same, of the mixture                               and what LLaVA-1.5's reads
 
-In the text view a description stands where the picture will stand later: a language model that has learned to use what
+In the text views a description stands where the picture will stand later: a language model that has learned to use what
 stands before the question needs no new skill when the bridge puts image tokens there. One text in ten is the
 description alone, answered by a caption, as in the view "captions". One in five is written as BLIP-2 writes it, with the
 description before everything else. Only answers are learned: what a description says is drawn at random, so nobody
