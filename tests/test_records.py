@@ -9,6 +9,7 @@ from PIL import Image
 from nanovlm.data import records
 from nanovlm.data.conversation import Sample
 from nanovlm.data.formats import read
+from nanovlm.data.mixture import SHORT
 from nanovlm.errors import UserError
 
 
@@ -151,9 +152,20 @@ def test_galleries_hold_each_caption_once(tmp_path):
 
 def test_unknown_views_and_empty_ones(llava):
     source = read(llava)
-    with pytest.raises(UserError, match="no view 'videos' of split 'train'.*pairs, captions, described, instruct, mixture, science, text"):
+    with pytest.raises(UserError, match="no view 'videos' of split 'train'.*pairs, captions, described, instruct, mixture, science, text, told"):
         source.size("videos", "train")
     rows = [row for row in json.loads(llava.read_text()) if row["id"] in (7, "text")]
     write(llava, rows + [{**rows[0], "id": "more"}])
     with pytest.raises(UserError, match="no usable record of split train fits the view pairs"):
         read(llava).sample("pairs", "train", 0)
+
+
+def test_what_is_read_before_is_told_in_the_picture_s_place(tmp_path):
+    """A language model reads the caption where the picture will stand; LLaVA-1.5's reads the sentence about the answer too."""
+    draw(tmp_path, *(f"{i}.png" for i in range(20)))
+    turns = [{"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": "a hat"}]
+    rows = [{"image": f"{i}.png", "conversations": turns, "caption": f"hat {i}", "form": "short"} for i in range(20)]
+    source = read(write(tmp_path / "made.json", rows))
+    plain, told = (source.sample(view, "train", 0) for view in ("text", "told"))
+    assert not plain.images and not told.images and plain.turns[0].question == f"{plain.caption}\nwhat is it?"
+    assert told.turns[0].question == f"{plain.turns[0].question}\n{SHORT}" and told.turns[0].answer == "a hat"

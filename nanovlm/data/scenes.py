@@ -40,6 +40,8 @@ look for the square. LESSONS, before the questions, leave it no such way out:
              count red, star, blue circle.  -> red one, star none, blue circle none.
              find red, digit.               -> red top left, digit bottom left.
              sides of square red.           -> square red right.
+             colour of square. A. red …     -> square B.                     letters and boxes in the mixture only
+             boxes of square.               -> square [0.60, 0.10, 0.88, 0.38].
 
 In the view "instruct" about one picture in seven then shows its objects in colours that have no name ("take notes, colours
 aside."): a shape in a colour in which it was never met is no new thing to a model that has met shapes in any colour. In
@@ -103,8 +105,8 @@ from nanovlm.errors import UserError
 
 SPLITS = ("train", "val")
 # view -> the lessons that come before conversations, each with the sample where it ends
-LESSONS = {"text": {"repeat": 16_000, "dense": 80_000}, "told": {"repeat": 16_000, "dense": 80_000}, "instruct": {"dense": 12_000}, "mixture": {"dense": 24_000},
-           "science": {"dense": 12_000}}
+LESSONS = {"text": {"repeat": 16_000, "dense": 80_000}, "told": {"repeat": 16_000, "dense": 80_000},
+           "instruct": {"dense": 12_000}, "mixture": {"dense": 24_000}, "science": {"dense": 12_000}}
 UNNAMED = 112_000  # of view "described": samples before this one
 
 TWO = "caption of two"  # to describe a scene of two objects and no sign, in an exam; "caption": any scene
