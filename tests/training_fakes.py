@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from nanovlm import recipes
 from nanovlm.data.conversation import Sample, Turn
 from nanovlm.recipes.stage import Recipe, Stage
-from nanovlm.training import checkpoint, run, watch
+from nanovlm.training import batches, checkpoint, run, watch
 
 VOCAB = 270
 WORDS = ("red", "green", "blue", "big", "small", "square", "circle")
@@ -56,7 +56,7 @@ class FakeScenes:
 
     name = "scenes"
 
-    def __init__(self, seed=0, size=4, count=1_000_000):
+    def __init__(self, seed=0, size=4, small_print=False, count=1_000_000):
         self.seed, self.image_size, self.count = seed, size, count
 
     def size(self, view, split):
@@ -98,7 +98,7 @@ EYES = recipe("eyes/tiny", (stage("see", ("eyes", "language"), "captions", "plai
 def install(patch=setattr):
     """Put the fakes where a run looks for the real ones; `patch` may be a monkeypatch's setattr."""
     patch(recipes, "RECIPES", {**recipes.RECIPES, "eyes/tiny": EYES, "fake/tiny": recipe()})
-    patch(run, "Scenes", FakeScenes)
+    patch(batches, "Scenes", FakeScenes)
     patch(run, "template_texts", list)  # they would take all of so small a vocabulary
     patch(watch, "save_curves", lambda *paths: None)  # drawing takes longer than all else here
 
