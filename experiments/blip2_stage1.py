@@ -85,8 +85,7 @@ def measure(seed: int, fraction: float) -> dict:
         for name, stages in (("with", (first, second)), ("without", (alone,)), ("equal", (longer,))):
             print(f"seed {seed}, {name}: {stages[-1].steps} steps", flush=True)
             curves[name] = curve(training, seed, replace(RECIPE, stages=stages))
-    return {"stage1_steps": first.steps, "gigaflops_a_step": [c / 1e9 for c in cost],
-            "curves": curves}
+    return {"stage1_steps": first.steps, "gigaflops_a_step": [c / 1e9 for c in cost], "curves": curves}
 
 
 def table(result: dict) -> str:

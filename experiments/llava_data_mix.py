@@ -70,9 +70,9 @@ class Talk:
         images = () if view == "text" else (render(scene, RECIPE.image_size),)
         return Sample(f"talk/{index}", images, references=every, turns=tuple(turns))
 
-    def exam(self, kind: str) -> list[Sample]:
+    def exam(self) -> list[Sample]:
         """Of a conversation now an early, now a late question."""
-        asked = [Talk(0, (kind,)).sample("instruct", "val", index) for index in range(PER_KIND)]
+        asked = [self.sample("instruct", "val", index) for index in range(PER_KIND)]
         return [replace(s, turns=s.turns[:1 + i % len(s.turns)]) for i, s in enumerate(asked)]
 
 
@@ -99,7 +99,7 @@ def judged(model: nn.Module, tokenizer: Tokenizer) -> dict[str, dict[str, float]
     examinee = evaluate.Examinee(model, RECIPE, RECIPE.stages[1], tokenizer, seeds.CPU)
     results = {}
     for kind in SHARES:
-        exam = Talk(0, (kind,)).exam(kind)
+        exam = Talk(0, (kind,)).exam()
         value, shuffled = (sum(map(mark, exam, examinee.answer(samples, ROOM))) / len(exam)
                            for samples in (exam, evaluate.permuted(exam)))
         results[kind] = {"value": round(value, 4), "shuffled": round(shuffled, 4), "n": len(exam)}

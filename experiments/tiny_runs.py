@@ -5,20 +5,18 @@
     python -m experiments.tiny_runs --collect runs/a runs/b          from runs that are finished: no training
     python -m experiments.tiny_runs --table                          print the stored results as Markdown
 
-Each run is `train_tiny.py --no-cache`: backbones included, nothing left from before. Each figure stands beside its two
+Each run is `train_tiny.py --no-cache`: backbones included, nothing left from before; a collected one that took some from the cache
+says so in its last row. Each figure stands beside its two
 controls (evaluate.py): chance, the most common answer; shuffled, the same questions with the pictures permuted.
 """
 
 import argparse
 import json
-import os
-import platform
 import tempfile
 from pathlib import Path
 
+from experiments.seeds import RESULTS, machine
 from nanovlm.training.run import Options, run
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def measure(recipe: str, data: str | None, seed: int) -> dict:
@@ -58,8 +56,7 @@ def main() -> None:
     name = "_".join([*args.recipe.split("/"), Path(args.data).stem if args.data else "scenes"])
     path = RESULTS / f"{name}.json"
     if not args.table:
-        machine = f"{os.cpu_count()} {platform.machine()} cores"
-        result = {"recipe": args.recipe, "data": Path(args.data).stem if args.data else "scenes", "machine": machine,
+        result = {"recipe": args.recipe, "data": Path(args.data).stem if args.data else "scenes", "machine": machine(),
                   "runs": []}
         for one in args.collect or args.seeds:
             finished = isinstance(one, Path)

@@ -14,7 +14,7 @@
                                                └───┴───┴───┘                  ▓▓▓▓▓▓▓▓▓¶  ◄── row-end token
 
     The encoder still sees S × S pixels at a time, so its weights fit; what grows is the number of tokens. The whole
-    picture comes along because no tile can see what lies across its edge.
+    picture comes along because no tile can see what lies across its edge (whole="none" leaves it out: §4.2).
 
                       grids                         the whole is     tiles are padded with     order
     LLaVA-1.5-HD      all of up to 6 tiles (14)     padded           the mean colour           tiles, then the whole
@@ -69,6 +69,7 @@ class Tiling:
 
     @property
     def wholes(self) -> int:
+        """How many of the views show the whole: one, or none."""
         return int(self.whole != "none")
 
     def fitted(self, size: Size) -> Size:
@@ -131,8 +132,8 @@ class Tiles(nn.Module):
         return [self.join(own, size) for own, size in zip(views.split(counts), sizes)]
 
     def join(self, views: Tensor, size: Size) -> Tensor:
-        """One picture's: (1 + R·C, g², D) → (N, D)."""
-        whole, tiles = views[:self.tiling.wholes].flatten(0, 1), views[self.tiling.wholes:]
+        """One picture's: (1 + R·C, g², D), or (R·C, g², D) without the whole → (N, D)."""
+        whole, tiles = views[:self.tiling.wholes].flatten(0, 1), views[self.tiling.wholes:]  # (g², D) or (0, D)
         (R, C), g, D = self.tiling.grid(size), isqrt(views.shape[1]), views.shape[-1]
         # a tile's rows stand below each other: (R, C, g, g, D) → (R, g, C, g, D)
         plane = tiles.view(R, C, g, g, D).transpose(1, 2).reshape(R * g, C * g, D)

@@ -310,5 +310,5 @@ def test_the_tiny_recipe_sees_small_print():
         collate = make_collate(recipe, stage, tokenizer, model)
         batch = collate([sample], Random(0))
         assert batch["images"].shape == (views, 3, 48, 48) and ("image_sizes" in batch) == (views == 5)
-        assert (tokens if model.tiling is None else model.tiling.tokens((96, 96), 4)) == tokens
+        assert (model.image_tokens if model.tiling is None else model.tiling.tokens((96, 96), 4)) == tokens
     assert {"tiles"} == set(recipe.stages[1].trains) - set(recipes.get("llava15/tiny").stages[1].trains)

@@ -1,11 +1,11 @@
 """The backbones that the tiny recipes freeze: eyes that have seen captions, and a language model that has read.
 
-    clip/tiny   48-pixel pictures, 16 image tokens; captions with hard negatives       → module `vision`
-    lm/tiny     documents in which a description stands where the image will stand     → module `language`
+    clip/tiny     48-pixel pictures, 16 image tokens; captions with hard negatives       → module `vision`
+    lm/tiny       documents in which a description stands where the image will stand     → module `language`
     lm/tiny-told  the same, of LLaVA-1.5's mixture: letters, boxes, sentences on demand  → module `language`
-    lm/tiny-t5  the same documents, read by an encoder and answered by a decoder       → module `language`
+    lm/tiny-t5    lm/tiny's documents, read by an encoder and answered by a decoder      → module `language`
 
-Both are trained on the spot, from the embedded world or from the user's own --data, and then cached.
+All are trained on the spot, from the embedded world or from the user's own --data, and then cached.
 """
 
 from dataclasses import replace
