@@ -133,7 +133,7 @@ class Tiles(nn.Module):
 
     def join(self, views: Tensor, size: Size) -> Tensor:
         """One picture's: (1 + R·C, g², D), or (R·C, g², D) without the whole → (N, D)."""
-        whole, tiles = views[:self.tiling.wholes].flatten(0, 1), views[self.tiling.wholes:]  # (g², D) or (0, D)
+        whole, tiles = views[:self.tiling.wholes].flatten(0, 1), views[self.tiling.wholes:]
         (R, C), g, D = self.tiling.grid(size), isqrt(views.shape[1]), views.shape[-1]
         # a tile's rows stand below each other: (R, C, g, g, D) → (R, g, C, g, D)
         plane = tiles.view(R, C, g, g, D).transpose(1, 2).reshape(R * g, C * g, D)
