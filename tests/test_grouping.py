@@ -1,15 +1,22 @@
 """LLaVA-1.5's batches: of one modality, shared out evenly, every sample once, the same for every rank and after a resume."""
 
+import json
+import re
 from dataclasses import replace
+from itertools import pairwise
 from random import Random
 
 import pytest
+import torch
+from data_files import draw, write
 from training_fakes import FakeScenes
 
 from nanovlm import recipes
 from nanovlm.data.conversation import Sample, Turn
 from nanovlm.data.records import Records
-from nanovlm.training.batches import MicroBatches, dealt
+from nanovlm.data.scenes import Scenes
+from nanovlm.training.batches import WINDOW, MicroBatches, MixedText, dealt
+from nanovlm.training.run import Options, Run
 
 STAGE = replace(recipes.get("llava15/7b").stages[1], batch_size=8, steps=100)
 
@@ -79,6 +86,53 @@ def test_two_ranks_share_each_batch_between_them(monkeypatch):
         assert sorted(rows) == sorted(alone[step]) and len(set(rows)) == 8
 
 
+class Counted(FakeScenes):
+    """An endless world whose sample i has 1 to 90 words, and which counts how often it is asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = 0
+
+    def size(self, view: str, split: str) -> int:
+        return 1_000_000
+
+    def sample(self, view: str, split: str, index: int) -> Sample:
+        self.asked += 1
+        return Sample(str(index), turns=(Turn("x " * (index * 37 % 89), "y"),))
+
+
+def test_an_endless_world_is_put_in_order_of_length_a_window_at_a_time():
+    source, window = Counted(), WINDOW * 8
+    stream = MicroBatches(source, STAGE, 0, collate=lambda rows, rng: [int(row.id) for row in rows])
+    made = [stream[n] for n in range(3 * WINDOW)]
+    assert source.asked == 3 * window, "each sample is made once"
+    for number in range(3):
+        batches = made[number * WINDOW:(number + 1) * WINDOW]
+        assert sorted(i for batch in batches for i in batch) == list(range(number * window, (number + 1) * window))
+        spans = [(min(i * 37 % 89 for i in batch), max(i * 37 % 89 for i in batch)) for batch in batches]
+        ordered = sorted(spans)
+        assert all(longest <= shortest for (_, longest), (shortest, _) in pairwise(ordered)) and spans != ordered
+    again = MicroBatches(Counted(), STAGE, 0, collate=lambda rows, rng: [int(row.id) for row in rows])
+    assert [again[n] for n in (17, 3, 16, 4)] == [made[n] for n in (17, 3, 16, 4)], "as after a resume"
+    halves = []
+    for rank in range(2):
+        shared = MicroBatches(Counted(), STAGE, 0, collate=lambda rows, rng: [int(row.id) for row in rows])
+        shared.world, shared.rank = 2, rank
+        halves.append(shared[5])
+    assert len(halves[0]) == len(halves[1]) == 4 and sorted(halves[0] + halves[1]) == sorted(made[5])
+
+
+def test_a_told_world_grouped_is_mostly_short():
+    """A batch costs as many places as its longest row has, in every row."""
+    lengths = {}
+    for group in (False, True):
+        stage = replace(recipes.get("lm/tiny-told").stages[0], group=group, steps=WINDOW)
+        stream = MicroBatches(Scenes(0), stage, 0, lambda rows, rng: max(
+            len(re.findall(r"\w+|\W", turn.question + turn.answer)) for row in rows for turn in row.turns[:1]))
+        lengths[group] = [stream[n + 625 * WINDOW] for n in range(WINDOW)]  # behind the first lessons
+    assert sum(lengths[True]) < 0.75 * sum(lengths[False])
+
+
 def test_dealing_by_hand():
     """9 | 7, then 4 to the shorter, 9 | 7 + 4, and 3 to the other; 9 + 3 | 7 + 4 + 1, and 0 where there is room."""
     assert dealt([0, 1, 2, 3], [9, -7, 4, 3], 2) == [0, 1, 3, 2]
@@ -97,3 +151,13 @@ def test_records_know_their_lengths():
     samples = [Sample("a", turns=(Turn("how are you", "very well"),)), Sample("b", turns=(Turn("one", "two three"), Turn("four", "five")))]
     records = Records("talk", [*samples, Sample("c", turns=(Turn("x", "y"),))], ["train", "train", "val"])
     assert sorted(records.lengths("mixture")) == [-5, -5]
+
+
+def test_a_language_model_reads_a_persons_texts_and_the_worlds(tmp_path):
+    """Whichever way it is shown texts; what has pictures is the person's alone."""
+    draw(tmp_path / "own", "a.png", "b.png", "c.png")
+    lines = [json.dumps({"image": f"own/{name}.png", "caption": f"letter {name}"}) for name in "abc"]
+    write(tmp_path / "own.jsonl", "\n".join(lines))
+    jobs = Run("llava15/tiny", Options(data=str(tmp_path / "own.jsonl"), out=str(tmp_path / "run")), torch.device("cpu"))
+    mixed = {job.stage.name: isinstance(jobs.data_for(job), MixedText) for job in jobs.jobs}
+    assert mixed == {"clip": False, "lm-told": True, "align": False, "tune": False}

@@ -254,32 +254,31 @@ class Scenes:
         return NUMBERS if kind == "reading" and self.small_print else ANSWERS.get(kind, ())
 
     def _exam_question(self, kind: str, index: int, view: str) -> Sample:
-        rng, mixed = Random(f"exam/{kind}/{index}"), view == "mixture"
+        mixed = view == "mixture"
         if kind == "caption":
             sample = self.sample("captions", "val", index)
-            wanted = CAPTION if mixed else DESCRIBE
-            return replace(sample, turns=(Turn(f"<image>\n{wanted}", sample.caption, kind),))
+            return replace(sample, turns=(Turn(f"<image>\n{CAPTION if mixed else DESCRIBE}", sample.caption, kind),))
+        scene, turns = self._asked(kind, index, Random(f"exam/{kind}/{index}"), mixed)
+        sample = Sample(f"scenes/exam/{kind}/{index}", turns=turns, references=captions(scene))
+        if kind in scene_mixture.BLIND:
+            return sample
+        return replace(sample, images=(render(scene, self.image_size),), turns=_put_before(turns, "<image>"))
+
+    def _asked(self, kind: str, index: int, rng: Random, mixed: bool) -> tuple[Scene, tuple[Turn, ...]]:
+        """A scene and what is asked about it, without the mark of its picture."""
+        if kind == TWO:
+            scene = random_scene(rng, PAIRS, including=HELD_OUT, many=2, signs=0)
+            return scene, (Turn(DESCRIBE, caption(scene, rng), "caption"),)
         if kind in (*scene_mixture.KINDS, *scene_mixture.SCIENCE):
             scene = self._val_scene(rng)
             about = next(thing for thing in scene.objects if thing.pair in HELD_OUT)
-            turns = (scene_mixture.examine(scene, rng, kind, about),)
-            if kind in scene_mixture.BLIND:
-                return Sample(f"scenes/exam/{kind}/{index}", turns=turns, references=captions(scene))
-            images = (render(scene, self.image_size),)
-            return Sample(f"scenes/exam/{kind}/{index}", images, references=captions(scene), turns=_put_before(turns, "<image>"))
-        if kind == TWO:
-            scene = random_scene(rng, PAIRS, including=HELD_OUT, many=2, signs=0)
-            turns = (Turn(f"<image>\n{DESCRIBE}", caption(scene, rng), "caption"),)
-            return Sample(f"scenes/exam/{index}", (render(scene, self.image_size),), references=captions(scene), turns=turns)
+            return scene, (scene_mixture.examine(scene, rng, kind, about),)
         while True:
             scene = self._val_scene(rng)
             asked = _examine(scene, rng, kind)
             if asked and _wanted(scene, asked[-1], kind, index, self.answers(kind)):
-                break
-        turns = tuple(one.turn for one in asked)
-        turns = _put_before(prompted(turns, SHORT) if mixed else turns, "<image>")
-        images = (render(scene, self.image_size),)
-        return Sample(f"scenes/exam/{kind}/{index}", images, references=captions(scene), turns=turns)
+                turns = tuple(one.turn for one in asked)
+                return scene, prompted(turns, SHORT) if mixed else turns
 
 
 def _lesson(view: str, index: int) -> str | None:

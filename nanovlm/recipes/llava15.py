@@ -32,8 +32,8 @@ PHRASES = (*mixture.PROMPTS, " number")  # short in the tiny vocabulary
 
 
 def build_llava15(config: LLaVAConfig, checkpointing: bool, stage: str) -> LLaVA:
-    """Tiles are for stage 2."""
-    return llava.build_llava(replace(config, tiling=None) if stage == "align" else config, checkpointing, stage)
+    """Tiles are for the last stage."""
+    return llava.build_llava(config if stage == "tune" else replace(config, tiling=None), checkpointing, stage)
 
 
 TINY = replace(
@@ -42,7 +42,7 @@ TINY = replace(
     build=partial(build_llava15, replace(llava.TINY_CONFIG, projector_layers=2), False),
     phrases=PHRASES,
     stages=(replace(llava.TINY.stages[0], init=(("vision", "clip/tiny:vision"), ("language", "lm/tiny-told:language"))),
-            replace(llava.TINY.stages[1], view="mixture", fit="pad", steps=3600, on_data=(("steps", 2000),))),
+            replace(llava.TINY.stages[1], view="mixture", fit="pad", group=True, steps=4600, on_data=(("steps", 2000),))),
 )
 
 # Pictures of 96 × 96 in five views of 48: 88 image tokens. The small print of these scenes only tiles can read.
@@ -53,7 +53,8 @@ TINY_HD = replace(
     picture_size=96,
     small_print=True,
     stages=(TINY.stages[0],
-            replace(TINY.stages[1], trains=("projector", "language", "tiles"), steps=2400)),
+            replace(TINY.stages[1], name="whole", steps=2400, evaluate=()),
+            replace(TINY.stages[1], trains=("projector", "language", "tiles"), steps=1200)),
 )
 
 SMALL = replace(

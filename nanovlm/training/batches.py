@@ -6,6 +6,8 @@
 
 LLaVA-1.5's second stage groups (App. A.2): a batch is of one modality, so that talk without pictures does not wait for image
 tokens, and its rows are dealt to the ranks so that all have about as many words. Which batch comes when is left to chance.
+Of an endless world WINDOW batches at a time are put in order of length before they are cut and shuffled: a batch is as long
+as its longest row, and one row in ten with four boxes would make nearly all of them as long as that.
 
 So a resumed run needs to know the step only, several processes share a batch without talking, and the worker processes
 of a DataLoader cannot change the order. Random crops are drawn from a generator of their own for each batch.
@@ -25,10 +27,11 @@ from nanovlm.data.scenes import Scenes
 from nanovlm.data.transforms import Transform
 from nanovlm.errors import UserError
 from nanovlm.recipes.stage import Recipe, Stage
-from nanovlm.tokenizer import Tokenizer
+from nanovlm.tokenizer import SPLIT, Tokenizer
 from nanovlm.training import distributed
 
 ENDLESS = 1_000_000  # a source that claims so many samples makes them up: read in order, no permutation
+WINDOW = 8  # batches
 
 Collate = Callable[[Sequence[Sample], Random], dict[str, Tensor]]
 
@@ -52,9 +55,10 @@ class MicroBatches(Dataset):
         self.source, self.stage, self.seed, self.collate = source, stage, seed, collate
         self.rank, self.world = distributed.rank(), distributed.world()
         self.size = source.size(stage.view, "train")
-        grouped = stage.group and self.size >= stage.batch_size
+        grouped = stage.group and ENDLESS > self.size >= stage.batch_size
         self.lengths = source.lengths(stage.view) if grouped else None
-        self.orders: dict[int, list[int]] = {}  # of the epochs that the last batches were of
+        self.orders: dict[int, list[int]] = {}  # of the epochs, or windows, that the last batches were of
+        self.made: dict[int, Sample] = {}  # the last window's
         if self.size == 0:
             raise UserError(f"{source.name} has nothing to train stage {stage.name} on (view {stage.view!r}).")
         if stage.batch_size % (self.world * stage.accumulate):
@@ -70,19 +74,35 @@ class MicroBatches(Dataset):
         share = len(mine) // self.stage.accumulate
         rng = Random(f"{self.seed}/{self.stage.name}/{step}/{micro}/{self.rank}")
         chosen = mine[micro * share:(micro + 1) * share]
-        return self.collate([self.source.sample(self.stage.view, "train", i) for i in chosen], rng)
+        return self.collate([self.made.get(i) or self.draw(i) for i in chosen], rng)
+
+    def draw(self, i: int) -> Sample:
+        return self.source.sample(self.stage.view, "train", i)
 
     def indices(self, step: int) -> list[int]:
         """The samples of the whole global batch of `step`."""
         first = step * self.stage.batch_size
         places = range(first, first + self.stage.batch_size)
         if self.size >= ENDLESS:
-            return [place % self.size for place in places]
+            return self.windowed(step) if self.stage.group else [place % self.size for place in places]
         # grouped, an epoch is of as many samples as make whole batches
         length = self.size if self.lengths is None else self.size // self.stage.batch_size * self.stage.batch_size
         numbers = range(places[0] // length, places[-1] // length + 1)
         self.orders = {number: self.orders.get(number) or self.epoch(number) for number in numbers}
         return [self.orders[place // length][place % length] for place in places]
+
+    def windowed(self, step: int) -> list[int]:
+        """The same of an endless world whose batches are grouped by length."""
+        size = self.stage.batch_size
+        number, place = divmod(step, WINDOW)
+        if number not in self.orders:
+            indices = [i % self.size for i in range(number * WINDOW * size, (number + 1) * WINDOW * size)]
+            self.made = {i: self.draw(i) for i in indices}
+            indices.sort(key=lambda i: _length(self.made[i]))
+            batches = [indices[start:start + size] for start in range(0, len(indices), size)]
+            Random(f"{self.seed}/{self.stage.name}/{number}").shuffle(batches)
+            self.orders = {number: [i for batch in batches for i in batch]}
+        return self.orders[number][place * size:(place + 1) * size]
 
     def epoch(self, number: int) -> list[int]:
         """The order of the samples in an epoch."""
@@ -90,6 +110,11 @@ class MicroBatches(Dataset):
         if self.lengths is None:
             return _epoch(self.size, key)
         return _grouped_epoch(self.lengths, self.stage.batch_size, self.world, key)
+
+
+def _length(sample: Sample) -> int:
+    """Words, marks and digits, each of which is about a token."""
+    return sum(len(SPLIT.findall(turn.question + turn.answer)) for turn in sample.turns)
 
 
 def _epoch(size: int, key: str) -> list[int]:
