@@ -13,24 +13,23 @@
 
 Every rung has what the rungs before it have. All see the same world, pictures of 96 × 96 with numbers in small print, shrunk to 48
 but for tiles; image encoder and language model are those of llava15/tiny-hd with seed 0 (so the seeds here are those of stage 1 and 2),
-steps are the same. The language model has read of letters, boxes and the sentence before; its own knowledge of them is where every rung
-begins. Judged on held-out scenes, asked with the sentences of the mixture. Asked both ways, `words`: how many answers are no sentence
-where a word is asked for, `sentences`: how many are one where none is; `plain`: how many are right then, be it in a word or in a sentence.
-The first rung has never met the sentence in front of a picture: `plain` is what it can be judged by.
+steps are the same, with tiles from the first of them. The language model has read of letters, boxes and the sentence before; its own
+knowledge of them is where every rung begins. Judged on held-out scenes, asked with the sentences of the mixture; `sentences`: how many answers are one where none is asked
+for, `words`: how many are not one where a word is.
 """
 
 import tempfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 
 from torch import nn
 
 from experiments import seeds
 from nanovlm import evaluate, metrics, recipes
 from nanovlm.data.conversation import Sample
-from nanovlm.data.scene_mixture import PARTS, sentence
+from nanovlm.data.mixture import SHORT
+from nanovlm.data.scene_mixture import PARTS
 from nanovlm.data.scene_questions import KINDS
 from nanovlm.data.scenes import LESSONS, Scenes
 from nanovlm.recipes import llava
@@ -52,15 +51,14 @@ RUNGS = {  # name → model, parts of the mixture
     "regions": (TWO, PARTS), "resolution": (TILED, PARTS),
     "tiles alone": (replace(TILED, tiling=replace(TILED.tiling, whole="none")), PARTS)}
 NEW = ("option", "region", "grounding")  # kinds
-PLAIN = tuple(kind for kind in KINDS if kind != "follow_up")  # which has two turns, and one of them would give the form away
-FORMS = ("words", "sentences", "plain")
 PER_KIND = 100
+STEPS = 2400  # of stage 2, of which a fraction is trained
 
 
 def recipe_of(config: object, fraction: float) -> Recipe:
-    align, tune = BASE.stages
+    align, tune = BASE.stages[0], BASE.stages[-1]
     trains = tuple(name for name in tune.trains if name != "tiles" or config.tiling)
-    stages = align, replace(tune, steps=round(tune.steps * fraction), trains=trains)
+    stages = align, replace(tune, steps=round(STEPS * fraction), trains=trains)
     return replace(BASE, build=partial(build_llava15, config, False), stages=stages)
 
 
@@ -84,17 +82,10 @@ def judged(model: nn.Module, recipe: Recipe, tokenizer: Tokenizer) -> dict:
     marks = {kind: evaluate.judge_answers(examinee, world.exam(PER_KIND, (kind,), "mixture"), kind) for kind in KINDS + NEW}
     found = {kind: {k: round(v, 4) for k, v in evaluate.mean(of_kind).items()} for kind, of_kind in marks.items()}
     found["short"] = {k: round(v, 4) for k, v in evaluate.mean([mark for kind in KINDS for mark in marks[kind]]).items()}
-    return found | forms(examinee, world)
-
-
-def forms(examinee: evaluate.Examinee, world: Scenes) -> dict[str, float]:
-    """`words`, `sentences` and `plain`: of answers to the same questions, with and without the sentence that asks for a word."""
-    asked, plain = (world.exam(PER_KIND, PLAIN, view) for view in ("mixture", "instruct"))
-    said = examinee.answer(plain)
-    right = [evaluate.right(text, sentence(s.turns[-1]) if metrics.is_sentence(text) else s.turns[-1].answer)
-             for text, s in zip(said, plain)]
-    return {"words": 1 - fmean(map(metrics.is_sentence, examinee.answer(asked))), "sentences": fmean(map(metrics.is_sentence, said)),
-            "plain": fmean(right)}
+    asked = world.exam(PER_KIND, ("colour", "count", "position"), "mixture")
+    plain = [replace(s, turns=(replace(s.turns[0], question=s.turns[0].question.removesuffix(f"\n{SHORT}")),)) for s in asked]
+    said = [[metrics.is_sentence(text) for text in examinee.answer(samples)] for samples in (asked, plain)]
+    return found | {"words": 1 - sum(said[0]) / len(asked), "sentences": sum(said[1]) / len(plain)}
 
 
 def measure(seed: int, fraction: float) -> dict:
@@ -122,12 +113,12 @@ COLUMNS = ("short", *NEW, "relation", "reading")
 
 def table(result: dict) -> str:
     """Markdown: the mean over the seeds, from the lowest to the highest in brackets."""
-    head = ("rung", *COLUMNS, *FORMS)
+    head = ("rung", *COLUMNS, "words", "sentences")
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for rung in RUNGS:
         runs = [run["rungs"][rung] for run in result["runs"]]
-        columns = [[run[name]["value"] for run in runs] for name in COLUMNS] + [[run[name] for run in runs] for name in FORMS]
-        lines.append(f"| {rung} | " + " | ".join(f"{fmean(c):.2f} ({min(c):.2f}–{max(c):.2f})" for c in columns) + " |")
+        columns = [[run[name]["value"] for run in runs] for name in COLUMNS] + [[run[name] for run in runs] for name in head[-2:]]
+        lines.append(f"| {rung} | " + " | ".join(f"{sum(c) / len(c):.2f} ({min(c):.2f}–{max(c):.2f})" for c in columns) + " |")
     blind = [run["rungs"][rung]["short"]["shuffled"] for run in result["runs"] for rung in RUNGS]
     lines.append(f"\nWith the pictures exchanged, `short` is {min(blind):.2f} to {max(blind):.2f}.")
     return "\n".join(lines)

@@ -1,9 +1,7 @@
 """LLaVA-1.5's batches: of one modality, shared out evenly, every sample once, the same for every rank and after a resume."""
 
 import json
-import re
 from dataclasses import replace
-from itertools import pairwise
 from random import Random
 
 import pytest
@@ -15,7 +13,10 @@ from nanovlm import recipes
 from nanovlm.data.conversation import Sample, Turn
 from nanovlm.data.records import Records
 from nanovlm.data.scenes import Scenes
-from nanovlm.training.batches import WINDOW, MicroBatches, MixedText, dealt
+from nanovlm.tokenizer import Tokenizer
+from nanovlm.training.batches import MicroBatches, MixedText, dealt, make_collate
+from nanovlm.training.loop import train_stage
+from nanovlm.training.optim import make_optimiser
 from nanovlm.training.run import Options, Run
 
 STAGE = replace(recipes.get("llava15/7b").stages[1], batch_size=8, steps=100)
@@ -98,39 +99,53 @@ class Counted(FakeScenes):
 
     def sample(self, view: str, split: str, index: int) -> Sample:
         self.asked += 1
-        return Sample(str(index), turns=(Turn("x " * (index * 37 % 89), "y"),))
+        return Sample(str(index), turns=(Turn("x " * words(index), "y"),))
 
 
-def test_an_endless_world_is_put_in_order_of_length_a_window_at_a_time():
-    source, window = Counted(), WINDOW * 8
-    stream = MicroBatches(source, STAGE, 0, collate=lambda rows, rng: [int(row.id) for row in rows])
-    made = [stream[n] for n in range(3 * WINDOW)]
-    assert source.asked == 3 * window, "each sample is made once"
-    for number in range(3):
-        batches = made[number * WINDOW:(number + 1) * WINDOW]
-        assert sorted(i for batch in batches for i in batch) == list(range(number * window, (number + 1) * window))
-        spans = [(min(i * 37 % 89 for i in batch), max(i * 37 % 89 for i in batch)) for batch in batches]
-        ordered = sorted(spans)
-        assert all(longest <= shortest for (_, longest), (shortest, _) in pairwise(ordered)) and spans != ordered
-    again = MicroBatches(Counted(), STAGE, 0, collate=lambda rows, rng: [int(row.id) for row in rows])
+def words(index: int) -> int:
+    return index * 37 % 89
+
+
+def test_rows_of_an_endless_world_are_put_in_order_within_their_batch():
+    """So that micro-batches are of like length; what a step learns from is what it would be without."""
+    source, stage = Counted(), replace(STAGE, accumulate=2)
+    stream = MicroBatches(source, stage, 0, collate=lambda rows, rng: [int(row.id) for row in rows])
+    made = [stream[n] for n in range(20)]
+    assert source.asked == 80, "each sample is made once"
+    for step in range(10):
+        short, long = made[2 * step:2 * step + 2]
+        assert len(short) == len(long) == 4 and sorted(short + long) == list(range(8 * step, 8 * step + 8))
+        assert max(map(words, short)) <= min(map(words, long))
+    again = MicroBatches(Counted(), stage, 0, collate=lambda rows, rng: [int(row.id) for row in rows])
     assert [again[n] for n in (17, 3, 16, 4)] == [made[n] for n in (17, 3, 16, 4)], "as after a resume"
-    halves = []
+    shares = []
     for rank in range(2):
-        shared = MicroBatches(Counted(), STAGE, 0, collate=lambda rows, rng: [int(row.id) for row in rows])
+        shared = MicroBatches(Counted(), stage, 0, collate=lambda rows, rng: [int(row.id) for row in rows])
         shared.world, shared.rank = 2, rank
-        halves.append(shared[5])
-    assert len(halves[0]) == len(halves[1]) == 4 and sorted(halves[0] + halves[1]) == sorted(made[5])
+        shares.append([shared[10], shared[11]])
+    assert sorted(i for share in shares for rows in share for i in rows) == list(range(40, 48))
+    assert all(len(rows) == 2 for share in shares for rows in share)
 
 
-def test_a_told_world_grouped_is_mostly_short():
-    """A batch costs as many places as its longest row has, in every row."""
-    lengths = {}
-    for group in (False, True):
-        stage = replace(recipes.get("lm/tiny-told").stages[0], group=group, steps=WINDOW)
-        stream = MicroBatches(Scenes(0), stage, 0, lambda rows, rng: max(
-            len(re.findall(r"\w+|\W", turn.question + turn.answer)) for row in rows for turn in row.turns[:1]))
-        lengths[group] = [stream[n + 625 * WINDOW] for n in range(WINDOW)]  # behind the first lessons
-    assert sum(lengths[True]) < 0.75 * sum(lengths[False])
+def test_what_a_step_learns_from_long_and_short_rows_is_the_same_together_and_apart():
+    recipe = recipes.get("lm/tiny-told")
+    world, tokenizer, gradients = Scenes(0), Tokenizer.train(Scenes(0).texts()[:200], recipe.vocab), []
+    for changes in ({"group": False, "accumulate": 1}, {}):
+        stage = replace(recipe.stages[0], steps=700, **changes)
+        torch.manual_seed(0)
+        model = recipe.build(stage.name)
+        stream = MicroBatches(world, stage, 0, make_collate(recipe, stage, tokenizer, model))
+        first = 600 * stage.accumulate
+        batches = [stream[n] for n in range(first, first + stage.accumulate)]
+        next(train_stage(model, stage, iter(batches), make_optimiser(model, stage), torch.device("cpu"), 600))
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+        places = [batch["input_ids"].numel() for batch in batches]
+        assert len(places) == stage.accumulate
+        gradients[-1]["places"] = torch.tensor(float(sum(places)))
+    together, apart = gradients
+    assert apart.pop("places") < 0.8 * together.pop("places"), "and that with less padding"
+    for name, gradient in together.items():
+        torch.testing.assert_close(apart[name], gradient, rtol=1e-4, atol=1e-7)
 
 
 def test_dealing_by_hand():

@@ -43,7 +43,7 @@ TINY = replace(
     build=partial(build_llava15, replace(llava.TINY_CONFIG, projector_layers=2), False),
     phrases=PHRASES,
     stages=(replace(llava.TINY.stages[0], init=(("vision", "clip/tiny:vision"), ("language", "lm/tiny-told:language"))),
-            replace(llava.TINY.stages[1], view="mixture", fit="pad", group=True, steps=4600, on_data=(("steps", 2000),))),
+            replace(llava.TINY.stages[1], view="mixture", fit="pad", steps=4600, on_data=(("steps", 2000),))),
 )
 
 # Pictures of 96 × 96, whole, and then in five views of 48: 88 image tokens. The small print of these scenes only tiles can read.

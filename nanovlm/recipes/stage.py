@@ -52,7 +52,7 @@ class Stage:
     accumulate: int = 1  # micro-batches per optimiser step: less memory, the same gradient
     augment: bool = False  # random crops and flips
     fit: str = "crop"  # how a picture becomes a square: "crop" | "pad" | "stretch", see data/transforms.py
-    group: bool = False  # batches of rows of like length, of one modality, see training/batches.py
+    group: bool = False  # batches of one modality, or micro-batches of like length, see training/batches.py
     init: tuple[tuple[str, str], ...] = ()
     max_length: int = 0  # of a sequence, image tokens included; 0 = no limit
     evaluate: tuple[str, ...] = ()  # what its model is judged by, of EVALUATIONS

@@ -6,8 +6,9 @@
 
 LLaVA-1.5's second stage groups (App. A.2): a batch is of one modality, so that talk without pictures does not wait for image
 tokens, and its rows are dealt to the ranks so that all have about as many words. Which batch comes when is left to chance.
-Of an endless world WINDOW batches at a time are put in order of length before they are cut and shuffled: a batch is as long
-as its longest row, and one row in ten with four boxes would make nearly all of them as long as that.
+Of an endless world the rows of each batch are put in order of length, so that its micro-batches are of like length: a batch is
+as long as its longest row, and one row in ten with four boxes makes nearly all of them as long as that. What a step learns from
+stays the same. (Whole batches of like length save more and teach less: a batch is of one kind of question then.)
 
 So a resumed run needs to know the step only, several processes share a batch without talking, and the worker processes
 of a DataLoader cannot change the order. Random crops are drawn from a generator of their own for each batch.
@@ -31,7 +32,6 @@ from nanovlm.tokenizer import SPLIT, Tokenizer
 from nanovlm.training import distributed
 
 ENDLESS = 1_000_000  # a source that claims so many samples makes them up: read in order, no permutation
-WINDOW = 8  # batches
 
 Collate = Callable[[Sequence[Sample], Random], dict[str, Tensor]]
 
@@ -57,8 +57,8 @@ class MicroBatches(Dataset):
         self.size = source.size(stage.view, "train")
         grouped = stage.group and ENDLESS > self.size >= stage.batch_size
         self.lengths = source.lengths(stage.view) if grouped else None
-        self.orders: dict[int, list[int]] = {}  # of the epochs, or windows, that the last batches were of
-        self.made: dict[int, Sample] = {}  # the last window's
+        self.orders: dict[int, list[int]] = {}  # of the epochs that the last batches were of
+        self.made: dict[int, Sample] = {}  # the last batch, where its rows are put in order
         if self.size == 0:
             raise UserError(f"{source.name} has nothing to train stage {stage.name} on (view {stage.view!r}).")
         if stage.batch_size % (self.world * stage.accumulate):
@@ -84,25 +84,19 @@ class MicroBatches(Dataset):
         first = step * self.stage.batch_size
         places = range(first, first + self.stage.batch_size)
         if self.size >= ENDLESS:
-            return self.windowed(step) if self.stage.group else [place % self.size for place in places]
+            endless = [place % self.size for place in places]
+            return self.in_order(endless) if self.stage.group else endless
         # grouped, an epoch is of as many samples as make whole batches
         length = self.size if self.lengths is None else self.size // self.stage.batch_size * self.stage.batch_size
         numbers = range(places[0] // length, places[-1] // length + 1)
         self.orders = {number: self.orders.get(number) or self.epoch(number) for number in numbers}
         return [self.orders[place // length][place % length] for place in places]
 
-    def windowed(self, step: int) -> list[int]:
-        """The same of an endless world whose batches are grouped by length."""
-        size = self.stage.batch_size
-        number, place = divmod(step, WINDOW)
-        if number not in self.orders:
-            indices = [i % self.size for i in range(number * WINDOW * size, (number + 1) * WINDOW * size)]
+    def in_order(self, indices: list[int]) -> list[int]:
+        """From the shortest row to the longest; the samples are kept for the other micro-batches of the step."""
+        if not self.made.keys() >= set(indices):
             self.made = {i: self.draw(i) for i in indices}
-            indices.sort(key=lambda i: _length(self.made[i]))
-            batches = [indices[start:start + size] for start in range(0, len(indices), size)]
-            Random(f"{self.seed}/{self.stage.name}/{number}").shuffle(batches)
-            self.orders = {number: [i for batch in batches for i in batch]}
-        return self.orders[number][place * size:(place + 1) * size]
+        return sorted(indices, key=lambda i: _length(self.made[i]))
 
     def epoch(self, number: int) -> list[int]:
         """The order of the samples in an epoch."""
