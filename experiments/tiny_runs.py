@@ -1,9 +1,10 @@
-"""What the tiny recipes reach: cold runs of three seeds, judged on held-out data, and the table of the README.
+"""What the tiny recipes reach: cold runs of three seeds, judged on held-out data, and the tables of experiments/README.md.
 
     python -m experiments.tiny_runs                                  llava/tiny on the embedded world, seeds 0, 1 and 7
     python -m experiments.tiny_runs --data ../shared/data/clothes    on a person's own pictures
     python -m experiments.tiny_runs --collect runs/a runs/b          from runs that are finished: no training
     python -m experiments.tiny_runs --table                          print the stored results as Markdown
+    python -m experiments.tiny_runs --summary                        the most telling figure of each, as the project's README has them
 
 Each run is `train_tiny.py --no-cache`: backbones included, nothing left from before; a collected one that took some from the cache
 says so in its last row. Each figure stands beside its two
@@ -17,6 +18,18 @@ from pathlib import Path
 
 from experiments.seeds import RESULTS, machine
 from nanovlm.training.run import Options, run
+
+SUMMARY = (  # stored result, metric, what is asked
+    ("llava_tiny_scenes", "vqa_accuracy", "ten kinds of questions"),
+    ("llava_tiny_scenes", "caption_exact", "a caption with every fact of the scene"),
+    ("llava15_tiny_scenes", "vqa_accuracy", "the same, and letters, regions, boxes"),
+    ("llava15_tiny-hd_scenes", "vqa_accuracy/reading", "a number of two digits in small print"),
+    ("blip2_tiny_scenes", "i2t_r1", "which of 500 texts belongs to the picture"),
+    ("blip2_tiny_scenes", "vqa_accuracy", "ten kinds of questions, after captions only"),
+    ("blip2_tiny_scenes", "caption_exact", "a caption with every fact of two objects"),
+    ("llava_tiny_clothes", "vqa_accuracy/class", "photos: which of ten kinds of clothes"),
+    ("blip2_tiny_emoji", "i2t_r10/itc", "emoji never seen: the right name among the first ten of 150"),
+)
 
 
 def measure(recipe: str, data: str | None, seed: int) -> dict:
@@ -45,6 +58,17 @@ def table(result: dict) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def summary() -> str:
+    """Markdown: one figure in each row, the mean over the seeds, beside its controls."""
+    rows = [["recipe", "asked of held-out pictures", "right", "chance", "shuffled", "seeds"], ["---"] * 6]
+    for name, metric, asked in SUMMARY:
+        result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        judged = [one["eval"][metric] for one in result["runs"]]
+        means = [sum(j[key] for j in judged) / len(judged) for key in ("value", "chance", "shuffled")]
+        rows.append([f"`{result['recipe']}`", asked, *(f"{mean:.2f}" for mean in means), ", ".join(str(one["seed"]) for one in result["runs"])])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="llava/tiny")
@@ -52,7 +76,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 7])
     parser.add_argument("--collect", type=Path, nargs="+", metavar="FOLDER")
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--summary", action="store_true")
     args = parser.parse_args()
+    if args.summary:
+        print(summary())
+        return
     name = "_".join([*args.recipe.split("/"), Path(args.data).stem if args.data else "scenes"])
     path = RESULTS / f"{name}.json"
     if not args.table:

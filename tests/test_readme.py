@@ -11,7 +11,7 @@ from source import MODULES, NOTEBOOKS, ROOT, closure, code_cells, read, relative
 
 from experiments import blip2_stage1, llava15_ladder, llava_data_mix, tiny_runs
 
-README = read(ROOT / "README.md")
+README, MEASURED = read(ROOT / "README.md"), read(ROOT / "experiments" / "README.md")
 
 
 def blocks(language: str) -> list[str]:
@@ -47,7 +47,18 @@ def test_the_tree_in_the_readme_is_the_tree():
 
 
 def test_nothing_is_left_to_fill_in():
-    assert not re.findall(r"@@\w*|TODO|FIXME|XXX", README)
+    assert not re.findall(r"@@\w*|TODO|FIXME|XXX", README + MEASURED)
+
+
+def test_what_is_linked_is_there():
+    """Files and pictures beside each README, and its own headings."""
+    for folder, text in ((ROOT, README), (ROOT / "experiments", MEASURED)):
+        links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+        headings = {re.sub(r"[^\w\- ]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in text.split("\n") if line.startswith("#")}
+        assert links
+        for link in links:
+            file, _, heading = link.partition("#")
+            assert (folder / file).is_file() if file else heading in headings, f"{folder}: {link} leads nowhere"
 
 
 @pytest.mark.parametrize("block", [
@@ -106,17 +117,18 @@ def test_the_python_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
 
 # --- the figures ---
 
-def test_the_figures_in_the_readme_are_the_stored_ones():
+def test_the_figures_are_the_stored_ones():
+    assert tiny_runs.summary() in README, "python -m experiments.tiny_runs --summary prints another"
     stored = {path.name: json.loads(read(path)) for path in (ROOT / "experiments" / "results").glob("*.json")}
     assert len(stored) >= 4
     for name, result in stored.items():
         if "runs" in result:
             made_by = {"blip2_stage1.json": blip2_stage1, "llava_data_mix.json": llava_data_mix,
                        "llava15_ladder.json": llava15_ladder}.get(name, tiny_runs)
-            assert made_by.table(result) in README, f"{name}: python -m {made_by.__name__} --table prints another"
+            assert made_by.table(result) in MEASURED, f"{name}: python -m {made_by.__name__} --table prints another"
         for case in result.get("cases", []):
             row = f"| {case['name']} | {case['ratio']['median']:.2f} |"
-            assert row in README, f"{name}: the README has no row that begins with {row}"
+            assert row in MEASURED, f"{name}: experiments/README.md has no row that begins with {row}"
 
 
 # --- notebooks ---
