@@ -13,8 +13,8 @@
 
 Every rung has what the rungs before it have. All see the same world, pictures of 96 × 96 with numbers in small print, shrunk to 48
 but for tiles; image encoder and language model are those of llava15/tiny-hd with seed 0 (so the seeds here are those of stage 1 and 2),
-steps are the same, with tiles from the first of them. The language model has read of letters, boxes and the sentence before; its own
-knowledge of them is where every rung begins. Judged on held-out scenes, asked with the sentences of the mixture; `sentences`: how many answers are one where none is asked
+steps are the same. The language model has read of letters, boxes and the sentence before; its own knowledge of them is where every rung
+begins. Judged on held-out scenes, asked with the sentences of the mixture; `sentences`: how many answers are one where none is asked
 for, `words`: how many are not one where a word is.
 """
 
@@ -52,13 +52,12 @@ RUNGS = {  # name → model, parts of the mixture
     "tiles alone": (replace(TILED, tiling=replace(TILED.tiling, whole="none")), PARTS)}
 NEW = ("option", "region", "grounding")  # kinds
 PER_KIND = 100
-STEPS = 2400  # of stage 2, of which a fraction is trained
 
 
 def recipe_of(config: object, fraction: float) -> Recipe:
-    align, tune = BASE.stages[0], BASE.stages[-1]
+    align, tune = BASE.stages
     trains = tuple(name for name in tune.trains if name != "tiles" or config.tiling)
-    stages = align, replace(tune, steps=round(STEPS * fraction), trains=trains)
+    stages = align, replace(tune, steps=round(tune.steps * fraction), trains=trains)
     return replace(BASE, build=partial(build_llava15, config, False), stages=stages)
 
 

@@ -22,7 +22,7 @@ from nanovlm.training.run import Options, run
 SUMMARY = (  # stored result, metric, what is asked
     ("llava_tiny_scenes", "vqa_accuracy", "ten kinds of questions"),
     ("llava_tiny_scenes", "caption_exact", "a caption with every fact of the scene"),
-    ("llava15_tiny_scenes", "vqa_accuracy", "the same, and letters, regions, boxes"),
+    ("llava15_tiny_scenes", "vqa_accuracy", "the ten kinds, and letters, regions, boxes"),
     ("llava15_tiny-hd_scenes", "vqa_accuracy/reading", "a number of two digits in small print"),
     ("blip2_tiny_scenes", "i2t_r1", "which of 500 texts belongs to the picture"),
     ("blip2_tiny_scenes", "vqa_accuracy", "ten kinds of questions, after captions only"),

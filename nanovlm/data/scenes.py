@@ -105,7 +105,7 @@ from nanovlm.errors import UserError
 
 SPLITS = ("train", "val")
 # view -> the lessons that come before conversations, each with the sample where it ends
-LESSONS = {"text": {"repeat": 16_000, "dense": 80_000}, "told": {"repeat": 16_000, "dense": 80_000},
+LESSONS = {"text": {"repeat": 16_000, "dense": 80_000}, "told": {"repeat": 16_000, "dense": 112_000},
            "instruct": {"dense": 12_000}, "mixture": {"dense": 24_000}, "science": {"dense": 12_000}}
 UNNAMED = 112_000  # of view "described": samples before this one
 

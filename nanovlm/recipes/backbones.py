@@ -62,7 +62,7 @@ LM_TINY = Recipe(
 LM_TINY_TOLD = replace(
     LM_TINY,
     name="lm/tiny-told",
-    stages=(replace(LM_TINY.stages[0], name="lm-told", view="told", accumulate=2, group=True),),
+    stages=(replace(LM_TINY.stages[0], name="lm-told", view="told", steps=6000, accumulate=2, group=True),),
 )
 
 LM_TINY_T5 = replace(

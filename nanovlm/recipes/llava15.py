@@ -9,9 +9,8 @@
                  views: up to 1,888 tokens
 
 Stage 1 crops a picture to a square, stage 2 pads it with the mean colour (the released scripts do): nothing of it is lost where
-questions are asked. HD has no stage 1 of its own: the projector has learned on whole pictures, and stage 2 goes on with tiles
-(§A.1). differs: the tiny one's stage 2 begins on whole pictures too ("whole"): 16 tokens are learned from three times as fast as 88,
-and what they taught needs no second lesson.
+questions are asked. HD has no stage 1 of its own: the projector has learned on whole pictures, and stage 2
+goes on with tiles (§A.1).
 
 Hyper-parameters of the published ones: LLaVA-1.5 Table 9, batches of 256 and 128, AdamW without weight decay, cosine, 3 %
 warm-up. Steps are one epoch: 558,128 pairs, 665,298 conversations. What is not said of HD: its batch is taken over from 1.5, its
@@ -33,8 +32,8 @@ PHRASES = (*mixture.PROMPTS, " number")  # short in the tiny vocabulary
 
 
 def build_llava15(config: LLaVAConfig, checkpointing: bool, stage: str) -> LLaVA:
-    """Tiles are for the last stage."""
-    return llava.build_llava(config if stage == "tune" else replace(config, tiling=None), checkpointing, stage)
+    """Tiles are for stage 2."""
+    return llava.build_llava(replace(config, tiling=None) if stage == "align" else config, checkpointing, stage)
 
 
 TINY = replace(
@@ -46,7 +45,7 @@ TINY = replace(
             replace(llava.TINY.stages[1], view="mixture", fit="pad", steps=4600, on_data=(("steps", 2000),))),
 )
 
-# Pictures of 96 × 96, whole, and then in five views of 48: 88 image tokens. The small print of these scenes only tiles can read.
+# Pictures of 96 × 96 in five views of 48: 88 image tokens. The small print of these scenes only tiles can read.
 TINY_HD = replace(
     TINY,
     name="llava15/tiny-hd",
@@ -54,8 +53,7 @@ TINY_HD = replace(
     picture_size=96,
     small_print=True,
     stages=(TINY.stages[0],
-            replace(TINY.stages[1], name="whole", steps=2400, evaluate=()),
-            replace(TINY.stages[1], trains=("projector", "language", "tiles"), steps=1200)),
+            replace(TINY.stages[1], trains=("projector", "language", "tiles"), steps=2400)),
 )
 
 SMALL = replace(
