@@ -225,8 +225,8 @@ def test_prefill_and_step_are_the_forward():
         rest, cache = model.language.step(ids[:, 5:], cache)
         whole_mask = torch.cat([mask[:, :5], torch.ones(B, T - 5, dtype=torch.bool)], dim=1)  # new tokens are real
         want = model(ids, whole_mask).logits
-    close(first[mask[:, 4]], want[:, 4][mask[:, 4]], 2e-6)
-    close(rest, want[:, 5:], 3e-6)
+    close(first[mask[:, 4]], want[:, 4][mask[:, 4]], 5e-6)
+    close(rest, want[:, 5:], 5e-6)
 
 
 def test_initialisation():
