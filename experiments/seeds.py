@@ -36,7 +36,7 @@ def learn(recipe: Recipe, stage: Stage, source: object, seed: int, tokenizer: To
 
 
 def machine() -> str:
-    """Its class, with the widest instructions that torch uses: what is called two cores may be twice as fast elsewhere."""
+    """Its class, with the widest instructions that torch uses: two cores are not everywhere as fast."""
     return f"{os.cpu_count()} {platform.machine()} cores, {torch.backends.cpu.get_cpu_capability()}"
 
 
@@ -50,9 +50,9 @@ def main(about: str, name: str, recipe: str, measure: Callable[[int, float], dic
     parser.add_argument("--table", action="store_true", help="print what is stored")
     args = parser.parse_args()
     for seed in [] if args.table else args.seeds:
-        new = {"seed": seed, "fraction": args.steps, **measure(seed, args.steps)}
+        new = {"seed": seed, "fraction": args.steps, "machine": machine(), **measure(seed, args.steps)}
         stored = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else []
         runs = sorted([run for run in stored if run["seed"] != seed] + [new], key=lambda run: run["seed"])
-        result = {"recipe": recipe, "machine": machine(), "versions": versions(), "runs": runs}
+        result = {"recipe": recipe, "versions": versions(), "runs": runs}
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(table(json.loads(path.read_text(encoding="utf-8"))))

@@ -100,12 +100,12 @@ def exact_match(prediction: str, references: Sequence[str]) -> bool:
     return plain(prediction) in {plain(reference) for reference in references}
 
 
-# ---- letters
-
 def is_sentence(text: str) -> bool:
     """Three words or more and a full stop: what an answer is when no word or phrase was asked for."""
     return text.endswith(".") and len(text.split()) >= 3
 
+
+# ---- letters
 
 def option_letter(text: str) -> str | None:
     """The letter that a text decides for: it is nothing else, or begins "B. ", or says "The answer is B." once (ScienceQA's

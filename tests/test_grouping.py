@@ -88,7 +88,7 @@ def test_two_ranks_share_each_batch_between_them(monkeypatch):
 
 
 class Counted(FakeScenes):
-    """An endless world whose sample i has 1 to 90 words, and which counts how often it is asked."""
+    """An endless world whose sample i has 0 to 88 words, and which counts how often it is asked."""
 
     def __init__(self):
         super().__init__()
@@ -107,7 +107,7 @@ def words(index: int) -> int:
 
 
 def test_rows_of_an_endless_world_are_put_in_order_within_their_batch():
-    """So that micro-batches are of like length; what a step learns from is what it would be without."""
+    """Each rank's, so that its micro-batches are of like length; what a step learns from is what it would be without."""
     source, stage = Counted(), replace(STAGE, accumulate=2)
     stream = MicroBatches(source, stage, 0, collate=lambda rows, rng: [int(row.id) for row in rows])
     made = [stream[n] for n in range(20)]
@@ -120,9 +120,12 @@ def test_rows_of_an_endless_world_are_put_in_order_within_their_batch():
     assert [again[n] for n in (17, 3, 16, 4)] == [made[n] for n in (17, 3, 16, 4)], "as after a resume"
     shares = []
     for rank in range(2):
-        shared = MicroBatches(Counted(), stage, 0, collate=lambda rows, rng: [int(row.id) for row in rows])
+        alone = Counted()
+        shared = MicroBatches(alone, stage, 0, collate=lambda rows, rng: [int(row.id) for row in rows])
         shared.world, shared.rank = 2, rank
         shares.append([shared[10], shared[11]])
+        assert alone.asked == 4, "a rank makes its own rows only"
+        assert max(map(words, shares[-1][0])) <= min(map(words, shares[-1][1]))
     assert sorted(i for share in shares for rows in share for i in rows) == list(range(40, 48))
     assert all(len(rows) == 2 for share in shares for rows in share)
 

@@ -430,7 +430,7 @@ def test_two_processes_equal_one(case, two_processes):
     for results in two_processes:
         theirs, their_losses = results[[*CASES, *PAIRED].index(case)]
         for mine, other in zip(losses, their_losses, strict=True):
-            assert other == pytest.approx(mine, rel=1e-5)
+            assert other == pytest.approx(mine, rel=3e-5)  # sums in another order, over three steps of Adam
         for name, tensor in weights.items():
             close(theirs[name], tensor, 3e-6)
 

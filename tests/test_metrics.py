@@ -11,7 +11,7 @@ from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 from pycocoevalcap.cider.cider_scorer import CiderScorer
 
 from nanovlm.errors import UserError
-from nanovlm.metrics import bleu, cider, exact_match, normalise_answer, recall_at_k, vqa_accuracy, words
+from nanovlm.metrics import bleu, cider, exact_match, is_sentence, normalise_answer, recall_at_k, vqa_accuracy, words
 
 # ---- answers
 
@@ -227,3 +227,8 @@ def test_recall_refuses_what_has_no_answer():
         recall_at_k(torch.randn(3, 4), torch.eye(3, 4).bool() & torch.tensor([[True], [True], [False]]), 1)
     with pytest.raises(UserError, match=r"\(3, 4\).*\(4, 3\)"):
         recall_at_k(torch.randn(3, 4), torch.ones(4, 3).bool(), 1)
+
+
+def test_what_a_sentence_is():
+    assert all(map(is_sentence, ("It is red.", "No, there is not.")))
+    assert not any(map(is_sentence, ("red", "red.", "small red.", "a small red square", "")))

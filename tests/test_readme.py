@@ -129,6 +129,8 @@ def test_the_figures_are_the_stored_ones():
         for case in result.get("cases", []):
             row = f"| {case['name']} | {case['ratio']['median']:.2f} |"
             assert row in MEASURED, f"{name}: experiments/README.md has no row that begins with {row}"
+            if case["name"].startswith("training step"):
+                assert f"{case['ratio']['median']:.2f} times as long" in README
 
 
 # --- notebooks ---

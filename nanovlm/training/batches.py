@@ -6,9 +6,9 @@
 
 LLaVA-1.5's second stage groups (App. A.2): a batch is of one modality, so that talk without pictures does not wait for image
 tokens, and its rows are dealt to the ranks so that all have about as many words. Which batch comes when is left to chance.
-Of an endless world the rows of each batch are put in order of length, so that its micro-batches are of like length: a batch is
-as long as its longest row, and one row in ten with four boxes makes nearly all of them as long as that. What a step learns from
-stays the same. (Whole batches of like length save more and teach less: a batch is of one kind of question then.)
+Of an endless world's texts each rank puts its rows in order of length, so that its micro-batches are of like length: a batch is as
+long as its longest row, and one row in ten with four boxes makes nearly all of them as long as that. What a step learns from stays
+the same. Whole batches of like length would save more, but each would be of one kind of question.
 
 So a resumed run needs to know the step only, several processes share a batch without talking, and the worker processes
 of a DataLoader cannot change the order. Random crops are drawn from a generator of their own for each batch.
@@ -55,10 +55,11 @@ class MicroBatches(Dataset):
         self.source, self.stage, self.seed, self.collate = source, stage, seed, collate
         self.rank, self.world = distributed.rank(), distributed.world()
         self.size = source.size(stage.view, "train")
+        self.sorts = stage.group and self.size >= ENDLESS  # an endless world's rows; of others whole epochs are grouped
         grouped = stage.group and ENDLESS > self.size >= stage.batch_size
         self.lengths = source.lengths(stage.view) if grouped else None
         self.orders: dict[int, list[int]] = {}  # of the epochs that the last batches were of
-        self.made: dict[int, Sample] = {}  # the last batch, where its rows are put in order
+        self.made: dict[int, Sample] = {}  # this rank's rows of the last step, where they are put in order
         if self.size == 0:
             raise UserError(f"{source.name} has nothing to train stage {stage.name} on (view {stage.view!r}).")
         if stage.batch_size % (self.world * stage.accumulate):
@@ -71,6 +72,8 @@ class MicroBatches(Dataset):
     def __getitem__(self, n: int) -> dict[str, Tensor]:
         step, micro = divmod(n, self.stage.accumulate)
         mine = self.indices(step)[self.rank::self.world]
+        if self.sorts:
+            mine = self.in_order(mine)
         share = len(mine) // self.stage.accumulate
         rng = Random(f"{self.seed}/{self.stage.name}/{step}/{micro}/{self.rank}")
         chosen = mine[micro * share:(micro + 1) * share]
@@ -84,8 +87,7 @@ class MicroBatches(Dataset):
         first = step * self.stage.batch_size
         places = range(first, first + self.stage.batch_size)
         if self.size >= ENDLESS:
-            endless = [place % self.size for place in places]
-            return self.in_order(endless) if self.stage.group else endless
+            return [place % self.size for place in places]
         # grouped, an epoch is of as many samples as make whole batches
         length = self.size if self.lengths is None else self.size // self.stage.batch_size * self.stage.batch_size
         numbers = range(places[0] // length, places[-1] // length + 1)
@@ -93,7 +95,7 @@ class MicroBatches(Dataset):
         return [self.orders[place // length][place % length] for place in places]
 
     def in_order(self, indices: list[int]) -> list[int]:
-        """From the shortest row to the longest; the samples are kept for the other micro-batches of the step."""
+        """From the shortest text to the longest; the samples are kept for the other micro-batches of the step."""
         if not self.made.keys() >= set(indices):
             self.made = {i: self.draw(i) for i in indices}
         return sorted(indices, key=lambda i: _length(self.made[i]))
