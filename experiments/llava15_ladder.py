@@ -88,12 +88,18 @@ def judged(model: nn.Module, recipe: Recipe, tokenizer: Tokenizer) -> dict:
 
 
 def measure(seed: int, fraction: float) -> dict:
+    return climb(seed, fraction, tuple(RUNGS))
+
+
+def climb(seed: int, fraction: float, names: tuple[str, ...]) -> dict:
+    """The rungs of these names, each trained after the same backbones."""
     with tempfile.TemporaryDirectory() as scratch:
         training = Run(BASE.name, Options(seed=0, out=str(Path(scratch) / "run")), seeds.CPU)
         for job in training.jobs[:-len(BASE.stages)]:
             training.obtain(job)
     rungs = {}
-    for rung, (config, parts) in RUNGS.items():
+    for rung in names:
+        config, parts = RUNGS[rung]
         recipe = recipe_of(config, fraction)
         world = Shortened(Scenes(seed, recipe.picture_size, recipe.small_print, parts), fraction)
         print(f"seed {seed}, {rung}", flush=True)
@@ -107,18 +113,16 @@ def measure(seed: int, fraction: float) -> dict:
     return {"steps": tune.steps, "rungs": rungs}
 
 
-COLUMNS = ("short", *NEW, "relation", "reading")
-
-
-def table(result: dict) -> str:
+def table(result: dict, kinds: tuple[str, ...] = ("short", *NEW, "relation", "reading"),
+          forms: tuple[str, ...] = ("words", "sentences")) -> str:
     """Markdown: the mean over the seeds, from the lowest to the highest in brackets."""
-    head = ("rung", *COLUMNS, "words", "sentences")
+    head = ("rung", *kinds, *forms)
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for rung in RUNGS:
+    for rung in result["runs"][0]["rungs"]:
         runs = [run["rungs"][rung] for run in result["runs"]]
-        columns = [[run[name]["value"] for run in runs] for name in COLUMNS] + [[run[name] for run in runs] for name in head[-2:]]
+        columns = [[run[name]["value"] for run in runs] for name in kinds] + [[run[name] for run in runs] for name in forms]
         lines.append(f"| {rung} | " + " | ".join(f"{sum(c) / len(c):.2f} ({min(c):.2f}–{max(c):.2f})" for c in columns) + " |")
-    blind = [run["rungs"][rung]["short"]["shuffled"] for run in result["runs"] for rung in RUNGS]
+    blind = [rung["short"]["shuffled"] for run in result["runs"] for rung in run["rungs"].values()]
     lines.append(f"\nWith the pictures exchanged, `short` is {min(blind):.2f} to {max(blind):.2f}.")
     return "\n".join(lines)
 
