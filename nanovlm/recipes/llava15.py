@@ -45,7 +45,7 @@ TINY = replace(
             replace(llava.TINY.stages[1], view="mixture", fit="pad", steps=4600, on_data=(("steps", 2000),))),
 )
 
-# Pictures of 96 × 96 in five views of 48: 88 image tokens. The small print of these scenes only tiles can read.
+# Pictures of 96 × 96 in five views of 48: 88 image tokens. The numbers in small print are for tiles.
 TINY_HD = replace(
     TINY,
     name="llava15/tiny-hd",
