@@ -87,11 +87,7 @@ def judged(model: nn.Module, recipe: Recipe, tokenizer: Tokenizer) -> dict:
     return found | {"words": 1 - sum(said[0]) / len(asked), "sentences": sum(said[1]) / len(plain)}
 
 
-def measure(seed: int, fraction: float) -> dict:
-    return climb(seed, fraction, tuple(RUNGS))
-
-
-def climb(seed: int, fraction: float, names: tuple[str, ...]) -> dict:
+def measure(seed: int, fraction: float, names: tuple[str, ...] = tuple(RUNGS)) -> dict:
     """The rungs of these names, each trained after the same backbones."""
     with tempfile.TemporaryDirectory() as scratch:
         training = Run(BASE.name, Options(seed=0, out=str(Path(scratch) / "run")), seeds.CPU)
@@ -115,13 +111,13 @@ def climb(seed: int, fraction: float, names: tuple[str, ...]) -> dict:
 
 def table(result: dict, kinds: tuple[str, ...] = ("short", *NEW, "relation", "reading"),
           forms: tuple[str, ...] = ("words", "sentences")) -> str:
-    """Markdown: the mean over the seeds, from the lowest to the highest in brackets."""
+    """Markdown: the mean over the seeds; from the lowest to the highest in brackets, where there are several."""
     head = ("rung", *kinds, *forms)
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for rung in result["runs"][0]["rungs"]:
         runs = [run["rungs"][rung] for run in result["runs"]]
         columns = [[run[name]["value"] for run in runs] for name in kinds] + [[run[name] for run in runs] for name in forms]
-        lines.append(f"| {rung} | " + " | ".join(f"{sum(c) / len(c):.2f} ({min(c):.2f}–{max(c):.2f})" for c in columns) + " |")
+        lines.append(f"| {rung} | " + " | ".join(f"{sum(c) / len(c):.2f}" + f" ({min(c):.2f}–{max(c):.2f})" * (len(c) > 1) for c in columns) + " |")
     blind = [rung["short"]["shuffled"] for run in result["runs"] for rung in run["rungs"].values()]
     lines.append(f"\nWith the pictures exchanged, `short` is {min(blind):.2f} to {max(blind):.2f}.")
     return "\n".join(lines)

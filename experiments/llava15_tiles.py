@@ -1,4 +1,4 @@
-"""What can tiles see that one small picture cannot, after the same steps? The last rungs of the ladder at full length.
+"""Do tiles see more than one small picture, after the same steps? The last rungs of the ladder at full length.
 
     regions         the picture of 96 × 96 shrunk to 48: 16 image tokens
     resolution      the same in tiles of 48, and shrunk beside them: 88 image tokens
@@ -17,7 +17,7 @@ SEAM = ("relation", "count", "comparison")
 
 
 def measure(seed: int, fraction: float) -> dict:
-    return llava15_ladder.climb(seed, fraction, ("regions", "resolution", "tiles alone"))
+    return llava15_ladder.measure(seed, fraction, ("regions", "resolution", "tiles alone"))
 
 
 def table(result: dict) -> str:
