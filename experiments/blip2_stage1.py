@@ -14,9 +14,7 @@ same questions with the pictures exchanged. The paper's figure has curves only, 
 falls as training goes on.
 """
 
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,19 +28,11 @@ from nanovlm.recipes.stage import Recipe, Stage
 from nanovlm.training import checkpoint
 from nanovlm.training.batches import MicroBatches, make_collate
 from nanovlm.training.loop import freeze
-from nanovlm.training.run import Options, Run
+from nanovlm.training.run import Run
 
 RECIPE = recipes.get("blip2/tiny")
 PER_KIND = 40  # questions of each kind, at every point
 POINTS = 6
-
-
-def prepare(seed: int, scratch: str) -> Run:
-    """A run that has its backbones and stage 1."""
-    training = Run(RECIPE.name, Options(seed=seed, out=str(Path(scratch) / "run")), seeds.CPU)
-    for job in training.jobs[:-1]:
-        training.obtain(replace(job, final=False))
-    return training
 
 
 def flops(training: Run, stage: Stage) -> int:
@@ -74,17 +64,16 @@ def curve(training: Run, seed: int, recipe: Recipe) -> list[dict]:
 
 
 def measure(seed: int, fraction: float) -> dict:
-    with tempfile.TemporaryDirectory() as scratch:
-        training = prepare(seed, scratch)
-        first, second = RECIPE.stages
-        second = replace(second, steps=round(second.steps * fraction))
-        cost = [flops(training, stage) for stage in (first, second)]
-        alone = replace(second, init=(*second.init, *first.init))  # stage 1 would have brought the vision encoder
-        longer = replace(alone, steps=second.steps + round(first.steps * cost[0] / cost[1]))
-        curves = {}
-        for name, stages in (("with", (first, second)), ("without", (alone,)), ("equal", (longer,))):
-            print(f"seed {seed}, {name}: {stages[-1].steps} steps", flush=True)
-            curves[name] = curve(training, seed, replace(RECIPE, stages=stages))
+    training = seeds.trained_before(RECIPE.name, 1, seed)
+    first, second = RECIPE.stages
+    second = replace(second, steps=round(second.steps * fraction))
+    cost = [flops(training, stage) for stage in (first, second)]
+    alone = replace(second, init=(*second.init, *first.init))  # stage 1 would have brought the vision encoder
+    longer = replace(alone, steps=second.steps + round(first.steps * cost[0] / cost[1]))
+    curves = {}
+    for name, stages in (("with", (first, second)), ("without", (alone,)), ("equal", (longer,))):
+        print(f"seed {seed}, {name}: {stages[-1].steps} steps", flush=True)
+        curves[name] = curve(training, seed, replace(RECIPE, stages=stages))
     return {"stage1_steps": first.steps, "gigaflops_a_step": [c / 1e9 for c in cost], "curves": curves}
 
 

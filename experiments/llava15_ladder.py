@@ -12,16 +12,14 @@
     python -m experiments.llava15_ladder --table       print the stored results as Markdown
 
 Every rung has what the rungs before it have. All see the same world, pictures of 96 × 96 with numbers in small print, shrunk to 48
-but for tiles; image encoder and language model are those of llava15/tiny-hd with seed 0 (so the seeds here are those of stage 1 and 2),
+but for tiles; image encoder and language model are those of llava15/tiny with seed 0 (so the seeds here are those of stage 1 and 2),
 steps are the same. The language model has read of letters, boxes and the sentence before; its own knowledge of them is where every rung
 begins. Judged on held-out scenes, asked with the sentences of the mixture; `sentences`: how many answers are one where none is asked
 for, `words`: how many are not one where a word is.
 """
 
-import tempfile
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 from torch import nn
 
@@ -38,9 +36,9 @@ from nanovlm.recipes.stage import Recipe
 from nanovlm.tiling import hd_tiling
 from nanovlm.tokenizer import Tokenizer
 from nanovlm.training.batches import world_of
-from nanovlm.training.run import Options, Run
 
-NAME, BASE = "llava15_ladder", recipes.get("llava15/tiny-hd")
+NAME, TINY = "llava15_ladder", recipes.get("llava15/tiny")
+BASE = replace(TINY, picture_size=96, small_print=True, stages=(TINY.stages[0], replace(TINY.stages[1], steps=2400)))
 HALF = {"dense": 22, "sentences": 39}
 PROMPT = HALF | {"short": 39}
 MORE = {part: weight for part, weight in PARTS.items() if part not in ("region", "grounding")}
@@ -56,7 +54,7 @@ PER_KIND = 100
 
 def recipe_of(config: object, fraction: float) -> Recipe:
     align, tune = BASE.stages
-    trains = tuple(name for name in tune.trains if name != "tiles" or config.tiling)
+    trains = (*tune.trains, "tiles") if config.tiling else tune.trains
     stages = align, replace(tune, steps=round(tune.steps * fraction), trains=trains)
     return replace(BASE, build=partial(build_llava15, config, False), stages=stages)
 
@@ -67,7 +65,7 @@ class Shortened:
     name = "scenes"
 
     def __init__(self, world: Scenes, fraction: float):
-        self.world, self.left_out = world, round(LESSONS["mixture"]["dense"] * (1 - fraction))
+        self.world, self.left_out = world, round(LESSONS["mixture"]["lists"] * (1 - fraction))
 
     def size(self, view: str, split: str) -> int:
         return self.world.size(view, split)
@@ -77,25 +75,22 @@ class Shortened:
 
 
 def judged(model: nn.Module, recipe: Recipe, tokenizer: Tokenizer) -> dict:
-    world, examinee = world_of(recipe, 0), evaluate.Examinee(model, recipe, recipe.stages[1], tokenizer, seeds.CPU)
+    world, examinee = world_of(recipe, 0), evaluate.Examinee(model, recipe, recipe.stages[-1], tokenizer, seeds.CPU)
     marks = {kind: evaluate.judge_answers(examinee, world.exam(PER_KIND, (kind,), "mixture"), kind) for kind in KINDS + NEW}
     found = {kind: {k: round(v, 4) for k, v in evaluate.mean(of_kind).items()} for kind, of_kind in marks.items()}
     found["short"] = {k: round(v, 4) for k, v in evaluate.mean([mark for kind in KINDS for mark in marks[kind]]).items()}
     asked = world.exam(PER_KIND, ("colour", "count", "position"), "mixture")
     plain = [replace(s, turns=(replace(s.turns[0], question=s.turns[0].question.removesuffix(f"\n{SHORT}")),)) for s in asked]
     said = [[metrics.is_sentence(text) for text in examinee.answer(samples)] for samples in (asked, plain)]
-    return found | {"words": 1 - sum(said[0]) / len(asked), "sentences": sum(said[1]) / len(plain)}
+    found |= {"words": 1 - sum(said[0]) / len(asked), "sentences": sum(said[1]) / len(plain)}
+    print("  " + ", ".join(f"{name} {row['value'] if isinstance(row, dict) else row:.2f}" for name, row in found.items()), flush=True)
+    return found
 
 
-def measure(seed: int, fraction: float, names: tuple[str, ...] = tuple(RUNGS)) -> dict:
-    """The rungs of these names, each trained after the same backbones."""
-    with tempfile.TemporaryDirectory() as scratch:
-        training = Run(BASE.name, Options(seed=0, out=str(Path(scratch) / "run")), seeds.CPU)
-        for job in training.jobs[:-len(BASE.stages)]:
-            training.obtain(job)
-    rungs = {}
-    for rung in names:
-        config, parts = RUNGS[rung]
+def measure(seed: int, fraction: float) -> dict:
+    """Every rung is trained after the same backbones."""
+    training, rungs = seeds.trained_before(TINY.name, 2, 0), {}
+    for rung, (config, parts) in RUNGS.items():
         recipe = recipe_of(config, fraction)
         world = Shortened(Scenes(seed, recipe.picture_size, recipe.small_print, parts), fraction)
         print(f"seed {seed}, {rung}", flush=True)
@@ -104,8 +99,6 @@ def measure(seed: int, fraction: float, names: tuple[str, ...] = tuple(RUNGS)) -
         finished[align.name] = seeds.learn(recipe, align, world, seed, training.tokenizer, finished).state_dict()
         model = seeds.learn(recipe, tune, world, seed, training.tokenizer, finished)
         rungs[rung] = judged(model, recipe, training.tokenizer)
-        print("  " + ", ".join(f"{name} {row['value'] if isinstance(row, dict) else row:.2f}" for name, row in rungs[rung].items()),
-              flush=True)
     return {"steps": tune.steps, "rungs": rungs}
 
 
@@ -124,4 +117,4 @@ def table(result: dict, kinds: tuple[str, ...] = ("short", *NEW, "relation", "re
 
 
 if __name__ == "__main__":
-    seeds.main(__doc__, NAME, BASE.name, measure, table, fraction=0.4)
+    seeds.main(__doc__, NAME, TINY.name, measure, table, fraction=0.4)

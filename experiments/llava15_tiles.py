@@ -1,7 +1,7 @@
-"""Do tiles see more than one small picture, after the same steps? The last rungs of the ladder at full length.
+"""Do tiles see more than one small picture, after the same steps? Three times llava15/tiny-hd, from the same model and on the same samples.
 
-    regions         the picture of 96 × 96 shrunk to 48: 16 image tokens
-    resolution      the same in tiles of 48, and shrunk beside them: 88 image tokens
+    the whole       the picture of 96 × 96 shrunk to 48: 16 image tokens
+    with tiles      the same in tiles of 48, and shrunk beside them: 88 image tokens
     tiles alone     without the shrunk one
 
     python -m experiments.llava15_tiles               seeds 0, 1 and 7
@@ -10,14 +10,31 @@
 A tile is a quarter of the picture, so what is in two places ("on which side", "how many", "which is larger") is seen across a seam.
 """
 
-from experiments import llava15_ladder, seeds
+from dataclasses import replace
+from functools import partial
 
-NAME = "llava15_tiles"
+from experiments import llava15_ladder, seeds
+from nanovlm import recipes
+from nanovlm.recipes.llava15 import build_llava15
+from nanovlm.tiling import hd_tiling
+from nanovlm.training.batches import world_of
+
+NAME, HD = "llava15_tiles", recipes.get("llava15/tiny-hd")
+TILINGS = {"the whole": None, "with tiles": hd_tiling(48), "tiles alone": replace(hd_tiling(48), whole="none")}
 SEAM = ("relation", "count", "comparison")
 
 
 def measure(seed: int, fraction: float) -> dict:
-    return llava15_ladder.measure(seed, fraction, ("regions", "resolution", "tiles alone"))
+    training, rungs = seeds.trained_before(HD.name, 1, seed), {}
+    for name, tiling in TILINGS.items():
+        stage = replace(HD.stages[0], steps=round(HD.stages[0].steps * fraction))
+        if not tiling:
+            stage = replace(stage, trains=tuple(part for part in stage.trains if part != "tiles"))
+        recipe = replace(HD, build=partial(build_llava15, replace(llava15_ladder.TWO, tiling=tiling), False), stages=(stage,))
+        print(f"seed {seed}, {name}", flush=True)
+        model = seeds.learn(recipe, stage, world_of(HD, seed), seed, training.tokenizer, training.finished)
+        rungs[name] = llava15_ladder.judged(model, recipe, training.tokenizer)
+    return {"steps": stage.steps, "rungs": rungs}
 
 
 def table(result: dict) -> str:
@@ -25,4 +42,4 @@ def table(result: dict) -> str:
 
 
 if __name__ == "__main__":
-    seeds.main(__doc__, NAME, llava15_ladder.BASE.name, measure, table, fraction=1.0)
+    seeds.main(__doc__, NAME, HD.name, measure, table, fraction=1.0)

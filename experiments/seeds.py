@@ -4,7 +4,9 @@ import argparse
 import json
 import os
 import platform
+import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,11 +17,20 @@ from nanovlm.tokenizer import Tokenizer
 from nanovlm.training.batches import MicroBatches, make_collate, stream
 from nanovlm.training.loop import freeze, train_stage
 from nanovlm.training.optim import make_optimiser
-from nanovlm.training.run import versions
+from nanovlm.training.run import Options, Run, versions
 from nanovlm.training.weights import State, initial_model
 
 RESULTS = Path(__file__).parent / "results"
 CPU = torch.device("cpu")
+
+
+def trained_before(recipe: str, own: int, seed: int) -> Run:
+    """A run that stands before its `own` stages, the last ones: with a tokenizer, and with all that is trained before them."""
+    with tempfile.TemporaryDirectory() as scratch:
+        training = Run(recipe, Options(seed=seed, out=str(Path(scratch) / "run")), CPU)
+        for job in training.jobs[:-own]:
+            training.obtain(replace(job, final=False))  # so that it is looked for in the cache
+    return training
 
 
 def learn(recipe: Recipe, stage: Stage, source: object, seed: int, tokenizer: Tokenizer, finished: dict[str, State],

@@ -8,7 +8,7 @@ import pytest
 from scene_oracle import check_conversation, judge, read
 
 from nanovlm import evaluate, recipes
-from nanovlm.data import scene_mixture, scenes
+from nanovlm.data import scene_mixture, scene_texts, scenes
 from nanovlm.data.conversation import Turn, encode
 from nanovlm.data.mixture import CAPTION, GROUNDING, LETTER, PROMPTS, REGION, SETS, SHORT, prompted
 from nanovlm.data.scene_mixture import PARTS
@@ -17,7 +17,7 @@ from nanovlm.data.scenes import LESSONS, Scenes
 from nanovlm.errors import UserError
 from nanovlm.metrics import box_hit, intersection_over_union
 
-AFTER = LESSONS["mixture"]["dense"]
+AFTER = LESSONS["mixture"]["lists"]
 SAID = {  # sentence → the short answer in it
     r"Yes, there is\.": "yes", r"No, there is not\.": "no", r"It is on this side: (\w+)\.": None, r"The sign says (\w+)\.": None,
     r"There (?:is|are) (\w+)\.": None, r"It is in the (top|bottom) (left|right)\.": None,
@@ -108,26 +108,36 @@ def test_lessons_come_first():
     assert len(first) == 1 and first[0].kind in ("notes", "census", "places", "sides", "letters", "boxes")
 
 
+def read_beforehand(index: int) -> str:
+    """The part that a text is of. Its answers follow from what is told, and boxes are told where boxes are asked for."""
+    sample = Scenes().sample("told", "train", index)
+    assert not sample.images and "<image>" not in sample.turns[0].question
+    truth, (told, question) = read(sample.references[0]), sample.turns[0].question.split("\n", 1)
+    boxes = re.findall(r"\[.*?\]", told)
+    asked = re.findall(r"\[.*?\]", f"{question} {sample.turns[0].answer}")
+    objects = {cell: thing for cell, thing in truth.items() if "shape" in thing}
+    assert read(re.sub(r" \[.*?\]", "", told)) == (objects if asked else truth)
+    assert set(asked) <= set(boxes) and len(boxes) == (len(objects) if asked else 0)
+    part = check((replace(sample.turns[0], question=question), *sample.turns[1:]), truth)
+    return "boxes" if asked and part == "dense" else part
+
+
 def test_what_is_told_beforehand_is_the_mixture_without_pictures():
-    """Every answer follows from the text before it, in the form that is asked for; what is asked about boxes is told with them."""
-    parts, n = Counter(), 2000
-    for index in range(LESSONS["told"]["dense"], LESSONS["told"]["dense"] + n):
-        sample = Scenes().sample("told", "train", index)
-        assert not sample.images and "<image>" not in sample.turns[0].question
-        truth, (told, question) = read(sample.references[0]), sample.turns[0].question.split("\n", 1)
-        boxes = re.findall(r"\[.*?\]", told)
-        asked = re.findall(r"\[.*?\]", f"{question} {sample.turns[0].answer}")
-        objects = {cell: thing for cell, thing in truth.items() if "shape" in thing}
-        assert read(re.sub(r" \[.*?\]", "", told)) == (objects if asked else truth)
-        assert set(asked) <= set(boxes) and len(boxes) == (len(objects) if asked else 0)
-        part = check((replace(sample.turns[0], question=question), *sample.turns[1:]), truth)
-        parts[part] += 1
-    weights = {**PARTS, "sentences": PARTS["sentences"] + PARTS["chat"]}
-    weights.pop("chat")
-    for part, weight in weights.items():
-        p = weight / sum(weights.values())
-        assert abs(parts[part] - n * p) < 5 * (n * p * (1 - p)) ** 0.5, part
-    assert set(parts) == set(weights)
+    """Boxes come in blocks, one in ten; in blocks with and without them, the parts come as often as they should."""
+    begin, n = LESSONS["told"]["lists"], 2400
+    parts = [read_beforehand(index) for index in range(begin, begin + n)]
+    blocks = [parts[i:i + scene_texts.BLOCK] for i in range(0, n, scene_texts.BLOCK)]
+    with_boxes = [block for block in blocks if set(block) <= set(scene_texts.BOXES)]
+    assert not any(set(block) & set(scene_texts.BOXES) for block in blocks if block not in with_boxes)
+    m, p = len(blocks), scene_texts.SHARE
+    assert abs(len(with_boxes) - m * p) < 5 * (m * p * (1 - p)) ** 0.5
+    words = {**scene_texts.WORDS, "sentences": PARTS["sentences"] + PARTS["chat"]}  # talk without a picture looks like these
+    words.pop("chat")
+    for some, weights in ((with_boxes, scene_texts.BOXES), ([block for block in blocks if block not in with_boxes], words)):
+        found = Counter(part for block in some for part in block)
+        for part, weight in weights.items():
+            m, p = found.total(), weight / sum(weights.values())
+            assert abs(found[part] - m * p) < 5 * (m * p * (1 - p)) ** 0.5, part
 
 
 def test_the_exam_asks_in_the_same_words():

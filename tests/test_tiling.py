@@ -27,6 +27,7 @@ from nanovlm.tiling import NEXT_GRIDS, SIX_TILES, Tiles, hd_tiling, llava_next_t
 from nanovlm.tokenizer import Tokenizer
 from nanovlm.training import vitals
 from nanovlm.training.batches import make_collate, world_of
+from nanovlm.training.weights import initial_model
 
 SIDE, G = 20, 4  # of a view, in pixels and in tokens
 FIVE = [(20, 20), (13, 41), (50, 22), (31, 37), (20, 59)]  # (height, width): each takes another grid but one
@@ -299,16 +300,27 @@ def test_a_tiled_row_alone_is_the_row_in_its_batch():
 
 
 def test_the_tiny_recipe_sees_small_print():
-    """Five views and 88 tokens of each picture; stage 1 looks at the whole, as the paper's does."""
-    recipe = recipes.get("llava15/tiny-hd")
-    world, tokenizer = world_of(recipe, 0), Tokenizer([])
+    """Five views and 88 tokens of each picture, where the model that it goes on from looks at one view, of 16."""
+    tiny, hd = recipes.get("llava15/tiny"), recipes.get("llava15/tiny-hd")
+    world, tokenizer = world_of(hd, 0), Tokenizer([])
     assert world.exam(1, ["reading"])[0].turns[-1].answer == "10"
     sample = next(s for s in (world.sample("captions", "train", i) for i in range(99)) if "number" in s.caption)
-    for stage, views, tokens in zip(recipe.stages, (1, 5), (16, 88)):
+    for recipe, views, tokens in ((tiny, 1, 16), (hd, 5, 88)):
+        stage = recipe.stages[-1]
         with torch.device("meta"):
             model = recipe.build(stage.name)
         collate = make_collate(recipe, stage, tokenizer, model)
         batch = collate([sample], Random(0))
         assert batch["images"].shape == (views, 3, 48, 48) and ("image_sizes" in batch) == (views == 5)
         assert (model.image_tokens if model.tiling is None else model.tiling.tokens((96, 96), 4)) == tokens
-    assert {"tiles"} == set(recipe.stages[1].trains) - set(recipes.get("llava15/tiny").stages[1].trains)
+    assert {"tiles"} == set(stage.trains) - set(tiny.stages[-1].trains)
+
+
+def test_hd_goes_on_from_the_tuned_model():
+    """All of it but the row-end token, which is new."""
+    tiny, hd = recipes.get("llava15/tiny"), recipes.get("llava15/tiny-hd")
+    torch.manual_seed(0)
+    tuned = tiny.build("tune").state_dict()
+    start = initial_model(hd, hd.stages[0], 0, {"tune": tuned}).state_dict()
+    assert start.keys() - tuned.keys() == {name for name in start if name.startswith("tiles.")} and len(start) == len(tuned) + 1
+    assert all(torch.equal(start[name], tuned[name]) for name in tuned)

@@ -10,6 +10,7 @@
     caption     TextCaps                      CAPTION                                     a small blue square in the …
     region      RefCOCO, Visual Genome        [0.60, 0.10, 0.88, 0.38] ⏎ REGION           small blue square
     grounding   the same, the other way       small blue square ⏎ GROUNDING               [0.60, 0.10, 0.88, 0.38]
+    boxes       –                             boxes of square, red.                       square [0.60, 0.10, …], red [0.10, …].
     chat        ShareGPT, no picture          top right: small blue square. what colour…  It is blue.
     bare        InstructBLIP's way, not part  what colour is the square?                  blue
                 of the mixture
@@ -29,8 +30,9 @@ from nanovlm.data.scene_language import DESCRIPTIONS, caption, description
 from nanovlm.data.scene_questions import ATTRIBUTES, FOLLOW_UP, Asked, ask, dense, questions, single_looks
 from nanovlm.data.scene_world import CELLS, COLOURS, PAIRS, SHAPES, SIZES, Object, Scene, boxes
 
-# How many of a hundred conversations: short answers lead, as in the paper; lists of lookups hold on to what lessons taught.
-PARTS = {"short": 50, "dense": 22, "sentences": 9, "letters": 6, "caption": 3, "region": 4, "grounding": 4, "chat": 2}
+# How many of a hundred conversations: short answers lead and one in ten is a letter, as in the paper; lists of lookups hold on to
+# what lessons taught.
+PARTS = {"short": 46, "dense": 22, "sentences": 9, "letters": 10, "caption": 3, "region": 4, "grounding": 4, "chat": 2}
 BOXED = ("region", "grounding", "boxes")  # kinds with boxes in question or answer
 KINDS = ("option", "region", "grounding", "chat")  # what an exam asks beyond the questions of scene_questions
 SCIENCE = ("science", "science_text")  # what an exam of view "science" asks
@@ -45,6 +47,8 @@ def conversation(scene: Scene, rng: Random, pairs: tuple = PAIRS,
     part = rng.choices(tuple(parts), parts.values())[0]
     if part == "dense":
         return (lists(scene, rng, pairs, parts),), True
+    if part == "boxes":
+        return (boxes_of(scene, rng),), True
     if part == "caption":
         return (Turn(CAPTION, caption(scene, rng), "caption"),), True
     if part == "letters":  # these three have one turn, as they are long already and a batch is as long as its longest row
@@ -59,7 +63,7 @@ def conversation(scene: Scene, rng: Random, pairs: tuple = PAIRS,
 
 def lists(scene: Scene, rng: Random, pairs: tuple = PAIRS, parts: dict[str, int] = PARTS) -> Turn:
     """A question whose answer is many answers, those of the new kinds among them where these are part of the mixture."""
-    weights = (6, 2 * ("letters" in parts), int("grounding" in parts))
+    weights = (6, 4 * ("letters" in parts), int("grounding" in parts))
     return rng.choices((dense, letters, boxes_of), weights)[0](scene, rng, pairs)
 
 

@@ -16,8 +16,8 @@ apart from each other names a blue circle that it has never seen; one that has l
 
 Lengths are measured on a picture of 48 by 48 and scale with its size. Jitter is part of the scene, hence of its truth.
 
-**Small print**, for LLaVA-1.5-HD: in pictures of 96 by 96 a sign is a number of two digits, drawn at half the size of other
-signs. A tile of 48 shows its digits as large as an encoder has met them; the whole, made 48, shows a smear of ten pixels.
+**Small print**, for LLaVA-1.5-HD: in pictures of 96 by 96 a sign is a number of two digits, drawn at three tenths of the size of
+other signs. A tile of 48 shows digits eight pixels high; in the whole, made 48, they are four, and run into each other.
 """
 
 from collections.abc import Iterable
@@ -60,6 +60,7 @@ JITTER = 1
 SIGN_BOX = {"digit": (12, 16), "word": (20, 12), "number": (22, 16)}  # width, height
 SIGN_FONT = {"digit": 21, "word": 14, "number": 20}
 BACKGROUND = (40, 40, 40)
+PRINT = 0.3  # of the size of other signs
 SIGN_COLOUR = (255, 170, 70)
 
 
@@ -81,7 +82,7 @@ class Sign:
     text: str
     cell: str
     jitter: tuple[int, int] = (0, 0)
-    corner: str = ""  # of the cell, one of CELLS: small print, half as large and in that quarter of it
+    corner: str = ""  # of the cell, one of CELLS: small print, in that quarter of it
 
     @property
     def type(self) -> str:
@@ -169,7 +170,7 @@ def render(scene: Scene, size: int = GRID) -> Image.Image:
     for thing in scene.things:
         left, top, width, height = (round(length * size / GRID) for length in _place(thing))
         if isinstance(thing, Sign):
-            font_size = SIGN_FONT[thing.type] * size / GRID / (2 if thing.corner else 1)
+            font_size = SIGN_FONT[thing.type] * size / GRID * (PRINT if thing.corner else 1)
             image.paste(SIGN_COLOUR, (left, top), _sign_mask(thing.text, width, height, font_size))
         else:
             image.paste(COLOURS.get(thing.colour, thing.colour), (left, top), _shape_mask(thing.shape, width))
@@ -192,9 +193,10 @@ def _place(thing: Object | Sign) -> tuple[float, float, float, float]:
     width, height = SIGN_BOX[thing.type] if isinstance(thing, Sign) else (SIZES[thing.size],) * 2
     left = (CELL - width) // 2 + thing.jitter[0]  # in its cell
     top = (CELL - height) // 2 + thing.jitter[1]
-    if isinstance(thing, Sign) and thing.corner:  # the same in a quarter of it, where all lengths are halved
+    if isinstance(thing, Sign) and thing.corner:  # in the middle of a quarter of it
         column, row = (n + m / 2 for n, m in zip((column, row), COLUMN_ROW[thing.corner]))
-        left, top, width, height = left / 2, top / 2, width / 2, height / 2
+        width, height = width * PRINT, height * PRINT
+        left, top = (CELL / 2 - width + thing.jitter[0]) / 2, (CELL / 2 - height + thing.jitter[1]) / 2
     return column * CELL + left, row * CELL + top, width, height
 
 

@@ -21,13 +21,7 @@ Eight views of the world:
     science   question, context, options -> reason, letter             ScienceQA in small, half of it without pictures
     mixture   the same, asked in LLaVA-1.5's ways (scene_mixture.py)   and with the form of the answer on demand
     text      description "\\n" question -> answer, no picture         what the tiny language model reads beforehand
-    told      the same, of the mixture                               and what LLaVA-1.5's reads
-
-In the text views a description stands where the picture will stand later: a language model that has learned to use what
-stands before the question needs no new skill when the bridge puts image tokens there. One text in ten is the
-description alone, answered by a caption, as in the view "captions". One in five is written as BLIP-2 writes it, with the
-description before everything else. Only answers are learned: what a description says is drawn at random, so nobody
-could predict it, and the attempt drowns the rest.
+    told      the same, of the mixture (both in scene_texts.py)      and what LLaVA-1.5's reads
 
 Lessons come first. "What colour is the square?" has two or three likely answers for whoever knows the colours of the
 picture, and a model that meets such questions at once is content with that for thousands of steps: it never learns to
@@ -40,7 +34,8 @@ look for the square. LESSONS, before the questions, leave it no such way out:
              count red, star, blue circle.  -> red one, star none, blue circle none.
              find red, digit.               -> red top left, digit bottom left.
              sides of square red.           -> square red right.
-             colour of square. A. red …     -> square B.                     letters and boxes in the mixture only
+    lists    the same, and in the mixture's:                               told, these come once the others are known
+             colour of square. A. red …     -> square B.
              boxes of square.               -> square [0.60, 0.10, 0.88, 0.38].
 
 In the view "instruct" about one picture in seven then shows its objects in colours that have no name ("take notes, colours
@@ -57,14 +52,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
 
-from nanovlm.data import scene_mixture
+from nanovlm.data import scene_mixture, scene_texts
 from nanovlm.data.conversation import TALKS, TEXTS, VIEWS, Sample, Turn
 from nanovlm.data.mixture import CAPTION, SHORT, prompted
 from nanovlm.data.scene_language import (
-    DESCRIPTIONS,
     caption,
     captions,
-    description,
     negatives,
     notes,
     say,
@@ -77,13 +70,13 @@ from nanovlm.data.scene_questions import (
     DESCRIBE,
     FOLLOW_UP,
     KINDS,
-    REPEAT,
     Asked,
     ask,
     conversation,
     dense,
     follow_up,
 )
+from nanovlm.data.scene_texts import put_before
 from nanovlm.data.scene_world import (
     CELLS,
     COLOURS,
@@ -105,8 +98,8 @@ from nanovlm.errors import UserError
 
 SPLITS = ("train", "val")
 # view -> the lessons that come before conversations, each with the sample where it ends
-LESSONS = {"text": {"repeat": 16_000, "dense": 80_000}, "told": {"repeat": 16_000, "dense": 112_000},
-           "instruct": {"dense": 12_000}, "mixture": {"dense": 24_000}, "science": {"dense": 12_000}}
+LESSONS = {"text": {"repeat": 16_000, "dense": 80_000}, "told": {"repeat": 16_000, "dense": 80_000, "lists": 112_000},
+           "instruct": {"dense": 12_000}, "mixture": {"lists": 24_000}, "science": {"dense": 12_000}}
 UNNAMED = 112_000  # of view "described": samples before this one
 
 TWO = "caption of two"  # to describe a scene of two objects and no sign, in an exam; "caption": any scene
@@ -130,7 +123,7 @@ class Scenes:
 
     def __init__(self, seed: int = 0, size: int = GRID, small_print: bool = False,
                  parts: dict[str, int] = scene_mixture.PARTS):
-        """small_print: signs are numbers of two digits, half as large as others. parts: of the view "mixture", of a hundred."""
+        """small_print: signs are numbers of two digits, much smaller than others. parts: of the view "mixture", of a hundred."""
         self.seed = seed
         self.image_size = size
         self.small_print = small_print
@@ -159,10 +152,11 @@ class Scenes:
             scene = self._scene(rng, pairs, many=rng.choice((1, 2, 2)) if view == "pairs" else 0, view=view)
         name = f"scenes/{split}/{index}"
         if view == "told":
-            return Sample(name, turns=_told(scene, rng, lesson), references=captions(scene))
+            block = Random(f"{self.seed}/{split}/{index // scene_texts.BLOCK}")
+            return Sample(name, turns=scene_texts.mixture(scene, rng, lesson, block), references=captions(scene))
         if view == "text":
             style = "blip2" if rng.random() < 0.2 else ""
-            return Sample(name, turns=_document(scene, rng, lesson), references=captions(scene), format=style)
+            return Sample(name, turns=scene_texts.document(scene, rng, lesson), references=captions(scene), format=style)
         if view == "pairs":
             return self._pair(name, scene, rng, pairs, split)
         if view in TALKS and split == "train" and rng.random() < 0.15:
@@ -174,7 +168,7 @@ class Scenes:
                 talk = (scene_mixture.lists(scene, rng, pairs, self.parts),)
             else:
                 talk = (dense(scene, rng, pairs),) if lesson else conversation(scene, rng, pairs)
-            turns = _put_before(talk, "<image>")
+            turns = put_before(talk, "<image>")
             return Sample(name, (render(scene, self.image_size),), references=captions(scene), turns=turns)
         wording, shown = rng.choice(wordings(scene)), scene
         if view == "described" and split == "train" and index < UNNAMED and rng.random() < 0.25:
@@ -201,7 +195,7 @@ class Scenes:
         if not shown:
             return Sample(name, turns=turns, references=captions(scene))
         images = (render(scene, self.image_size),)
-        return Sample(name, images, references=captions(scene), turns=_put_before(turns, "<image>"))
+        return Sample(name, images, references=captions(scene), turns=put_before(turns, "<image>"))
 
     def _pair(self, name: str, scene: Scene, rng: Random, pairs: tuple, split: str) -> Sample:
         """A picture and what is said of it; in training, facts are left out of the text now and then."""
@@ -262,7 +256,7 @@ class Scenes:
         sample = Sample(f"scenes/exam/{kind}/{index}", turns=turns, references=captions(scene))
         if kind in scene_mixture.BLIND:
             return sample
-        return replace(sample, images=(render(scene, self.image_size),), turns=_put_before(turns, "<image>"))
+        return replace(sample, images=(render(scene, self.image_size),), turns=put_before(turns, "<image>"))
 
     def _asked(self, kind: str, index: int, rng: Random, mixed: bool) -> tuple[Scene, tuple[Turn, ...]]:
         """A scene and what is asked about it, without the mark of its picture."""
@@ -284,37 +278,6 @@ class Scenes:
 def _lesson(view: str, index: int) -> str | None:
     """"repeat" or "dense" as long as the training samples of this view are lessons."""
     return next((lesson for lesson, end in LESSONS.get(view, {}).items() if index < end), None)
-
-
-def _document(scene: Scene, rng: Random, lesson: str | None) -> tuple[Turn, ...]:
-    """A conversation about a scene that is told, not shown; mostly told cell by cell, the style of the lessons."""
-    told = description(scene, rng, DESCRIPTIONS[:1] if lesson or rng.random() < 0.6 else DESCRIPTIONS)
-    if lesson == "repeat":
-        talk = (Turn(REPEAT, description(scene, rng, DESCRIPTIONS[:1]), lesson),)
-    elif lesson == "dense":
-        talk = (dense(scene, rng),)
-    elif rng.random() < 0.1:
-        return (Turn(told, caption(scene, rng), "caption"),)
-    else:
-        talk = conversation(scene, rng)
-    return _put_before(talk, told)
-
-
-def _told(scene: Scene, rng: Random, lesson: str | None) -> tuple[Turn, ...]:
-    """A part of the mixture, about a scene that is told; boxes are told where boxes are asked for."""
-    if lesson == "repeat":
-        return _document(scene, rng, lesson)
-    talk, shown = ((scene_mixture.lists(scene, rng),), True) if lesson else scene_mixture.conversation(scene, rng)
-    if not shown:  # it is told already
-        return talk
-    if talk[0].kind in scene_mixture.BOXED:
-        return _put_before(talk, scene_mixture.description_with_boxes(scene, rng))
-    return _put_before(talk, description(scene, rng, DESCRIPTIONS[:1] if lesson or rng.random() < 0.6 else DESCRIPTIONS))
-
-
-def _put_before(turns: tuple[Turn, ...], front: str) -> tuple[Turn, ...]:
-    first = turns[0]
-    return (Turn(f"{front}\n{first.question}", first.answer, first.kind), *turns[1:])
 
 
 def _examine(scene: Scene, rng: Random, kind: str) -> list[Asked]:
