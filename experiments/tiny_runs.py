@@ -54,7 +54,7 @@ def table(result: dict) -> str:
         controls = [sum(j[control] for j in judged) / len(judged) for control in ("chance", "shuffled")]
         rows.append([name, *(f"{value:.2f}" for value in (*(j["value"] for j in judged), *controls)), str(first["n"])])
     cached = sorted({name for one in runs for name in one.get("cached", ())})
-    rows.append([f"seconds, {' and '.join(cached)} from the cache" if cached else "seconds, cold", *(f"{one['seconds']:.0f}" for one in runs), "", "", ""])
+    rows.append([f"seconds, {', '.join(cached)} from the cache" if cached else "seconds, cold", *(f"{one['seconds']:.0f}" for one in runs), "", "", ""])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

@@ -16,8 +16,8 @@ apart from each other names a blue circle that it has never seen; one that has l
 
 Lengths are measured on a picture of 48 by 48 and scale with its size. Jitter is part of the scene, hence of its truth.
 
-**Small print**, for LLaVA-1.5-HD: in pictures of 96 by 96 a sign is a number of two digits, drawn at three tenths of the size of
-other signs. A tile of 48 shows digits eight pixels high; in the whole, made 48, they are four, and run into each other.
+**Small print**, for LLaVA-1.5-HD: in pictures of 96 by 96 a sign is a number of two digits, drawn at about a third of the size
+of other signs. A tile of 48 shows digits eleven pixels high; in the whole, made 48, they are five, and run into each other.
 """
 
 from collections.abc import Iterable
@@ -60,7 +60,7 @@ JITTER = 1
 SIGN_BOX = {"digit": (12, 16), "word": (20, 12), "number": (22, 16)}  # width, height
 SIGN_FONT = {"digit": 21, "word": 14, "number": 20}
 BACKGROUND = (40, 40, 40)
-PRINT = 0.3  # of the size of other signs
+PRINT = 0.36  # of the size of other signs
 SIGN_COLOUR = (255, 170, 70)
 
 
@@ -168,9 +168,11 @@ def render(scene: Scene, size: int = GRID) -> Image.Image:
     """The picture, RGB, size by size pixels."""
     image = Image.new("RGB", (size, size), BACKGROUND)
     for thing in scene.things:
-        left, top, width, height = (round(length * size / GRID) for length in _place(thing))
+        place = [length * size / GRID for length in _place(thing)]
+        left, top, width, height = map(round, place)
         if isinstance(thing, Sign):
             font_size = SIGN_FONT[thing.type] * size / GRID * (PRINT if thing.corner else 1)
+            width, height = round(place[0] + place[2]) - left, round(place[1] + place[3]) - top  # so that it ends where its box does
             image.paste(SIGN_COLOUR, (left, top), _sign_mask(thing.text, width, height, font_size))
         else:
             image.paste(COLOURS.get(thing.colour, thing.colour), (left, top), _shape_mask(thing.shape, width))

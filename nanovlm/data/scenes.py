@@ -179,7 +179,7 @@ class Scenes:
 
     def _scene(self, rng: Random, pairs: tuple, many: int = 0, including: tuple = (), view: str = "") -> Scene:
         if self.small_print:
-            return random_scene(rng, pairs, including, many, 0.6, NUMBERS, small_print=True)
+            return random_scene(rng, pairs, including, many, 0.9, NUMBERS, small_print=True)
         return random_scene(rng, pairs, including, many, texts=DIGITS + WORDS + NUMBERS * (view == "told"))
 
     def _val_scene(self, rng: Random) -> Scene:
