@@ -60,7 +60,7 @@ JITTER = 1
 SIGN_BOX = {"digit": (12, 16), "word": (20, 12), "number": (22, 16)}  # width, height
 SIGN_FONT = {"digit": 21, "word": 14, "number": 20}
 BACKGROUND = (40, 40, 40)
-PRINT = 0.36  # of the size of other signs
+PRINT = 0.35  # of the size of other signs
 SIGN_COLOUR = (255, 170, 70)
 
 
