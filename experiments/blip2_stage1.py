@@ -64,7 +64,7 @@ def curve(training: Run, seed: int, recipe: Recipe) -> list[dict]:
 
 
 def measure(seed: int, fraction: float) -> dict:
-    training = seeds.trained_before(RECIPE.name, 1, seed)
+    training = seeds.trained_before(RECIPE.name, last=1, seed=seed)
     first, second = RECIPE.stages
     second = replace(second, steps=round(second.steps * fraction))
     cost = [flops(training, stage) for stage in (first, second)]

@@ -38,7 +38,8 @@ from nanovlm.tokenizer import Tokenizer
 from nanovlm.training.batches import world_of
 
 NAME, TINY = "llava15_ladder", recipes.get("llava15/tiny")
-BASE = replace(TINY, picture_size=96, small_print=True, stages=(TINY.stages[0], replace(TINY.stages[1], steps=2400)))
+STEPS = 2400  # of stage 2 where the fraction is 1; stage 1 is always whole
+BASE = replace(TINY, picture_size=96, small_print=True, stages=(TINY.stages[0], replace(TINY.stages[1], steps=STEPS)))
 HALF = {"dense": 22, "sentences": 39}
 PROMPT = HALF | {"short": 39}
 MORE = {part: weight for part, weight in PARTS.items() if part not in ("region", "grounding")}
@@ -89,7 +90,7 @@ def judged(model: nn.Module, recipe: Recipe, tokenizer: Tokenizer) -> dict:
 
 def measure(seed: int, fraction: float) -> dict:
     """Every rung is trained after the same backbones."""
-    training, rungs = seeds.trained_before(TINY.name, 2, 0), {}
+    training, rungs = seeds.trained_before(TINY.name, last=2, seed=0), {}
     for rung, (config, parts) in RUNGS.items():
         recipe = recipe_of(config, fraction)
         world = Shortened(Scenes(seed, recipe.picture_size, recipe.small_print, parts), fraction)

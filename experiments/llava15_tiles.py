@@ -7,7 +7,7 @@
     python -m experiments.llava15_tiles               seeds 0, 1 and 7
     python -m experiments.llava15_tiles --table       print the stored results as Markdown
 
-A tile is a quarter of the picture, so what is in two places ("on which side", "how many", "which is larger") is seen across a seam.
+They are stored as rungs, in the form of the ladder. A tile is a quarter of the picture, so what is in two places ("on which side", "how many", "which is larger") is seen across a seam.
 """
 
 from dataclasses import replace
@@ -25,7 +25,7 @@ SEAM = ("relation", "count", "comparison")
 
 
 def measure(seed: int, fraction: float) -> dict:
-    training, rungs = seeds.trained_before(HD.name, 1, seed), {}
+    training, rungs = seeds.trained_before(HD.name, last=1, seed=seed), {}
     for name, tiling in TILINGS.items():
         stage = replace(HD.stages[0], steps=round(HD.stages[0].steps * fraction))
         if not tiling:

@@ -24,11 +24,11 @@ RESULTS = Path(__file__).parent / "results"
 CPU = torch.device("cpu")
 
 
-def trained_before(recipe: str, own: int, seed: int) -> Run:
-    """A run that stands before its `own` stages, the last ones: with a tokenizer, and with all that is trained before them."""
+def trained_before(recipe: str, last: int, seed: int) -> Run:
+    """A run that has yet to train its `last` stages: for its tokenizer, world and `finished`. It has no folder any more."""
     with tempfile.TemporaryDirectory() as scratch:
         training = Run(recipe, Options(seed=seed, out=str(Path(scratch) / "run")), CPU)
-        for job in training.jobs[:-own]:
+        for job in training.jobs[:-last]:
             training.obtain(replace(job, final=False))  # so that it is looked for in the cache
     return training
 

@@ -127,17 +127,27 @@ def test_what_is_told_beforehand_is_the_mixture_without_pictures():
     begin, n = LESSONS["told"]["lists"], 2400
     parts = [read_beforehand(index) for index in range(begin, begin + n)]
     blocks = [parts[i:i + scene_texts.BLOCK] for i in range(0, n, scene_texts.BLOCK)]
-    with_boxes = [block for block in blocks if set(block) <= set(scene_texts.BOXES)]
-    assert not any(set(block) & set(scene_texts.BOXES) for block in blocks if block not in with_boxes)
-    m, p = len(blocks), scene_texts.SHARE
-    assert abs(len(with_boxes) - m * p) < 5 * (m * p * (1 - p)) ** 0.5
-    words = {**scene_texts.WORDS, "sentences": PARTS["sentences"] + PARTS["chat"]}  # talk without a picture looks like these
+    with_boxes = [block for block in blocks if set(block) <= set(scene_texts.ABOUT_BOXES)]
+    assert not any(set(block) & set(scene_texts.ABOUT_BOXES) for block in blocks if block not in with_boxes)
+    assert with_boxes
+    words = {**scene_texts.WITHOUT_BOXES, "sentences": PARTS["sentences"] + PARTS["chat"]}  # talk without a picture looks like these
     words.pop("chat")
-    for some, weights in ((with_boxes, scene_texts.BOXES), ([block for block in blocks if block not in with_boxes], words)):
+    for some, weights in ((with_boxes, scene_texts.ABOUT_BOXES), ([block for block in blocks if block not in with_boxes], words)):
         found = Counter(part for block in some for part in block)
         for part, weight in weights.items():
             m, p = found.total(), weight / sum(weights.values())
             assert abs(found[part] - m * p) < 5 * (m * p * (1 - p)) ** 0.5, part
+
+
+def test_one_block_in_ten_is_about_boxes():
+    """By the first text of each; and a block is a micro-batch of those who read them."""
+    first, n = LESSONS["told"]["lists"], 2000
+    begins = [Scenes().sample("told", "train", first + scene_texts.BLOCK * i).turns[0] for i in range(n)]
+    p = scene_texts.BOXED_SHARE
+    assert abs(sum("[" in turn.question for turn in begins) - n * p) < 5 * (n * p * (1 - p)) ** 0.5
+    stage = recipes.get("lm/tiny-told").stages[0]
+    assert stage.batch_size // stage.accumulate == scene_texts.BLOCK
+    assert all(end % scene_texts.BLOCK == 0 for end in LESSONS["told"].values()), "no block is cut in two"
 
 
 def test_the_exam_asks_in_the_same_words():

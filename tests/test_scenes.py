@@ -231,7 +231,7 @@ def test_samples_depend_on_nothing_but_their_place():
     for view in VIEWS:
         assert one.sample(view, "train", 5) == Scenes(seed=1).sample(view, "train", 5)
         assert one.sample(view, "train", 5) != two.sample(view, "train", 5)
-        assert one.sample(view, "val", 5) == two.sample(view, "val", 5)
+        assert all(one.sample(view, "val", index) == two.sample(view, "val", index) for index in range(0, 600, 20))
         assert one.sample(view, "val", 5).references == one.sample("pairs", "val", 5).references
     assert one.exam(3) == two.exam(3)
     # Another process hashes strings in another order, which must not show.

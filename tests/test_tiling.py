@@ -19,6 +19,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from nanovlm import recipes
 from nanovlm.data.collate import collate_conversations
 from nanovlm.data.conversation import Sample, Turn
+from nanovlm.data.scenes import LESSONS
 from nanovlm.data.transforms import CLIP_MEAN, CLIP_STD, Transform, cut
 from nanovlm.errors import UserError
 from nanovlm.hub import from_hf
@@ -26,7 +27,7 @@ from nanovlm.papers.llava import LLaVA
 from nanovlm.tiling import NEXT_GRIDS, SIX_TILES, Tiles, hd_tiling, llava_next_tiling
 from nanovlm.tokenizer import Tokenizer
 from nanovlm.training import vitals
-from nanovlm.training.batches import make_collate, world_of
+from nanovlm.training.batches import MicroBatches, make_collate, world_of
 from nanovlm.training.weights import initial_model
 
 SIDE, G = 20, 4  # of a view, in pixels and in tokens
@@ -313,7 +314,7 @@ def test_the_tiny_recipe_sees_small_print():
         batch = collate([sample], Random(0))
         assert batch["images"].shape == (views, 3, 48, 48) and ("image_sizes" in batch) == (views == 5)
         assert (model.image_tokens if model.tiling is None else model.tiling.tokens((96, 96), 4)) == tokens
-    assert {"tiles"} == set(stage.trains) - set(tiny.stages[-1].trains)
+    assert {"tiles"} == set(hd.stages[-1].trains) - set(tiny.stages[-1].trains)
 
 
 def test_hd_goes_on_from_the_tuned_model():
@@ -324,3 +325,12 @@ def test_hd_goes_on_from_the_tuned_model():
     start = initial_model(hd, hd.stages[0], 0, {"tune": tuned}).state_dict()
     assert start.keys() - tuned.keys() == {name for name in start if name.startswith("tiles.")} and len(start) == len(tuned) + 1
     assert all(torch.equal(start[name], tuned[name]) for name in tuned)
+
+
+def test_hd_goes_on_behind_the_samples_of_the_tuned_model():
+    """Its lessons among them: what they taught is known."""
+    (tuned,), (hd,) = recipes.get("llava15/tiny").stages[1:], recipes.get("llava15/tiny-hd").stages
+    world = world_of(recipes.get("llava15/tiny-hd"), 0)
+    begins = [MicroBatches(world, stage, 0, None).indices(step) for stage, step in ((tuned, tuned.steps - 1), (hd, 0), (hd, 1))]
+    assert [i for indices in begins for i in indices] == list(range(begins[0][0], begins[0][0] + 96))
+    assert begins[1][0] >= LESSONS["mixture"]["lists"]

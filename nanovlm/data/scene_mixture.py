@@ -10,10 +10,10 @@
     caption     TextCaps                      CAPTION                                     a small blue square in the …
     region      RefCOCO, Visual Genome        [0.60, 0.10, 0.88, 0.38] ⏎ REGION           small blue square
     grounding   the same, the other way       small blue square ⏎ GROUNDING               [0.60, 0.10, 0.88, 0.38]
-    boxes       –                             boxes of square, red.                       square [0.60, 0.10, …], red [0.10, …].
     chat        ShareGPT, no picture          top right: small blue square. what colour…  It is blue.
-    bare        InstructBLIP's way, not part  what colour is the square?                  blue
-                of the mixture
+
+    bare        InstructBLIP's way            what colour is the square?                  blue           not parts of the
+    boxes       –                             boxes of square, red.                       square [0.60,  mixture itself
 
 Whether a word or a sentence is wanted cannot be guessed from "what colour is the square?": a model that was taught both gives
 either, or always the one that was more frequent. SHORT takes the doubt away (§3.2: why InstructBLIP answers in words only).

@@ -9,8 +9,8 @@ tokens there. Only answers are learned: what a description says is drawn at rand
 attempt drowns the rest.
 
     text    LLaVA's conversations; one in ten is the description alone, answered by a caption, as in the view "captions",
-            and one in five is written as BLIP-2 writes it, with the description before everything else
-    told    LLaVA-1.5's mixture
+            and one in five, lessons too, is written as BLIP-2 writes it, with the description before everything else
+    told    after the same lessons LLaVA-1.5's mixture, one text in ten with boxes
 
 Boxes come BLOCK texts in a row, none between: a description with boxes is twice as long as others, a batch is as long as its
 longest row, and one such row would be in nearly every batch.
@@ -26,37 +26,37 @@ from nanovlm.data.scene_questions import REPEAT, conversation, dense
 from nanovlm.data.scene_world import Scene
 
 BLOCK = 16  # a micro-batch of lm/tiny-told
-WORDS = {part: weight for part, weight in PARTS.items() if part not in BOXED}
-BOXES = {"region": 4, "grounding": 4, "boxes": 2}
-SHARE = 0.1  # of texts about boxes
+BOXED_SHARE = 0.1  # of the blocks
+ABOUT_BOXES = {"region": 4, "grounding": 4, "boxes": 2}  # parts of the mixture in such a block, and in the others
+WITHOUT_BOXES = {part: weight for part, weight in PARTS.items() if part not in BOXED}
 
 
 def document(scene: Scene, rng: Random, lesson: str | None) -> tuple[Turn, ...]:
-    """A conversation about a scene that is told, not shown; mostly told cell by cell, the style of the lessons."""
-    told = _description(scene, rng, lesson)
+    """A conversation about a scene that is told, not shown, or the first two lessons; mostly told cell by cell, as in these."""
+    front = _description(scene, rng, lesson)
     if lesson == "repeat":
         talk = (Turn(REPEAT, description(scene, rng, DESCRIPTIONS[:1]), lesson),)
     elif lesson == "dense":
         talk = (dense(scene, rng),)
     elif rng.random() < 0.1:
-        return (Turn(told, caption(scene, rng), "caption"),)
+        return (Turn(front, caption(scene, rng), "caption"),)
     else:
         talk = conversation(scene, rng)
-    return put_before(talk, told)
+    return put_before(talk, front)
 
 
-def mixture(scene: Scene, rng: Random, lesson: str | None, block: Random) -> tuple[Turn, ...]:
+def told(scene: Scene, rng: Random, lesson: str | None, block: Random) -> tuple[Turn, ...]:
     """A part of the mixture about a scene that is told, with boxes where boxes are asked for.
 
     block: the same for BLOCK texts in a row, decides whether they are about boxes.
     """
     if lesson in ("repeat", "dense"):
         return document(scene, rng, lesson)
-    boxed = block.random() < SHARE
+    boxed = block.random() < BOXED_SHARE
     if lesson:
-        talk, shown = (boxes_of(scene, rng) if boxed else lists(scene, rng, parts=WORDS),), True
+        talk, shown = (boxes_of(scene, rng) if boxed else lists(scene, rng, parts=WITHOUT_BOXES),), True
     else:
-        talk, shown = scene_mixture.conversation(scene, rng, parts=BOXES if boxed else WORDS)
+        talk, shown = scene_mixture.conversation(scene, rng, parts=ABOUT_BOXES if boxed else WITHOUT_BOXES)
     if not shown:  # it is told already
         return talk
     return put_before(talk, scene_mixture.description_with_boxes(scene, rng) if boxed else _description(scene, rng, lesson))

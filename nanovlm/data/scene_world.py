@@ -17,7 +17,7 @@ apart from each other names a blue circle that it has never seen; one that has l
 Lengths are measured on a picture of 48 by 48 and scale with its size. Jitter is part of the scene, hence of its truth.
 
 **Small print**, for LLaVA-1.5-HD: in pictures of 96 by 96 a sign is a number of two digits, drawn at about a third of the size
-of other signs. A tile of 48 shows digits eleven pixels high; in the whole, made 48, they are five, and run into each other.
+of other signs. A tile of 48 shows digits eleven pixels high; in the whole, made 48, they are under six, and touch.
 """
 
 from collections.abc import Iterable
@@ -172,7 +172,7 @@ def render(scene: Scene, size: int = GRID) -> Image.Image:
         left, top, width, height = map(round, place)
         if isinstance(thing, Sign):
             font_size = SIGN_FONT[thing.type] * size / GRID * (PRINT if thing.corner else 1)
-            width, height = round(place[0] + place[2]) - left, round(place[1] + place[3]) - top  # so that it ends where its box does
+            width, height = round(place[0] + place[2]) - left, round(place[1] + place[3]) - top  # it ends where its box does
             image.paste(SIGN_COLOUR, (left, top), _sign_mask(thing.text, width, height, font_size))
         else:
             image.paste(COLOURS.get(thing.colour, thing.colour), (left, top), _shape_mask(thing.shape, width))

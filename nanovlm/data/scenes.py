@@ -34,7 +34,7 @@ look for the square. LESSONS, before the questions, leave it no such way out:
              count red, star, blue circle.  -> red one, star none, blue circle none.
              find red, digit.               -> red top left, digit bottom left.
              sides of square red.           -> square red right.
-    lists    the same, and in the mixture's:                               told, these come once the others are known
+    lists    mixture, and told after the others: the same, and
              colour of square. A. red …     -> square B.
              boxes of square.               -> square [0.60, 0.10, 0.88, 0.38].
 
@@ -152,8 +152,8 @@ class Scenes:
             scene = self._scene(rng, pairs, many=rng.choice((1, 2, 2)) if view == "pairs" else 0, view=view)
         name = f"scenes/{split}/{index}"
         if view == "told":
-            block = Random(f"{self.seed}/{split}/{index // scene_texts.BLOCK}")
-            return Sample(name, turns=scene_texts.mixture(scene, rng, lesson, block), references=captions(scene))
+            block = Random(f"{self.seed if split == 'train' else 'val'}/{split}/{index // scene_texts.BLOCK}")
+            return Sample(name, turns=scene_texts.told(scene, rng, lesson, block), references=captions(scene))
         if view == "text":
             style = "blip2" if rng.random() < 0.2 else ""
             return Sample(name, turns=scene_texts.document(scene, rng, lesson), references=captions(scene), format=style)
@@ -276,7 +276,7 @@ class Scenes:
 
 
 def _lesson(view: str, index: int) -> str | None:
-    """"repeat" or "dense" as long as the training samples of this view are lessons."""
+    """The lesson that this training sample of the view belongs to; None behind the last one."""
     return next((lesson for lesson, end in LESSONS.get(view, {}).items() if index < end), None)
 
 

@@ -3,7 +3,7 @@
     clip/tiny     48-pixel pictures, 16 image tokens; captions with hard negatives       → module `vision`
     lm/tiny       documents in which a description stands where the image will stand     → module `language`
     lm/tiny-told  the same, of LLaVA-1.5's mixture: letters, boxes, sentences on demand  → module `language`
-                  (longer: a third of its lessons are letters and boxes, and the others are to be as many as lm/tiny's)
+                  (longer: lists of letters and boxes, and the mixture, come after lm/tiny's lessons)
     lm/tiny-t5    lm/tiny's documents, read by an encoder and answered by a decoder      → module `language`
 
 All are trained on the spot, from the embedded world or from the user's own --data, and then cached.

@@ -10,7 +10,7 @@
 
 Stage 1 crops a picture to a square, stage 2 pads it with the mean colour (the released scripts do): nothing of it is lost where
 questions are asked. HD has no stage 1 of its own: the projector has learned on whole pictures, and stage 2
-goes on with tiles (§A.1).
+goes on with tiles (§A.1); the tiny one has no stage 2 of its own either.
 
 Hyper-parameters of the published ones: LLaVA-1.5 Table 9, batches of 256 and 128, AdamW without weight decay, cosine, 3 %
 warm-up. Steps are one epoch: 558,128 pairs, 665,298 conversations. What is not said of HD: its batch is taken over from 1.5, its
@@ -32,7 +32,7 @@ PHRASES = (*mixture.PROMPTS, " number")  # short in the tiny vocabulary
 
 
 def build_llava15(config: LLaVAConfig, checkpointing: bool, stage: str) -> LLaVA:
-    """Tiles are for stage 2."""
+    """No tiles in stage 1."""
     return llava.build_llava(replace(config, tiling=None) if stage == "align" else config, checkpointing, stage)
 
 
@@ -47,7 +47,7 @@ TINY = replace(
 
 # Pictures of 96 × 96 in five views of 48: 88 image tokens. The numbers in small print are for tiles.
 # differs: goes on from llava15/tiny's stage 2, where the paper's stage 2 has tiles from its first step: questions are learned on 16
-# tokens, in a fifth of the time, and what is left to learn is to read tiles.
+# tokens, in less than half of the time, and what is left to learn is to read tiles.
 TINY_HD = replace(
     TINY,
     name="llava15/tiny-hd",
@@ -55,7 +55,8 @@ TINY_HD = replace(
     picture_size=96,
     small_print=True,
     stages=(replace(TINY.stages[1], name="hd", trains=("projector", "language", "tiles"), steps=1600,
-                    on_data=(("steps", 800),),
+                    first=TINY.stages[1].steps * TINY.stages[1].batch_size,
+                    on_data=(("steps", 800), ("first", 0)),
                     init=tuple((part, f"llava15/tiny:{part}") for part in ("vision", "projector", "language"))),),
 )
 

@@ -49,6 +49,7 @@ class Stage:
     layer_decay: float = 1.0  # below 1 the encoder's early layers learn slower, see optim.py
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float = 1.0  # global gradient norm; 0 = no clipping
+    first: int = 0  # the sample it begins with: behind those that an earlier stage has had
     accumulate: int = 1  # micro-batches per optimiser step: less memory, the same gradient
     augment: bool = False  # random crops and flips
     fit: str = "crop"  # how a picture becomes a square: "crop" | "pad" | "stretch", see data/transforms.py

@@ -1,14 +1,14 @@
 """What a step learns from: the batch of step s is a function of (seed, stage, s) and of nothing else.
 
-    step s ──► places s·B … s·B + B − 1 ──► indices ──► samples ──► collate ──► batch
-                     │                          └ a new permutation in every epoch; an endless world is read in order
+    step s ──► B places from first + s·B on ──► indices ──► samples ──► collate ──► batch
+                     │                              └ a new permutation in every epoch; an endless world is read in order
                      └ rank r of W takes places r, r + W, r + 2W, …
 
 LLaVA-1.5's second stage groups (App. A.2): a batch is of one modality, so that talk without pictures does not wait for image
 tokens, and its rows are dealt to the ranks so that all have about as many words. Which batch comes when is left to chance.
 Of an endless world's texts each rank puts its rows in order of length, so that its micro-batches are of like length: a batch is as
-long as its longest row, and one row in ten with four boxes makes nearly all of them as long as that. What a step learns from stays
-the same. Whole batches of like length would save more, but each would be of one kind of question.
+long as its longest row, and texts with boxes, sixteen in a row in the embedded world, are twice as long as others. What a step
+learns from stays the same. Whole batches of like length would save more, but each would be of one kind of question.
 
 So a resumed run needs to know the step only, several processes share a batch without talking, and the worker processes
 of a DataLoader cannot change the order. Random crops are drawn from a generator of their own for each batch.
@@ -84,7 +84,7 @@ class MicroBatches(Dataset):
 
     def indices(self, step: int) -> list[int]:
         """The samples of the whole global batch of `step`."""
-        first = step * self.stage.batch_size
+        first = self.stage.first + step * self.stage.batch_size
         places = range(first, first + self.stage.batch_size)
         if self.size >= ENDLESS:
             return [place % self.size for place in places]
