@@ -18,9 +18,11 @@ from nanovlm import recipes
 from nanovlm.recipes.llava15 import build_llava15
 from nanovlm.tiling import hd_tiling
 from nanovlm.training.batches import world_of
+from nanovlm.training.run import trained_model
 
 NAME, HD = "llava15_tiles", recipes.get("llava15/tiny-hd")
-TILINGS = {"the whole": None, "with tiles": hd_tiling(48), "tiles alone": replace(hd_tiling(48), whole="none")}
+RECIPE = "with tiles"  # of the three the one that llava15/tiny-hd is
+TILINGS = {"the whole": None, RECIPE: hd_tiling(48), "tiles alone": replace(hd_tiling(48), whole="none")}
 SEAM = ("relation", "count", "comparison")
 
 
@@ -30,9 +32,13 @@ def measure(seed: int, fraction: float) -> dict:
         stage = replace(HD.stages[0], steps=round(HD.stages[0].steps * fraction))
         if not tiling:
             stage = replace(stage, trains=tuple(part for part in stage.trains if part != "tiles"))
-        recipe = replace(HD, build=partial(build_llava15, replace(llava15_ladder.TWO, tiling=tiling), False), stages=(stage,))
+        build = HD.build if name == RECIPE else partial(build_llava15, replace(llava15_ladder.TWO, tiling=tiling), False)
+        recipe = replace(HD, build=build, stages=(stage,))
         print(f"seed {seed}, {name}", flush=True)
-        model = seeds.learn(recipe, stage, world_of(HD, seed), seed, training.tokenizer, training.finished)
+        if recipe == HD:
+            model, _ = trained_model(HD.name, seed=seed)  # maybe train_tiny.py has left it in the cache
+        else:
+            model = seeds.learn(recipe, stage, world_of(HD, seed), seed, training.tokenizer, training.finished)
         rungs[name] = llava15_ladder.judged(model, recipe, training.tokenizer)
     return {"steps": stage.steps, "rungs": rungs}
 
