@@ -1,8 +1,8 @@
 """Do tiles see more than one small picture, after the same steps? Three times llava15/tiny-hd, from the same model and on the same samples.
 
     the whole       the picture of 96 × 96 shrunk to 48: 16 image tokens
-    with tiles      the same in tiles of 48, and shrunk beside them: 88 image tokens
-    tiles alone     without the shrunk one
+    tiles alone     cut into tiles of 48: 72
+    with tiles      both: 88, as the recipe has it
 
     python -m experiments.llava15_tiles               seeds 0, 1 and 7
     python -m experiments.llava15_tiles --table       print the stored results as Markdown
@@ -22,7 +22,7 @@ from nanovlm.training.run import trained_model
 
 NAME, HD = "llava15_tiles", recipes.get("llava15/tiny-hd")
 RECIPE = "with tiles"  # of the three the one that llava15/tiny-hd is
-TILINGS = {"the whole": None, RECIPE: hd_tiling(48), "tiles alone": replace(hd_tiling(48), whole="none")}
+TILINGS = {"the whole": None, "tiles alone": replace(hd_tiling(48), whole="none"), RECIPE: hd_tiling(48)}
 SEAM = ("relation", "count", "comparison")
 
 

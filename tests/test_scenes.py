@@ -215,6 +215,16 @@ def test_the_world_of_small_print():
     assert len(wrong) > 20 and all(sum(a == b for a, b in zip(*two)) == 1 for two in wrong), "one digit wrong, one right"
 
 
+def test_the_world_of_small_print_asks_for_its_signs():
+    """And is otherwise the mixture."""
+    first, n = LESSONS["mixture"]["lists"], 1000
+    small, plain = ([source.sample("mixture", "train", first + index).turns for index in range(n)] for source in (Scenes(0, 96, True), Scenes()))
+    alone = [sum(len(turns) == 1 and turns[0].kind == "reading" for turns in of) for of in (small, plain)]
+    p = 0.85 * 0.9 * 40 / 140  # with named colours, where nine of ten have a sign (four objects leave no room: fewer)
+    assert 0.6 * n * p < alone[0] < 1.2 * n * p and alone[1] < 0.02 * n
+    assert {turns[0].kind for turns in small} == {turns[0].kind for turns in plain}
+
+
 def test_an_exam_of_two_objects():
     samples = Scenes().exam(30, ["caption of two"])
     for sample in samples:

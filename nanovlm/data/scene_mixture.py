@@ -14,6 +14,7 @@
 
     bare        InstructBLIP's way            what colour is the square?                  blue           not parts of the
     boxes       –                             boxes of square, red.                       square [0.60,  mixture itself
+    sign        –                             what does the sign say? ⏎ SHORT             47             (see SIGNS)
 
 Whether a word or a sentence is wanted cannot be guessed from "what colour is the square?": a model that was taught both gives
 either, or always the one that was more frequent. SHORT takes the doubt away (§3.2: why InstructBLIP answers in words only).
@@ -33,6 +34,7 @@ from nanovlm.data.scene_world import CELLS, COLOURS, PAIRS, SHAPES, SIZES, Objec
 # How many of a hundred conversations: short answers lead and one in ten is a letter, as in the paper; lists of lookups hold on to
 # what lessons taught.
 PARTS = {"short": 46, "dense": 22, "sentences": 9, "letters": 10, "caption": 3, "region": 4, "grounding": 4, "chat": 2}
+SIGNS = PARTS | {"sign": 40}  # where signs are in small print: a second digit is learned late, and from questions about it only
 BOXED = ("region", "grounding", "boxes")  # kinds with boxes in question or answer
 KINDS = ("option", "region", "grounding", "chat")  # what an exam asks beyond the questions of scene_questions
 SCIENCE = ("science", "science_text")  # what an exam of view "science" asks
@@ -49,14 +51,16 @@ def conversation(scene: Scene, rng: Random, pairs: tuple = PAIRS,
         return (lists(scene, rng, pairs, parts),), True
     if part == "boxes":
         return (boxes_of(scene, rng),), True
+    if part == "sign" and (asked := ask(scene, rng, "reading")):
+        return prompted((asked.turn,), SHORT), True
     if part == "caption":
         return (Turn(CAPTION, caption(scene, rng), "caption"),), True
     if part == "letters":  # these three have one turn, as they are long already and a batch is as long as its longest row
         return (option(scene, rng, rng.choice(tuple(OPTIONS))),), True
     if part in ("region", "grounding"):
         return ({"region": region, "grounding": grounding}[part](scene, rng.choice(scene.objects)),), True
-    if part in ("short", "bare"):
-        return prompted(questions(scene, rng, pairs), SHORT if part == "short" else ""), True
+    if part in ("short", "bare", "sign"):
+        return prompted(questions(scene, rng, pairs), "" if part == "bare" else SHORT), True
     talk = tuple(replace(turn, answer=sentence(turn)) for turn in questions(scene, rng, pairs)[:2])
     return (talk, True) if part == "sentences" else (told(scene, rng, talk), False)
 

@@ -122,12 +122,12 @@ class Scenes:
     name = "scenes"
 
     def __init__(self, seed: int = 0, size: int = GRID, small_print: bool = False,
-                 parts: dict[str, int] = scene_mixture.PARTS):
-        """small_print: signs are numbers of two digits, much smaller than others. parts: of the view "mixture", of a hundred."""
+                 parts: dict[str, int] | None = None):
+        """small_print: signs are numbers of two digits, much smaller than others. parts: of the view "mixture", PARTS or SIGNS unless told."""
         self.seed = seed
         self.image_size = size
         self.small_print = small_print
-        self.parts = parts
+        self.parts = parts or (scene_mixture.SIGNS if small_print else scene_mixture.PARTS)
 
     def size(self, view: str, split: str) -> int:
         return 1_000_000 if split == "train" else 1000

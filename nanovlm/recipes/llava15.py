@@ -54,7 +54,7 @@ TINY_HD = replace(
     build=partial(build_llava15, replace(llava.TINY_CONFIG, projector_layers=2, tiling=hd_tiling(48)), False),
     picture_size=96,
     small_print=True,
-    stages=(replace(TINY.stages[1], name="hd", trains=("projector", "language", "tiles"), steps=2000,
+    stages=(replace(TINY.stages[1], name="hd", trains=("projector", "language", "tiles"), steps=1600,
                     first=TINY.stages[1].steps * TINY.stages[1].batch_size,
                     on_data=(("steps", 800), ("first", 0)),
                     init=tuple((part, f"llava15/tiny:{part}") for part in ("vision", "projector", "language"))),),
