@@ -189,12 +189,13 @@ def test_exam(kind):
         assert len(near) >= 4
 
 
-def test_small_print_is_small_and_in_a_quarter_of_its_cell():
+def test_small_print_is_half_as_large_and_in_a_quarter_of_its_cell():
+    """What a tile of 48 pixels shows is as large as a number in a picture of 48."""
     for text, cell, corner in product(("10", "47"), CELLS, CELLS):
         (_, large), = boxes(Scene((), Sign(text, cell)))
         (_, small), = boxes(Scene((), Sign(text, cell, corner=corner)))
         sides = [[edges[2] - edges[0], edges[3] - edges[1]] for edges in (large, small)]
-        assert sides[0] == pytest.approx([side / 0.35 for side in sides[1]])
+        assert sides[0] == pytest.approx([side / 0.5 for side in sides[1]])
         middle = [(small[0] + small[2]) / 2, (small[1] + small[3]) / 2]
         for at, words in zip(middle, ((cell.split()[1], corner.split()[1]), (cell.split()[0], corner.split()[0]))):
             outer, inner = (word in ("right", "bottom") for word in words)

@@ -16,8 +16,8 @@ apart from each other names a blue circle that it has never seen; one that has l
 
 Lengths are measured on a picture of 48 by 48 and scale with its size. Jitter is part of the scene, hence of its truth.
 
-**Small print**, for LLaVA-1.5-HD: in pictures of 96 by 96 a sign is a number of two digits, drawn at about a third of the size
-of other signs. A tile of 48 shows digits eleven pixels high; in the whole, made 48, they are under six, and touch.
+**Small print**, for LLaVA-1.5-HD: in pictures of 96 by 96 a sign is a number of two digits, drawn at half the size of other
+signs. A tile of 48 shows its digits as large as an encoder has met them; the whole, made 48, shows a smear of ten pixels.
 """
 
 from collections.abc import Iterable
@@ -60,7 +60,7 @@ JITTER = 1
 SIGN_BOX = {"digit": (12, 16), "word": (20, 12), "number": (22, 16)}  # width, height
 SIGN_FONT = {"digit": 21, "word": 14, "number": 20}
 BACKGROUND = (40, 40, 40)
-PRINT = 0.35  # of the size of other signs
+PRINT = 0.5  # of the size of other signs
 SIGN_COLOUR = (255, 170, 70)
 
 

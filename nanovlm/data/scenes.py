@@ -123,7 +123,7 @@ class Scenes:
 
     def __init__(self, seed: int = 0, size: int = GRID, small_print: bool = False,
                  parts: dict[str, int] | None = None):
-        """small_print: signs are numbers of two digits, much smaller than others. parts: of the view "mixture", PARTS or SIGNS unless told."""
+        """small_print: signs are numbers of two digits, half as large as others. parts: of the view "mixture", PARTS or SIGNS unless told."""
         self.seed = seed
         self.image_size = size
         self.small_print = small_print

@@ -81,7 +81,7 @@ class Recipe:
     image_size: int
     vocab: int
     picture_size: int = 0  # of the embedded world's pictures, where they are larger than what the encoder looks at
-    small_print: bool = False  # their signs are numbers of two digits, much smaller: what tiles are for
+    small_print: bool = False  # their signs are numbers of two digits, half as large: what tiles are for
     phrases: tuple[str, ...] = ()  # what a tiny tokenizer is to know in few tokens, besides the data and the formats
     notes: str = ""
 
