@@ -34,7 +34,7 @@ from nanovlm.data.scene_world import CELLS, COLOURS, PAIRS, SHAPES, SIZES, Objec
 # How many of a hundred conversations: short answers lead and one in ten is a letter, as in the paper; lists of lookups hold on to
 # what lessons taught.
 PARTS = {"short": 46, "dense": 22, "sentences": 9, "letters": 10, "caption": 3, "region": 4, "grounding": 4, "chat": 2}
-SIGNS = PARTS | {"sign": 40}  # where signs are in small print: a second digit is learned late, and from questions about it only
+SIGNS = PARTS | {"sign": 40}  # where signs are in small print: a second digit is learned late
 BOXED = ("region", "grounding", "boxes")  # kinds with boxes in question or answer
 KINDS = ("option", "region", "grounding", "chat")  # what an exam asks beyond the questions of scene_questions
 SCIENCE = ("science", "science_text")  # what an exam of view "science" asks
