@@ -7,7 +7,8 @@
     python -m experiments.llava15_tiles               seeds 0, 1 and 7
     python -m experiments.llava15_tiles --table       print the stored results as Markdown
 
-They are stored as rungs, in the form of the ladder. A tile is a quarter of the picture, so what is in two places ("on which side", "how many", "which is larger") is seen across a seam.
+A tile is a quarter of the picture, so what is in two places ("on which side", "how many", "which is larger") is seen across a seam.
+The three are stored as rungs, in the ladder's form.
 """
 
 from dataclasses import replace

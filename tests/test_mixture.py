@@ -150,6 +150,16 @@ def test_one_block_in_ten_is_about_boxes():
     assert all(end % scene_texts.BLOCK == 0 for end in LESSONS["told"].values()), "no block is cut in two"
 
 
+def test_the_world_of_small_print_asks_for_its_signs():
+    """And is otherwise the mixture."""
+    first, n = LESSONS["mixture"]["lists"], 1000
+    small, plain = ([source.sample("mixture", "train", first + index).turns for index in range(n)] for source in (Scenes(0, 96, True), Scenes()))
+    alone = [sum(len(turns) == 1 and turns[0].kind == "reading" for turns in of) for of in (small, plain)]
+    p = 0.85 * 0.9 * 40 / 140  # with named colours, where nine of ten have a sign (four objects leave no room: fewer)
+    assert 0.6 * n * p < alone[0] < 1.2 * n * p and alone[1] < 0.02 * n
+    assert {turns[0].kind for turns in small} == {turns[0].kind for turns in plain}
+
+
 def test_the_exam_asks_in_the_same_words():
     """Each kind, the ten of LLaVA too, about a held-out pair; what is asked without a picture has none."""
     exam = Scenes().exam(12, view="mixture")

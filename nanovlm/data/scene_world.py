@@ -60,7 +60,6 @@ JITTER = 1
 SIGN_BOX = {"digit": (12, 16), "word": (20, 12), "number": (22, 16)}  # width, height
 SIGN_FONT = {"digit": 21, "word": 14, "number": 20}
 BACKGROUND = (40, 40, 40)
-PRINT = 0.5  # of the size of other signs
 SIGN_COLOUR = (255, 170, 70)
 
 
@@ -82,7 +81,7 @@ class Sign:
     text: str
     cell: str
     jitter: tuple[int, int] = (0, 0)
-    corner: str = ""  # of the cell, one of CELLS: small print, in that quarter of it
+    corner: str = ""  # of the cell, one of CELLS: small print, half as large and in that quarter of it
 
     @property
     def type(self) -> str:
@@ -168,11 +167,9 @@ def render(scene: Scene, size: int = GRID) -> Image.Image:
     """The picture, RGB, size by size pixels."""
     image = Image.new("RGB", (size, size), BACKGROUND)
     for thing in scene.things:
-        place = [length * size / GRID for length in _place(thing)]
-        left, top, width, height = map(round, place)
+        left, top, width, height = (round(length * size / GRID) for length in _place(thing))
         if isinstance(thing, Sign):
-            font_size = SIGN_FONT[thing.type] * size / GRID * (PRINT if thing.corner else 1)
-            width, height = round(place[0] + place[2]) - left, round(place[1] + place[3]) - top  # it ends where its box does
+            font_size = SIGN_FONT[thing.type] * size / GRID / (2 if thing.corner else 1)
             image.paste(SIGN_COLOUR, (left, top), _sign_mask(thing.text, width, height, font_size))
         else:
             image.paste(COLOURS.get(thing.colour, thing.colour), (left, top), _shape_mask(thing.shape, width))
@@ -195,10 +192,9 @@ def _place(thing: Object | Sign) -> tuple[float, float, float, float]:
     width, height = SIGN_BOX[thing.type] if isinstance(thing, Sign) else (SIZES[thing.size],) * 2
     left = (CELL - width) // 2 + thing.jitter[0]  # in its cell
     top = (CELL - height) // 2 + thing.jitter[1]
-    if isinstance(thing, Sign) and thing.corner:  # in the middle of a quarter of it
+    if isinstance(thing, Sign) and thing.corner:  # the same in a quarter of it, where all lengths are halved
         column, row = (n + m / 2 for n, m in zip((column, row), COLUMN_ROW[thing.corner]))
-        width, height = width * PRINT, height * PRINT
-        left, top = (CELL / 2 - width + thing.jitter[0]) / 2, (CELL / 2 - height + thing.jitter[1]) / 2
+        left, top, width, height = left / 2, top / 2, width / 2, height / 2
     return column * CELL + left, row * CELL + top, width, height
 
 
