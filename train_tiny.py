@@ -9,9 +9,9 @@ import sys
 
 from nanovlm import recipes
 from nanovlm.errors import UserError
-from nanovlm.training.checkpoint import SaveFailed
+from nanovlm.runs.checkpoint import SaveFailed
+from nanovlm.runs.run import Options, run
 from nanovlm.training.loop import TrainingFailed
-from nanovlm.training.run import Options, run
 
 MODELS = [name.removesuffix("/tiny") for name in recipes.names()
           if name.endswith("/tiny") and recipes.get(name) not in recipes.backbones.RECIPES]

@@ -21,14 +21,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from experiments import seeds
 from nanovlm import evaluate, recipes
-from nanovlm.data.scene_questions import KINDS
-from nanovlm.data.scenes import Scenes
 from nanovlm.lm_loss import mean_loss
 from nanovlm.recipes.stage import Recipe, Stage
-from nanovlm.training import checkpoint
+from nanovlm.runs.run import Run
+from nanovlm.training import randomness
 from nanovlm.training.batches import MicroBatches, make_collate
 from nanovlm.training.loop import freeze
-from nanovlm.training.run import Run
+from nanovlm.world.ask import KINDS
+from nanovlm.world.datasets import Scenes
 
 RECIPE = recipes.get("blip2/tiny")
 PER_KIND = 40  # questions of each kind, at every point
@@ -53,7 +53,7 @@ def curve(training: Run, seed: int, recipe: Recipe) -> list[dict]:
 
     def ask(model: nn.Module, report: object) -> None:
         if report.step in marks:
-            with checkpoint.undisturbed(model):
+            with randomness.undisturbed(model):
                 examinee = evaluate.Examinee(model, RECIPE, stage, training.tokenizer, seeds.CPU)
                 judged = evaluate.mean(evaluate.judge_answers(examinee, questions))
             points.append({"step": report.step, "loss": round(report.losses["lm"], 4), **judged})

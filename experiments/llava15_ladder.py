@@ -25,17 +25,17 @@ from torch import nn
 
 from experiments import seeds
 from nanovlm import evaluate, metrics, recipes
-from nanovlm.data.conversation import Sample
-from nanovlm.data.mixture import SHORT
-from nanovlm.data.scene_mixture import PARTS
-from nanovlm.data.scene_questions import KINDS
-from nanovlm.data.scenes import LESSONS, Scenes
+from nanovlm.data.prompts import SHORT
+from nanovlm.data.sample import Sample
 from nanovlm.recipes import llava
 from nanovlm.recipes.llava15 import build_llava15
 from nanovlm.recipes.stage import Recipe
 from nanovlm.tiling import hd_tiling
 from nanovlm.tokenizer import Tokenizer
 from nanovlm.training.batches import world_of
+from nanovlm.world.ask import KINDS
+from nanovlm.world.datasets import LESSONS, Scenes
+from nanovlm.world.mixture import PARTS
 
 NAME, TINY = "llava15_ladder", recipes.get("llava15/tiny")
 STEPS = 2400  # of stage 2 where the fraction is 1; stage 1 is always whole

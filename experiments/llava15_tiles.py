@@ -17,9 +17,9 @@ from functools import partial
 from experiments import llava15_ladder, seeds
 from nanovlm import recipes
 from nanovlm.recipes.llava15 import build_llava15
+from nanovlm.runs.run import trained_model
 from nanovlm.tiling import hd_tiling
 from nanovlm.training.batches import world_of
-from nanovlm.training.run import trained_model
 
 NAME, HD = "llava15_tiles", recipes.get("llava15/tiny-hd")
 RECIPE = "with tiles"  # of the three the one that llava15/tiny-hd is

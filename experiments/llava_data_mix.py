@@ -8,7 +8,7 @@
     python -m experiments.llava_data_mix               seeds 0, 1 and 7
     python -m experiments.llava_data_mix --table       print the stored results as Markdown
 
-A picture of the embedded world is told to the teacher of `nanovlm.data.instruct` (by rules), which writes the talk. The language
+A picture of the embedded world is told to the teacher of `nanovlm.making.instruct` (by rules), which writes the talk. The language
 model has read such talk about captions; the image encoder is clip/tiny's. Steps, batches and the seed are the same for all diets.
 Judged on 200 held-out scenes for each kind, every one with an object in a (colour, shape) that no training picture shows:
 conversations by the answer to one of their questions, descriptions by the sentences that are right (F1 of said and true),
@@ -24,17 +24,18 @@ from torch import nn
 
 from experiments import seeds
 from nanovlm import evaluate, metrics, recipes
-from nanovlm.data import instruct
-from nanovlm.data.conversation import Sample, Turn, template_texts
-from nanovlm.data.scene_language import captions
-from nanovlm.data.scene_world import HELD_OUT, PAIRS, SEEN, boxes, random_scene, render
-from nanovlm.data.scenes import Scenes
-from nanovlm.data.symbols import Symbols
-from nanovlm.data.teachers import rules
+from nanovlm.data.conversation import template_texts
+from nanovlm.data.sample import Sample, Turn
+from nanovlm.making import instruct
+from nanovlm.making.symbols import Symbols
+from nanovlm.making.teachers import rules
+from nanovlm.runs.run import trained_model
 from nanovlm.tokenizer import Tokenizer
 from nanovlm.training.batches import ENDLESS, MixedText
-from nanovlm.training.run import trained_model
 from nanovlm.training.weights import initial_model
+from nanovlm.world.datasets import Scenes
+from nanovlm.world.say import captions
+from nanovlm.world.scene import HELD_OUT, PAIRS, SEEN, boxes, random_scene, render
 
 NAME = "llava_data_mix"
 RECIPE, READER = recipes.get("llava/tiny"), recipes.get("lm/tiny")

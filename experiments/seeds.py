@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from nanovlm.recipes.stage import Recipe, Stage
+from nanovlm.runs.run import Options, Run, versions
 from nanovlm.tokenizer import Tokenizer
 from nanovlm.training.batches import MicroBatches, make_collate, stream
 from nanovlm.training.loop import freeze, train_stage
 from nanovlm.training.optim import make_optimiser
-from nanovlm.training.run import Options, Run, versions
 from nanovlm.training.weights import State, initial_model
 
 RESULTS = Path(__file__).parent / "results"

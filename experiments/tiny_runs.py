@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 from experiments.seeds import RESULTS, machine
-from nanovlm.training.run import Options, run
+from nanovlm.runs.run import Options, run
 
 SUMMARY = (  # stored result, metric, what is asked
     ("llava_tiny_scenes", "vqa_accuracy", "ten kinds of questions"),

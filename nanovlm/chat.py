@@ -21,12 +21,14 @@ import torch
 from PIL import Image
 
 from nanovlm import evaluate, generation, recipes
-from nanovlm.data.conversation import IMAGE, Sample, Turn, stop_ids
+from nanovlm.data.conversation import stop_ids
+from nanovlm.data.sample import IMAGE, Sample, Turn
 from nanovlm.data.transforms import load_image
 from nanovlm.errors import UserError
 from nanovlm.papers.llava import LLaVA
+from nanovlm.runs import checkpoint, folder
 from nanovlm.tokenizer import Tokenizer
-from nanovlm.training import checkpoint, distributed, folder
+from nanovlm.training import distributed
 
 ROOM = 128  # tokens of an answer, where none is given
 

@@ -6,8 +6,8 @@ from zlib import crc32
 
 from PIL import Image
 
-from nanovlm.data.conversation import Sample
 from nanovlm.data.records import Records
+from nanovlm.data.sample import Sample
 
 
 def draw(folder: Path, *names: str) -> None:

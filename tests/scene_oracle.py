@@ -5,7 +5,7 @@
 
 import re
 
-from nanovlm.data.scene_world import CELLS, COLOURS, DIGITS, HELD_OUT, NUMBERS, SHAPES, SIZES, WORDS, Scene
+from nanovlm.world.scene import CELLS, COLOURS, DIGITS, HELD_OUT, NUMBERS, SHAPES, SIZES, WORDS, Scene
 
 NUMBER_WORDS = {1: "one", 2: "two", 3: "three", 4: "four"}
 HELD_OUT_NAMES = [f"{colour} {shape}" for colour, shape in HELD_OUT]

@@ -7,8 +7,8 @@ from PIL import Image
 
 from nanovlm import evaluate
 from nanovlm.data import formats
-from nanovlm.data.conversation import Sample, Turn
-from nanovlm.data.mixture import CAPTION, SHORT
+from nanovlm.data.prompts import CAPTION, SHORT
+from nanovlm.data.sample import Sample, Turn
 from nanovlm.errors import UserError
 from nanovlm.metrics import option_letter, same_letter
 

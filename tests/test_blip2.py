@@ -13,17 +13,17 @@ from torch.nn import functional as F
 from nanovlm import evaluate, masks
 from nanovlm.bert import BertConfig
 from nanovlm.contrastive import positives
-from nanovlm.data.scenes import Scenes
 from nanovlm.errors import UserError
 from nanovlm.matching import hard_negatives, matching_loss
 from nanovlm.papers import blip2
 from nanovlm.papers.blip2 import BLIP2, BLIP2Config, BLIP2Stage1
 from nanovlm.qformer import QFormerConfig
+from nanovlm.runs import watch
+from nanovlm.runs.run import Options, run
 from nanovlm.t5 import T5
-from nanovlm.training import watch
-from nanovlm.training.run import Options, run
 from nanovlm.training.weights import load_published
 from nanovlm.vit import ViTConfig, clip_vit
+from nanovlm.world.datasets import Scenes
 
 B, T, V = 4, 9, 53
 LENGTHS = [9, 5, 1, 7]

@@ -10,12 +10,12 @@ from training_fakes import VOCAB, FakeScenes
 
 from nanovlm import chat, evaluate, recipes
 from nanovlm.chat import Dialogue, load_run, main
-from nanovlm.data.conversation import Turn
+from nanovlm.data.sample import Turn
 from nanovlm.errors import UserError
 from nanovlm.papers.llava import LLaVA
+from nanovlm.runs import checkpoint, folder
 from nanovlm.tiling import hd_tiling
 from nanovlm.tokenizer import Tokenizer
-from nanovlm.training import checkpoint, folder
 
 TOKENIZER = Tokenizer.train(FakeScenes().texts(), VOCAB)
 RED, BLUE = (Image.new("RGB", (48, 48), colour) for colour in ("red", "blue"))

@@ -15,9 +15,10 @@ import torch
 import training_fakes as fakes
 
 from nanovlm.errors import UserError
-from nanovlm.training import checkpoint, folder, run, watch
-from nanovlm.training.checkpoint import SaveFailed
-from nanovlm.training.run import Options
+from nanovlm.runs import checkpoint, folder, run, watch
+from nanovlm.runs.checkpoint import SaveFailed
+from nanovlm.runs.run import Options
+from nanovlm.training import randomness
 
 FAKES = Path(fakes.__file__)
 
@@ -143,9 +144,9 @@ def test_lines_logged_after_the_checkpoint_are_forgotten(tmp_path):
 def test_random_states_survive_the_file(tmp_path):
     random.seed(5), np.random.seed(6), torch.manual_seed(7)
     np.random.standard_normal()  # leaves half a pair of normal numbers in the state
-    checkpoint.save(tmp_path / "r.pt", checkpoint.random_states())
+    checkpoint.save(tmp_path / "r.pt", randomness.random_states())
     drawn = random.random(), np.random.standard_normal(), torch.rand(2).tolist()
-    checkpoint.set_random_states(checkpoint.load(tmp_path / "r.pt"))
+    randomness.set_random_states(checkpoint.load(tmp_path / "r.pt"))
     assert (random.random(), np.random.standard_normal(), torch.rand(2).tolist()) == drawn
 
 

@@ -15,7 +15,7 @@ from test_checkpoint import FAKES, stop_after
 
 import train_tiny
 from nanovlm import recipes
-from nanovlm.training import checkpoint, run
+from nanovlm.runs import checkpoint, run
 
 
 @pytest.fixture

@@ -11,16 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from nanovlm.data.collate import collate_conversations, collate_pairs, collate_prompts
-from nanovlm.data.conversation import (
-    FORMATS,
-    Sample,
-    Turn,
-    answer_ids,
-    encode,
-    prompt,
-    stop_ids,
-    two_sequences,
-)
+from nanovlm.data.conversation import FORMATS, answer_ids, encode, prompt, stop_ids, two_sequences
+from nanovlm.data.sample import Sample, Turn
 from nanovlm.data.transforms import Transform
 from nanovlm.errors import UserError
 from nanovlm.tokenizer import Tokenizer

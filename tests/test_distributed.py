@@ -10,11 +10,11 @@ import torch.multiprocessing as mp
 import training_fakes as fakes
 from test_training import CPU, TOKENIZER, fresh
 
+from nanovlm.runs.run import Options, run
 from nanovlm.training import distributed
 from nanovlm.training.batches import MicroBatches, make_collate
 from nanovlm.training.loop import freeze, train_stage
 from nanovlm.training.optim import make_optimiser
-from nanovlm.training.run import Options, run
 
 
 class TextOnOddRanks(fakes.FakeScenes):

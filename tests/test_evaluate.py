@@ -6,12 +6,12 @@ import torch
 from nanovlm import recipes
 from nanovlm.data.collate import collate_texts
 from nanovlm.data.conversation import answer_ids, template_texts
-from nanovlm.data.scene_questions import DESCRIBE
-from nanovlm.data.scene_world import HELD_OUT
-from nanovlm.data.scenes import Scenes
 from nanovlm.evaluate import examples, retrieve
 from nanovlm.metrics import recall_at_k
 from nanovlm.tokenizer import Tokenizer
+from nanovlm.world.ask import DESCRIBE
+from nanovlm.world.datasets import Scenes
+from nanovlm.world.scene import HELD_OUT
 
 SOURCE = Scenes()
 

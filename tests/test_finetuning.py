@@ -12,18 +12,19 @@ from torch import nn
 
 from nanovlm import evaluate, hub, recipes
 from nanovlm.data.collate import collate_questions
-from nanovlm.data.conversation import Sample, Turn
-from nanovlm.data.scenes import Scenes
+from nanovlm.data.sample import Sample, Turn
 from nanovlm.errors import UserError
 from nanovlm.hub import configs, names
 from nanovlm.papers.blip2 import BLIP2, BLIP2Stage1
 from nanovlm.recipes.stage import Recipe
+from nanovlm.runs import checkpoint, watch
+from nanovlm.runs.run import Options, Run, plan, run
 from nanovlm.tokenizer import Tokenizer
-from nanovlm.training import checkpoint, watch, weights
+from nanovlm.training import weights
 from nanovlm.training.batches import make_collate
 from nanovlm.training.loop import freeze
 from nanovlm.training.optim import layer_of, make_optimiser, set_lr
-from nanovlm.training.run import Options, Run, plan, run
+from nanovlm.world.datasets import Scenes
 
 MIDDLE, END = ("", "fake/tiny@align"), ("", "fake/tiny")
 

@@ -7,8 +7,8 @@ import pytest
 from data_files import LLAVA, draw, everything, llava_set, write
 from PIL import Image
 
-from nanovlm.data.conversation import Turn
 from nanovlm.data.formats import read, scan
+from nanovlm.data.sample import Turn
 from nanovlm.errors import UserError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -10,14 +10,14 @@ from data_files import draw, write
 from training_fakes import FakeScenes
 
 from nanovlm import recipes
-from nanovlm.data.conversation import Sample, Turn
 from nanovlm.data.records import Records
-from nanovlm.data.scenes import Scenes
+from nanovlm.data.sample import Sample, Turn
+from nanovlm.runs.run import Options, Run
 from nanovlm.tokenizer import Tokenizer
 from nanovlm.training.batches import MicroBatches, MixedText, dealt, make_collate
 from nanovlm.training.loop import train_stage
 from nanovlm.training.optim import make_optimiser
-from nanovlm.training.run import Options, Run
+from nanovlm.world.datasets import Scenes
 
 STAGE = replace(recipes.get("llava15/7b").stages[1], batch_size=8, steps=100)
 

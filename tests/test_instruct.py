@@ -9,13 +9,14 @@ from random import Random
 import pytest
 from PIL import Image
 
-from nanovlm.data import formats, instruct, symbols
-from nanovlm.data.instruct import BRIEF, DETAILED, EXAMPLES, SYSTEM, main, messages, synthesise, turns
-from nanovlm.data.scene_language import captions
-from nanovlm.data.scene_world import HELD_OUT, SEEN, boxes, random_scene
-from nanovlm.data.symbols import Symbols, balanced, from_text, noun_phrases
-from nanovlm.data.teachers import rules
+from nanovlm.data import formats
 from nanovlm.errors import UserError
+from nanovlm.making import instruct, symbols
+from nanovlm.making.instruct import BRIEF, DETAILED, EXAMPLES, SYSTEM, main, messages, synthesise, turns
+from nanovlm.making.symbols import Symbols, balanced, from_text, noun_phrases
+from nanovlm.making.teachers import rules
+from nanovlm.world.say import captions
+from nanovlm.world.scene import HELD_OUT, SEEN, boxes, random_scene
 
 TOLD = Symbols("7", Path("a/7.png"), ("a dog chases a red ball.", "a dog on grass."),
                (("dog", (0.1, 0.2, 0.5, 0.9)), ("sports ball", (0.75, 0.75, 0.85, 0.85))))

@@ -8,14 +8,15 @@ import pytest
 from scene_oracle import check_conversation, judge, read
 
 from nanovlm import evaluate, recipes
-from nanovlm.data import scene_mixture, scene_texts, scenes
-from nanovlm.data.conversation import Turn, encode
-from nanovlm.data.mixture import CAPTION, GROUNDING, LETTER, PROMPTS, REGION, SETS, SHORT, prompted
-from nanovlm.data.scene_mixture import PARTS
-from nanovlm.data.scene_world import HELD_OUT
-from nanovlm.data.scenes import LESSONS, Scenes
+from nanovlm.data.conversation import encode
+from nanovlm.data.prompts import CAPTION, GROUNDING, LETTER, PROMPTS, REGION, SETS, SHORT, prompted
+from nanovlm.data.sample import Turn
 from nanovlm.errors import UserError
 from nanovlm.metrics import box_hit, intersection_over_union
+from nanovlm.world import ask, datasets, mixture, told
+from nanovlm.world.datasets import LESSONS, Scenes
+from nanovlm.world.mixture import PARTS
+from nanovlm.world.scene import HELD_OUT
 
 AFTER = LESSONS["mixture"]["lists"]
 SAID = {  # sentence → the short answer in it
@@ -84,7 +85,7 @@ def check(turns: tuple[Turn, ...], truth: dict) -> str:
 
 def test_every_answer_is_right_and_in_the_form_that_is_asked_for(monkeypatch):
     """And the parts come as often as they should: within five standard deviations of 3,000 draws."""
-    monkeypatch.setattr(scenes, "render", lambda *_: "picture")
+    monkeypatch.setattr(datasets, "render", lambda *_: "picture")
     parts, n = Counter(), 3000
     for index in range(AFTER, AFTER + n):
         sample = Scenes().sample("mixture", "train", index)
@@ -126,13 +127,13 @@ def test_what_is_told_beforehand_is_the_mixture_without_pictures():
     """Boxes come in blocks, one in ten; in blocks with and without them, the parts come as often as they should."""
     begin, n = LESSONS["told"]["lists"], 2400
     parts = [read_beforehand(index) for index in range(begin, begin + n)]
-    blocks = [parts[i:i + scene_texts.BLOCK] for i in range(0, n, scene_texts.BLOCK)]
-    with_boxes = [block for block in blocks if set(block) <= set(scene_texts.ABOUT_BOXES)]
-    assert not any(set(block) & set(scene_texts.ABOUT_BOXES) for block in blocks if block not in with_boxes)
+    blocks = [parts[i:i + told.BLOCK] for i in range(0, n, told.BLOCK)]
+    with_boxes = [block for block in blocks if set(block) <= set(told.ABOUT_BOXES)]
+    assert not any(set(block) & set(told.ABOUT_BOXES) for block in blocks if block not in with_boxes)
     assert with_boxes
-    words = {**scene_texts.WITHOUT_BOXES, "sentences": PARTS["sentences"] + PARTS["chat"]}  # talk without a picture looks like these
+    words = {**told.WITHOUT_BOXES, "sentences": PARTS["sentences"] + PARTS["chat"]}  # talk without a picture looks like these
     words.pop("chat")
-    for some, weights in ((with_boxes, scene_texts.ABOUT_BOXES), ([block for block in blocks if block not in with_boxes], words)):
+    for some, weights in ((with_boxes, told.ABOUT_BOXES), ([block for block in blocks if block not in with_boxes], words)):
         found = Counter(part for block in some for part in block)
         for part, weight in weights.items():
             m, p = found.total(), weight / sum(weights.values())
@@ -142,12 +143,12 @@ def test_what_is_told_beforehand_is_the_mixture_without_pictures():
 def test_one_block_in_ten_is_about_boxes():
     """By the first text of each; and a block is a micro-batch of those who read them."""
     first, n = LESSONS["told"]["lists"], 2000
-    begins = [Scenes().sample("told", "train", first + scene_texts.BLOCK * i).turns[0] for i in range(n)]
-    p = scene_texts.BOXED_SHARE
+    begins = [Scenes().sample("told", "train", first + told.BLOCK * i).turns[0] for i in range(n)]
+    p = told.BOXED_SHARE
     assert abs(sum("[" in turn.question for turn in begins) - n * p) < 5 * (n * p * (1 - p)) ** 0.5
     stage = recipes.get("lm/tiny-told").stages[0]
-    assert stage.batch_size // stage.accumulate == scene_texts.BLOCK
-    assert all(end % scene_texts.BLOCK == 0 for end in LESSONS["told"].values()), "no block is cut in two"
+    assert stage.batch_size // stage.accumulate == told.BLOCK
+    assert all(end % told.BLOCK == 0 for end in LESSONS["told"].values()), "no block is cut in two"
 
 
 def test_the_world_of_small_print_asks_for_its_signs():
@@ -164,7 +165,7 @@ def test_the_exam_asks_in_the_same_words():
     """Each kind, the ten of LLaVA too, about a held-out pair; what is asked without a picture has none."""
     exam = Scenes().exam(12, view="mixture")
     kinds = Counter(sample.turns[-1].kind for sample in exam)
-    assert set(kinds) == {*scenes.KINDS, *scene_mixture.KINDS, "caption"} and set(kinds.values()) == {12}
+    assert set(kinds) == {*ask.KINDS, *mixture.KINDS, "caption"} and set(kinds.values()) == {12}
     for sample in exam:
         truth, kind = read(sample.references[0]), sample.turns[-1].kind
         assert any((thing.get("colour"), thing.get("shape")) in HELD_OUT for thing in truth.values())
@@ -180,7 +181,7 @@ def test_the_exam_asks_in_the_same_words():
 
 
 def test_the_plain_exam_is_as_it_was():
-    assert {sample.turns[-1].kind for sample in Scenes().exam(2)} == {*scenes.KINDS, "caption"}
+    assert {sample.turns[-1].kind for sample in Scenes().exam(2)} == {*ask.KINDS, "caption"}
     assert not any(prompt in turn.question for sample in Scenes().exam(3) for turn in sample.turns
                    for prompt in PROMPTS)
 

@@ -7,9 +7,9 @@ from data_files import draw, everything, llava_set, write
 from PIL import Image
 
 from nanovlm.data import records
-from nanovlm.data.conversation import Sample
 from nanovlm.data.formats import read
-from nanovlm.data.mixture import SHORT
+from nanovlm.data.prompts import SHORT
+from nanovlm.data.sample import Sample
 from nanovlm.errors import UserError
 
 

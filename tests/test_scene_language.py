@@ -7,9 +7,10 @@ from random import Random
 import pytest
 from scene_oracle import HELD_OUT_NAMES, check_conversation, facts, read
 
-from nanovlm.data.scene_language import SIDE_WORDS, captions, description, negatives, notes, say, vaguer, wordings
-from nanovlm.data.scene_questions import KINDS, ask, census, conversation, places, sides
-from nanovlm.data.scene_world import CELLS, COLOURS, PAIRS, SEEN, SHAPES, SIZES, Object, Scene, random_scene
+from nanovlm.world.ask import KINDS, ask, conversation
+from nanovlm.world.drills import census, places, sides
+from nanovlm.world.say import SIDE_WORDS, captions, description, negatives, notes, say, vaguer, wordings
+from nanovlm.world.scene import CELLS, COLOURS, PAIRS, SEEN, SHAPES, SIZES, Object, Scene, random_scene
 
 
 def test_captions_state_the_whole_truth_and_only_it():

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 from scene_oracle import HELD_OUT_NAMES, NUMBER_WORDS, check_conversation, read
 
-from nanovlm.data import scenes as scenes_module
-from nanovlm.data.scene_questions import KINDS
-from nanovlm.data.scene_world import (
+from nanovlm.errors import UserError
+from nanovlm.world import datasets as scenes_module
+from nanovlm.world.ask import KINDS
+from nanovlm.world.datasets import LESSONS, UNNAMED, VIEWS, Scenes
+from nanovlm.world.scene import (
     BACKGROUND,
     CELLS,
     COLOURS,
@@ -33,8 +35,6 @@ from nanovlm.data.scene_world import (
     random_scene,
     render,
 )
-from nanovlm.data.scenes import LESSONS, UNNAMED, VIEWS, Scenes
-from nanovlm.errors import UserError
 
 IMAGE_VIEWS = ("pairs", "captions", "described", "instruct")
 
@@ -237,7 +237,7 @@ def test_samples_depend_on_nothing_but_their_place():
     assert one.exam(3) == two.exam(3)
     # Another process hashes strings in another order, which must not show.
     made = "[s.sample('pairs', 'train', i).negatives for i in range(40)], [x.turns for x in s.exam(6, ['existence'])]"
-    code = f"from nanovlm.data.scenes import Scenes; s = Scenes(seed=1); print(({made}))"
+    code = f"from nanovlm.world.datasets import Scenes; s = Scenes(seed=1); print(({made}))"
     environment = {**os.environ, "PYTHONHASHSEED": "17"}
     there = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True, text=True)
     assert there.stdout == f"{eval(made, {'s': one})}\n"

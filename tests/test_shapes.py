@@ -18,8 +18,7 @@ from nanovlm import masks, metrics, plots
 from nanovlm.attention import Attention, KVCache
 from nanovlm.bert import BertConfig, MaskedLM
 from nanovlm.data.collate import collate_pairs
-from nanovlm.data.conversation import Sample
-from nanovlm.data.scenes import Scenes
+from nanovlm.data.sample import Sample
 from nanovlm.data.transforms import Transform
 from nanovlm.decoder import clip_text, llama, opt
 from nanovlm.evaluate import Examinee, judge_retrieval
@@ -32,6 +31,7 @@ from nanovlm.t5 import T5Config
 from nanovlm.tiling import hd_tiling
 from nanovlm.tokenizer import Tokenizer
 from nanovlm.vit import clip_vit, imagenet_vit
+from nanovlm.world.datasets import Scenes
 
 PACKAGE = Path(nanovlm.__file__).parent
 B, T, K, VOCAB = 3, 11, 5, 43

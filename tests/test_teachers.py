@@ -8,9 +8,9 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 from test_instruct import GOOD, TOLD, written
 
-from nanovlm.data.instruct import main, messages
-from nanovlm.data.teachers import Endpoint
 from nanovlm.errors import UserError
+from nanovlm.making.instruct import main, messages
+from nanovlm.making.teachers import Endpoint
 
 
 @pytest.fixture

@@ -18,8 +18,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 
 from nanovlm import recipes
 from nanovlm.data.collate import collate_conversations
-from nanovlm.data.conversation import Sample, Turn
-from nanovlm.data.scenes import LESSONS
+from nanovlm.data.sample import Sample, Turn
 from nanovlm.data.transforms import CLIP_MEAN, CLIP_STD, Transform, cut
 from nanovlm.errors import UserError
 from nanovlm.hub import from_hf
@@ -29,6 +28,7 @@ from nanovlm.tokenizer import Tokenizer
 from nanovlm.training import vitals
 from nanovlm.training.batches import MicroBatches, make_collate, world_of
 from nanovlm.training.weights import initial_model
+from nanovlm.world.datasets import LESSONS
 
 SIDE, G = 20, 4  # of a view, in pixels and in tokens
 FIVE = [(20, 20), (13, 41), (50, 22), (31, 37), (20, 59)]  # (height, width): each takes another grid but one

@@ -12,12 +12,13 @@ from torch import nn
 from nanovlm import evaluate, recipes
 from nanovlm.errors import UserError
 from nanovlm.recipes.stage import Stage, resolve
+from nanovlm.runs import cache, checkpoint
+from nanovlm.runs.run import Options, Run, run, trained_model
 from nanovlm.tokenizer import Tokenizer
-from nanovlm.training import cache, checkpoint, vitals, weights
+from nanovlm.training import randomness, vitals, weights
 from nanovlm.training.batches import MicroBatches, MixedText, make_collate, stream
 from nanovlm.training.loop import TrainingFailed, freeze, train_stage
 from nanovlm.training.optim import lr_at, make_optimiser
-from nanovlm.training.run import Options, Run, run, trained_model
 
 CPU = torch.device("cpu")
 TOKENIZER = Tokenizer.train(fakes.FakeScenes().texts(), fakes.VOCAB)
@@ -295,7 +296,7 @@ def test_looking_at_the_model_leaves_no_trace():
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
-    with checkpoint.undisturbed(model):
+    with randomness.undisturbed(model):
         assert not model.language.training
         torch.rand(5)
     assert torch.equal(torch.rand(3), expected) and model.language.training and not model.eyes.training

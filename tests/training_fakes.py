@@ -18,9 +18,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from nanovlm import recipes
-from nanovlm.data.conversation import Sample, Turn
+from nanovlm.data.sample import Sample, Turn
 from nanovlm.recipes.stage import Recipe, Stage
-from nanovlm.training import batches, checkpoint, run, watch
+from nanovlm.runs import checkpoint, run, watch
+from nanovlm.training import batches
 
 VOCAB = 270
 WORDS = ("red", "green", "blue", "big", "small", "square", "circle")

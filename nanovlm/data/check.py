@@ -22,9 +22,10 @@ from random import Random
 from PIL import Image
 from tqdm import tqdm
 
-from nanovlm.data.conversation import FORMATS, IMAGE, Sample, Turn, encode, find_format
+from nanovlm.data.conversation import FORMATS, encode, find_format
 from nanovlm.data.formats import Found, scan
 from nanovlm.data.records import Records, as_view
+from nanovlm.data.sample import IMAGE, Sample, Turn
 from nanovlm.data.transforms import load_image
 from nanovlm.errors import UserError
 from nanovlm.lm_loss import IGNORE

@@ -20,7 +20,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nanovlm.data.conversation import IMAGE, Format, Sample, Turn, encode, find_format, two_sequences
+from nanovlm.data.conversation import Format, encode, find_format, two_sequences
+from nanovlm.data.sample import IMAGE, Sample, Turn
 from nanovlm.data.transforms import Transform, load_image
 from nanovlm.errors import UserError
 from nanovlm.lm_loss import IGNORE

@@ -25,38 +25,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, repeat
 
+from nanovlm.data.sample import IMAGE, Turn
 from nanovlm.errors import UserError
 from nanovlm.lm_loss import IGNORE
 from nanovlm.tokenizer import Tokenizer
-
-IMAGE = "<image>"
-VIEWS = ("pairs", "captions", "described", "instruct", "mixture", "science", "text", "told")  # how a source shows itself
-TALKS = ("instruct", "mixture", "science")  # the views whose samples are conversations about pictures, as exams are
-TEXTS = ("text", "told")  # the views without pictures, which a language model reads before it sees
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One question and its answer; `question` may hold "<image>" marks, `kind` names the kind of question."""
-
-    question: str
-    answer: str
-    kind: str = ""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What a source hands out, whatever it was read from; `id` names the record in messages."""
-
-    id: str
-    images: tuple = ()  # PIL images (RGB) or paths, in the order of the "<image>" marks
-    caption: str = ""
-    references: tuple[str, ...] = ()  # all captions that count as right
-    negatives: tuple[str, ...] = ()  # captions that are wrong in one point
-    turns: tuple[Turn, ...] = ()
-    label: str = ""
-    format: str = ""  # of its conversation, where it is not the stage's
-    form: str = ""  # "short": its answers are of a word or two, and in a mixture that has to be said
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ Idea: each format is read into the same records, and whatever is wrong with one 
     VQAv2, ScienceQA .json        see benchmarks.py
     LLaVA .json                   [{"id": "7", "image": "a.jpg", "conversations": [
                                     {"from": "human", "value": "<image>\\nhat?"}, {"from": "gpt", "value": "yes"}]}, ..]
-                                   (what data/instruct.py makes also tells a "caption", and the "kind" of an answer)
+                                   (what making/instruct.py makes also tells a "caption", and the "kind" of an answer)
 """
 
 import json
@@ -28,8 +28,8 @@ from pathlib import Path
 from PIL import Image
 
 from nanovlm.data import benchmarks
-from nanovlm.data.conversation import IMAGE, Sample, Turn
 from nanovlm.data.records import Records
+from nanovlm.data.sample import IMAGE, Sample, Turn
 from nanovlm.errors import UserError
 
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}

@@ -27,8 +27,8 @@ from random import Random
 from PIL import Image
 from tqdm import tqdm
 
-from nanovlm.data.conversation import IMAGE, TEXTS, VIEWS, Sample, Turn
-from nanovlm.data.mixture import CAPTION, SHORT, prompted
+from nanovlm.data.prompts import CAPTION, SHORT, prompted
+from nanovlm.data.sample import IMAGE, TEXTS, VIEWS, Sample, Turn
 from nanovlm.data.transforms import load_image
 from nanovlm.errors import UserError
 

@@ -20,7 +20,7 @@ sequence is as long as its language model allows, 4,096 tokens, as the largest p
 from dataclasses import replace
 from functools import partial
 
-from nanovlm.data import mixture
+from nanovlm.data import prompts
 from nanovlm.decoder import VICUNA_7B, VICUNA_13B, DecoderConfig
 from nanovlm.papers.llava import LLaVA, LLaVAConfig
 from nanovlm.recipes import llava
@@ -28,7 +28,7 @@ from nanovlm.recipes.stage import Recipe, Stage
 from nanovlm.tiling import hd_tiling
 from nanovlm.vit import CLIP_L_14, CLIP_L_14_336
 
-PHRASES = (*mixture.PROMPTS, " number")  # short in the tiny vocabulary
+PHRASES = (*prompts.PROMPTS, " number")  # short in the tiny vocabulary
 
 
 def build_llava15(config: LLaVAConfig, checkpointing: bool, stage: str) -> LLaVA:

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, fields, replace
 
 from torch import nn
 
-from nanovlm.data.conversation import VIEWS
+from nanovlm.data.sample import VIEWS
 from nanovlm.errors import UserError
 
 SCHEDULES = ("cosine", "constant")
@@ -37,7 +37,7 @@ class Stage:
 
     name: str  # unique among all stages of a run, backbones' too: it names the checkpoint
     trains: tuple[str, ...]  # modules or parameters of the model, by name: ("projector",)
-    view: str  # how the source shows itself, one of VIEWS, see data/scenes.py
+    view: str  # how the source shows itself, one of VIEWS, see world/datasets.py
     steps: int
     batch_size: int  # of one optimiser step, over all ranks and micro-batches together
     lr: float  # the highest, reached after the warm-up

@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from nanovlm.data.collate import PAIR_LENGTH, collate_conversations, collate_pairs
-from nanovlm.data.conversation import Sample
-from nanovlm.data.scenes import Scenes
+from nanovlm.data.sample import Sample
 from nanovlm.data.transforms import Transform
 from nanovlm.errors import UserError
 from nanovlm.recipes.stage import Recipe, Stage
 from nanovlm.tokenizer import SPLIT, Tokenizer
 from nanovlm.training import distributed
+from nanovlm.world.datasets import Scenes
 
 ENDLESS = 1_000_000  # a source that claims so many samples makes them up: read in order, no permutation
 

@@ -17,7 +17,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from nanovlm.training.checkpoint import undisturbed
+from nanovlm.training.randomness import undisturbed
 
 PRIOR = math.log(3) - 2 / 3 * math.log(2)  # H(1/3) = 0.6365: one pair that belongs to two that do not
 SAME = 0.002  # relative difference of two losses below which they count as equal

@@ -3,30 +3,19 @@
     build (random, seeded by stage) ──► modules of the same name from the recipe's stage before ──► `init` of the stage
 """
 
-import hashlib
 import os
-import random
 from pathlib import Path
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
 from nanovlm import recipes
 from nanovlm.errors import UserError
 from nanovlm.recipes.stage import Recipe, Stage, within
+from nanovlm.training.randomness import seed_all
 
 PUBLISHED = "published:"
 
 State = dict[str, Tensor]
-
-
-def seed_all(*parts: object) -> None:
-    """Every stage starts from random states of its own: whether the ones before were cached does not matter."""
-    seed = int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:4], "big")
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
 
 
 def needed_stages(stage: Stage) -> list[tuple[str, str]]:

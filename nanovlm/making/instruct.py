@@ -1,4 +1,4 @@
-"""How LLaVA's training data are made: `python -m nanovlm.data.instruct SOURCE --out made.json`
+"""How LLaVA's training data are made: `python -m nanovlm.making.instruct SOURCE --out made.json`
 
 "Visual Instruction Tuning" (2304.08485) §3, App. E, Tables 11 to 13. A teacher that cannot see writes about pictures that it is
 told of (symbols.py), as if it saw them; what it writes is read as data, checked, and becomes a conversation.
@@ -31,10 +31,10 @@ from random import Random
 
 from tqdm import tqdm
 
-from nanovlm.data import symbols
-from nanovlm.data.symbols import Symbols
-from nanovlm.data.teachers import Endpoint, Teacher, rules
 from nanovlm.errors import UserError
+from nanovlm.making import symbols
+from nanovlm.making.symbols import Symbols
+from nanovlm.making.teachers import Endpoint, Teacher, rules
 
 KINDS = ("brief", "conversation", "detail", "reasoning")
 TRIES = 3  # replies of one teacher about one picture
@@ -257,8 +257,8 @@ def make(options: argparse.Namespace) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m nanovlm.data.instruct", description="Make LLaVA's kind of training data.",
-        epilog="example: python -m nanovlm.data.instruct captions.jsonl --out made.json")
+        prog="python -m nanovlm.making.instruct", description="Make LLaVA's kind of training data.",
+        epilog="example: python -m nanovlm.making.instruct captions.jsonl --out made.json")
     parser.add_argument("source", help="a .jsonl of captions, a folder, COCO captions .json, or scenes:500")
     parser.add_argument("--out", required=True, metavar="FILE", help="the .json to write")
     parser.add_argument("--kinds", default="conversation,detail,reasoning", help=f"of {', '.join(KINDS)} (default: the last three)")

@@ -13,26 +13,18 @@
     reading    what does the sign say?                             7
     follow_up  [what colour is the square? blue] and where is it?  top right    (not answerable without the turn before)
 
-taught, not judged, many answers in one:
-    object     tell me about the blue object.                      small blue square, top right
-    notes      take notes.                                         blue small top right square; digit 7 bottom left; ...
-    census     count red, star, blue circle.                       red one, star none, blue circle none.
-    places     find square, red, digit.                            square top right, red top left, digit bottom left.
-    sides      sides of square red, circle square.                 square red right, circle square left.
-
 An object is called by any name that means it alone and does not give the answer away: "the circle" only if there is one.
 """
 
 from dataclasses import dataclass, replace
 from random import Random
 
-from nanovlm.data.conversation import Turn
-from nanovlm.data.scene_language import caption, notes
-from nanovlm.data.scene_world import COLOURS, PAIRS, SHAPES, Object, Scene, side
+from nanovlm.data.sample import Turn
+from nanovlm.world.drills import absent, dense
+from nanovlm.world.say import caption
+from nanovlm.world.scene import ATTRIBUTES, COUNTS, PAIRS, Object, Scene, side
 
-ATTRIBUTES = {"colour": "colour", "shape": "shape", "size": "size", "position": "cell"}  # kind -> field of Object
 KINDS = (*ATTRIBUTES, "count", "relation", "existence", "comparison", "reading", "follow_up")
-NUMBERS = ("one", "two", "three", "four")
 
 ASK = {
     "colour": ("what colour is {}?", "what is the colour of {}?"),
@@ -51,10 +43,6 @@ FOLLOW_UP = {
     "cell": "and where is it?",
 }
 DESCRIBE = "describe the picture."
-
-NOTES = "take notes."
-COLOURLESS = "take notes, colours aside."
-REPEAT = "say it again."
 
 LONG_ENOUGH = 16  # words of a conversation
 
@@ -137,66 +125,6 @@ def _words(talk: list[Turn]) -> int:
     return sum(len(f"{turn.question} {turn.answer}".split()) for turn in talk)
 
 
-def dense(scene: Scene, rng: Random, pairs: tuple = PAIRS) -> Turn:
-    """A question whose answer is many answers: a census most often, since what is not there is the hardest to see."""
-    lesson = rng.choices((_notes, census, places, sides), (2, 3, 1, 2))[0]
-    return lesson(scene, rng, pairs) or _notes(scene, rng, pairs)
-
-
-def _notes(scene: Scene, rng: Random, pairs: tuple) -> Turn:
-    return Turn(NOTES, notes(scene, rng), "notes")
-
-
-def census(scene: Scene, rng: Random, pairs: tuple = PAIRS) -> Turn:
-    """Five looks in one question, and how many objects each fits: what "is there" and "how many" need, and densely so."""
-    named = [_absent(scene, rng, pairs), *(thing.pair for thing in scene.objects)]
-    looks = [*COLOURS, *SHAPES, "large", "small", *map(" ".join, named)]
-    there = [look for look in looks if _fitting(scene, look)]
-    asked = rng.sample(there, min(3, len(there)))
-    asked += rng.sample([look for look in looks if look not in there], 5 - len(asked))
-    rng.shuffle(asked)
-    numbers = [("none", *NUMBERS)[_fitting(scene, look)] for look in asked]
-    return Turn(f"count {', '.join(asked)}.", ", ".join(f"{look} {n}" for look, n in zip(asked, numbers)) + ".", "census")
-
-
-def places(scene: Scene, rng: Random, pairs: tuple = PAIRS) -> Turn:
-    """Up to four things by name, and the corner of each: what "where is" needs."""
-    named = [(look, thing.cell) for thing in scene.objects for look in single_looks(scene, thing)]
-    named += [(thing.type, thing.cell) for thing in (scene.sign,) if thing]
-    asked = rng.sample(named, min(4, len(named)))
-    answer = ", ".join(f"{look} {cell}" for look, cell in asked)
-    return Turn(f"find {', '.join(look for look, _ in asked)}.", f"{answer}.", "places")
-
-
-def sides(scene: Scene, rng: Random, pairs: tuple = PAIRS) -> Turn | None:
-    """Up to four couples of names, and where the first stands as seen from the second; None if none is in line."""
-    couples = [
-        (f"{look} {landmark}", side(one, two))
-        for one in scene.objects for two in scene.objects if one is not two and side(one, two)
-        for look, landmark in zip(_looks_of(one), _looks_of(two))
-        if {look, landmark} <= {*single_looks(scene, one), *single_looks(scene, two)}
-    ]
-    if not couples:
-        return None
-    asked = rng.sample(couples, min(4, len(couples)))
-    answer = ", ".join(f"{names} {where}" for names, where in asked)
-    return Turn(f"sides of {', '.join(names for names, _ in asked)}.", f"{answer}.", "sides")
-
-
-def _looks_of(thing: Object) -> tuple[str, str, str]:
-    return thing.colour, thing.shape, " ".join(thing.pair)
-
-
-def single_looks(scene: Scene, thing: Object) -> list[str]:
-    """The looks that this object alone has."""
-    return [look for look in _looks_of(thing) if _fitting(scene, look) == 1]
-
-
-def _fitting(scene: Scene, look: str) -> int:
-    """How many objects have all of these words."""
-    return sum(set(look.split()) <= {thing.size, *thing.pair} for thing in scene.objects)
-
-
 def _names(scene: Scene, thing: Object) -> list[tuple[str, frozenset[str]]]:
     """Every name that means this object alone, with the fields that the name tells."""
     cell = (f"the object in the {thing.cell}", frozenset({"cell"}))
@@ -252,7 +180,7 @@ def _ask_count(scene: Scene, rng: Random) -> Asked:
             numbers[what] = numbers.get(what, 0) + 1
     # Most of these numbers are one: larger ones are asked for more often, so that "one" is not the answer to all.
     what = rng.choices(list(numbers), [number**2 for number in numbers.values()])[0]
-    return Asked(Turn(f"how many {what} are there?", NUMBERS[numbers[what] - 1], "count"))
+    return Asked(Turn(f"how many {what} are there?", COUNTS[numbers[what] - 1], "count"))
 
 
 def _ask_relation(scene: Scene, rng: Random) -> Asked | None:
@@ -270,22 +198,13 @@ def _ask_existence(scene: Scene, rng: Random, pairs: tuple) -> Asked:
     there = rng.random() < 0.5
     thing = rng.choice(scene.objects)
     if not there:
-        colour, shape = _absent(scene, rng, pairs)
+        colour, shape = absent(scene, rng, pairs)
         thing = replace(thing, colour=colour, shape=shape)
     name, told = rng.choice([(n, told) for n, told in _looks(thing) if bool(_meant(scene, told, thing)) == there])
     question = rng.choice(ASK["existence"]).format(name.removeprefix("the "))
     about = (thing.pair,) if there or len(told) == 2 else ()
     alone = there and len(_meant(scene, told, thing)) == 1  # else "it" would mean nothing, or several
     return Asked(Turn(question, "yes" if there else "no", "existence"), about, thing if alone else None, told)
-
-
-def _absent(scene: Scene, rng: Random, pairs: tuple) -> tuple[str, str]:
-    """A pair that is not in the picture; every second one is a near miss, both of whose words are."""
-    present = [thing.pair for thing in scene.objects]
-    absent = [pair for pair in pairs if pair not in present]
-    colours, shapes = {pair[0] for pair in present}, {pair[1] for pair in present}
-    near = [pair for pair in absent if pair[0] in colours and pair[1] in shapes]
-    return rng.choice(near if near and rng.random() < 0.5 else absent)
 
 
 def _ask_comparison(scene: Scene, rng: Random) -> Asked | None:

@@ -19,9 +19,9 @@ Eight views of the world:
     described the same, some in colours without names                and where it learns from captions alone
     instruct  "<image>\\n" question -> answer, several turns           instruction tuning
     science   question, context, options -> reason, letter             ScienceQA in small, half of it without pictures
-    mixture   the same, asked in LLaVA-1.5's ways (scene_mixture.py)   and with the form of the answer on demand
+    mixture   the same, asked in LLaVA-1.5's ways (mixture.py)   and with the form of the answer on demand
     text      description "\\n" question -> answer, no picture         what the tiny language model reads beforehand
-    told      the same, of the mixture (both in scene_texts.py)      and what LLaVA-1.5's reads
+    told      the same, of the mixture (both in told.py)      and what LLaVA-1.5's reads
 
 Lessons come first. "What colour is the square?" has two or three likely answers for whoever knows the colours of the
 picture, and a model that meets such questions at once is content with that for thousands of steps: it never learns to
@@ -52,68 +52,33 @@ from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
 
-from nanovlm.data import scene_mixture, scene_texts
-from nanovlm.data.conversation import TALKS, TEXTS, VIEWS, Sample, Turn
-from nanovlm.data.mixture import CAPTION, SHORT, prompted
-from nanovlm.data.scene_language import (
-    caption,
-    captions,
-    negatives,
-    notes,
-    say,
-    vaguer,
-    wordings,
-)
-from nanovlm.data.scene_questions import (
-    ATTRIBUTES,
-    COLOURLESS,
-    DESCRIBE,
-    FOLLOW_UP,
-    KINDS,
-    Asked,
-    ask,
-    conversation,
-    dense,
-    follow_up,
-)
-from nanovlm.data.scene_texts import put_before
-from nanovlm.data.scene_world import (
-    CELLS,
-    COLOURS,
+from nanovlm.data.prompts import CAPTION
+from nanovlm.data.sample import TALKS, TEXTS, VIEWS, Sample, Turn
+from nanovlm.errors import UserError
+from nanovlm.world import exams, mixture, told
+from nanovlm.world.ask import DESCRIBE, conversation
+from nanovlm.world.drills import COLOURLESS, dense, lists
+from nanovlm.world.say import captions, negatives, notes, say, vaguer, wordings
+from nanovlm.world.scene import (
     DIGITS,
     GRID,
     HELD_OUT,
     NUMBERS,
     PAIRS,
     SEEN,
-    SHAPES,
-    SIZES,
     WORDS,
     Scene,
     random_scene,
     recoloured,
     render,
 )
-from nanovlm.errors import UserError
+from nanovlm.world.told import put_before
 
 SPLITS = ("train", "val")
 # view -> the lessons that come before conversations, each with the sample where it ends
 LESSONS = {"text": {"repeat": 16_000, "dense": 80_000}, "told": {"repeat": 16_000, "dense": 80_000, "lists": 112_000},
            "instruct": {"dense": 12_000}, "mixture": {"lists": 24_000}, "science": {"dense": 12_000}}
 UNNAMED = 112_000  # of view "described": samples before this one
-
-TWO = "caption of two"  # to describe a scene of two objects and no sign, in an exam; "caption": any scene
-# The answers that exam() asks for in turn; a kind that is absent has too many to list.
-ANSWERS = {
-    "colour": tuple(COLOURS),
-    "shape": SHAPES,
-    "size": tuple(SIZES),
-    "position": CELLS,
-    "count": ("one", "two", "three", "four"),
-    "relation": ("left", "right", "above", "below"),
-    "existence": ("yes", "no"),
-    "reading": DIGITS + WORDS,
-}
 
 
 class Scenes:
@@ -127,7 +92,7 @@ class Scenes:
         self.seed = seed
         self.image_size = size
         self.small_print = small_print
-        self.parts = parts or (scene_mixture.SIGNS if small_print else scene_mixture.PARTS)
+        self.parts = parts or (mixture.SIGNS if small_print else mixture.PARTS)
 
     def size(self, view: str, split: str) -> int:
         return 1_000_000 if split == "train" else 1000
@@ -152,11 +117,11 @@ class Scenes:
             scene = self._scene(rng, pairs, many=rng.choice((1, 2, 2)) if view == "pairs" else 0, view=view)
         name = f"scenes/{split}/{index}"
         if view == "told":
-            block = Random(f"{self.seed if split == 'train' else 'val'}/{split}/{index // scene_texts.BLOCK}")
-            return Sample(name, turns=scene_texts.told(scene, rng, lesson, block), references=captions(scene))
+            block = Random(f"{self.seed if split == 'train' else 'val'}/{split}/{index // told.BLOCK}")
+            return Sample(name, turns=told.told(scene, rng, lesson, block), references=captions(scene))
         if view == "text":
             style = "blip2" if rng.random() < 0.2 else ""
-            return Sample(name, turns=scene_texts.document(scene, rng, lesson), references=captions(scene), format=style)
+            return Sample(name, turns=told.document(scene, rng, lesson), references=captions(scene), format=style)
         if view == "pairs":
             return self._pair(name, scene, rng, pairs, split)
         if view in TALKS and split == "train" and rng.random() < 0.15:
@@ -165,7 +130,7 @@ class Scenes:
             return self._mixed(name, scene, rng, pairs, view)
         if view in TALKS:
             if view == "mixture":
-                talk = (scene_mixture.lists(scene, rng, pairs, self.parts),)
+                talk = (lists(scene, rng, pairs, self.parts),)
             else:
                 talk = (dense(scene, rng, pairs),) if lesson else conversation(scene, rng, pairs)
             turns = put_before(talk, "<image>")
@@ -189,9 +154,9 @@ class Scenes:
         """One part of the mixture, of which one in fifty has no picture, or of the science set, of which half has none."""
         if view == "science":
             shown = rng.random() < 0.5
-            turns = (scene_mixture.science(scene, rng, shown),)
+            turns = (mixture.science(scene, rng, shown),)
         else:
-            turns, shown = scene_mixture.conversation(scene, rng, pairs, self.parts)
+            turns, shown = mixture.conversation(scene, rng, pairs, self.parts)
         if not shown:
             return Sample(name, turns=turns, references=captions(scene))
         images = (render(scene, self.image_size),)
@@ -227,86 +192,27 @@ class Scenes:
         return [list(chosen.values())]
 
     def exam(self, n: int = 200, kinds: Sequence[str] = (), view: str = "instruct") -> list[Sample]:
-        """n samples of each kind (all unless told), whose last turn is to be judged. Every scene has a held-out pair.
-
-        view "mixture": more kinds, and behind each first question the sentence that says how to answer. "science": questions
-        with a picture, and with a context in its place.
-
-        Scenes are drawn until the answer is the one whose turn it is (so that all answers are equally frequent) and,
-        unless the question is about no object in particular, until it is about a held-out pair. For "existence" that
-        goes for yes and no alike, and every second pair that is not there is a near miss. A follow-up stands after the
-        turn that it needs.
-        """
-        more = scene_mixture.KINDS if view == "mixture" else ()
-        known = scene_mixture.SCIENCE if view == "science" else (*KINDS, *more, "caption")
-        if unknown := set(kinds) - {*known, TWO}:
-            raise UserError(f"scenes have no questions of kind {min(unknown)!r}, only {', '.join(known)} and {TWO}")
+        """n samples of each kind (all of the view unless told), whose last turn is to be judged: see exams.py."""
+        known = exams.kinds_of(view)
+        if unknown := set(kinds) - {*known, exams.TWO}:
+            raise UserError(f"scenes have no questions of kind {min(unknown)!r}, only {', '.join(known)} and {exams.TWO}")
         return [self._exam_question(kind, index, view) for kind in kinds or known for index in range(n)]
 
     def answers(self, kind: str) -> tuple[str, ...]:
-        """Those that an exam asks for in turn; () where there are too many to list."""
-        return NUMBERS if kind == "reading" and self.small_print else ANSWERS.get(kind, ())
+        return exams.answers(kind, self.small_print)
 
     def _exam_question(self, kind: str, index: int, view: str) -> Sample:
         mixed = view == "mixture"
         if kind == "caption":
             sample = self.sample("captions", "val", index)
             return replace(sample, turns=(Turn(f"<image>\n{CAPTION if mixed else DESCRIBE}", sample.caption, kind),))
-        scene, turns = self._asked(kind, index, Random(f"exam/{kind}/{index}"), mixed)
+        scene, turns = exams.asked_in_turn(kind, index, self._val_scene, mixed, self.answers(kind))
         sample = Sample(f"scenes/exam/{kind}/{index}", turns=turns, references=captions(scene))
-        if kind in scene_mixture.BLIND:
+        if kind in mixture.BLIND:
             return sample
         return replace(sample, images=(render(scene, self.image_size),), turns=put_before(turns, "<image>"))
-
-    def _asked(self, kind: str, index: int, rng: Random, mixed: bool) -> tuple[Scene, tuple[Turn, ...]]:
-        """A scene and what is asked about it, without the mark of its picture."""
-        if kind == TWO:
-            scene = random_scene(rng, PAIRS, including=HELD_OUT, many=2, signs=0)
-            return scene, (Turn(DESCRIBE, caption(scene, rng), "caption"),)
-        if kind in (*scene_mixture.KINDS, *scene_mixture.SCIENCE):
-            scene = self._val_scene(rng)
-            about = next(thing for thing in scene.objects if thing.pair in HELD_OUT)
-            return scene, (scene_mixture.examine(scene, rng, kind, about),)
-        while True:
-            scene = self._val_scene(rng)
-            asked = _examine(scene, rng, kind)
-            if asked and _wanted(scene, asked[-1], kind, index, self.answers(kind)):
-                turns = tuple(one.turn for one in asked)
-                return scene, prompted(turns, SHORT) if mixed else turns
 
 
 def _lesson(view: str, index: int) -> str | None:
     """The lesson that this training sample of the view belongs to; None behind the last one."""
     return next((lesson for lesson, end in LESSONS.get(view, {}).items() if index < end), None)
-
-
-def _examine(scene: Scene, rng: Random, kind: str) -> list[Asked]:
-    """The question, after the one that it needs if it is a follow-up; empty if this scene has none."""
-    if kind != "follow_up":
-        asked = ask(scene, rng, kind)
-        return [asked] if asked else []
-    before = ask(scene, rng, rng.choice((*ATTRIBUTES, "existence")))
-    after = follow_up(scene, rng, before)
-    return [before, after] if after else []
-
-
-def _wanted(scene: Scene, asked: Asked, kind: str, index: int, answers: tuple[str, ...]) -> bool:
-    """Whether this question has the answer that stands next in the round, and is about a held-out pair."""
-    question, answer = asked.turn.question, asked.turn.answer
-    if asked.about and not set(asked.about) & set(HELD_OUT):
-        return False
-    if kind == "comparison":  # first named and second named in turn
-        return question.endswith(f"{answer}?") == bool(index % 2)
-    if kind == "existence":  # a pair, a colour or a shape in turn; every second absent pair is a near miss
-        both = len(asked.told) == 2
-        if both != (index // 2 % 3 == 0) or (both and index % 12 == 1 and not _near_miss(scene, asked)):
-            return False
-    if kind == "follow_up":
-        return question == tuple(FOLLOW_UP.values())[index % len(FOLLOW_UP)]
-    return answer == answers[index % len(answers)]
-
-
-def _near_miss(scene: Scene, asked: Asked) -> bool:
-    """Both words of the absent pair are in the picture, though not together."""
-    ((colour, shape),) = asked.about
-    return {colour, shape} <= {word for thing in scene.objects for word in thing.pair}

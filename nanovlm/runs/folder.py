@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 from nanovlm.errors import UserError
-from nanovlm.training.checkpoint import TEMPORARY, saving
+from nanovlm.runs.checkpoint import TEMPORARY, saving
 
 OURS = "nanovlm run"  # config.json says so: the mark by which --overwrite knows what it may delete
 

@@ -43,6 +43,9 @@ DIGITS = tuple("0123456789")
 WORDS = ("GO", "NO", "UP", "ON", "HI", "IN")
 NUMBERS = tuple(map(str, range(10, 100)))
 
+COUNTS = ("one", "two", "three", "four")  # of objects
+ATTRIBUTES = {"colour": "colour", "shape": "shape", "size": "size", "position": "cell"}  # kind of question → field of Object
+
 PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 HELD_OUT = (
     ("red", "triangle"),

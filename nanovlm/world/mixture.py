@@ -21,15 +21,15 @@ either, or always the one that was more frequent. SHORT takes the doubt away (§
 The sentences stand in mixture.py, behind the first question, and hold for the whole conversation.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
 
-from nanovlm.data.conversation import Turn
-from nanovlm.data.mixture import CAPTION, GROUNDING, LETTER, REGION, SHORT, prompted
-from nanovlm.data.scene_language import DESCRIPTIONS, caption, description
-from nanovlm.data.scene_questions import ATTRIBUTES, FOLLOW_UP, Asked, ask, dense, questions, single_looks
-from nanovlm.data.scene_world import CELLS, COLOURS, PAIRS, SHAPES, SIZES, Object, Scene, boxes
+from nanovlm.data.prompts import CAPTION, GROUNDING, LETTER, REGION, SHORT, prompted
+from nanovlm.data.sample import Turn
+from nanovlm.world.ask import FOLLOW_UP, Asked, ask, questions
+from nanovlm.world.drills import OPTIONS, box, boxes_of, enumerated, lists
+from nanovlm.world.say import DESCRIPTIONS, caption, description
+from nanovlm.world.scene import ATTRIBUTES, PAIRS, Object, Scene
 
 # How many of a hundred conversations: short answers lead and one in ten is a letter, as in the paper; lists of lookups hold on to
 # what lessons taught.
@@ -39,8 +39,6 @@ BOXED = ("region", "grounding", "boxes")  # kinds with boxes in question or answ
 KINDS = ("option", "region", "grounding", "chat")  # what an exam asks beyond the questions of scene_questions
 SCIENCE = ("science", "science_text")  # what an exam of view "science" asks
 BLIND = ("chat", "science_text")  # of these, what is asked without a picture
-OPTIONS = {"colour": tuple(COLOURS), "shape": SHAPES, "size": tuple(SIZES), "position": CELLS,
-           "count": ("one", "two", "three", "four"), "relation": ("left", "right", "above", "below")}
 
 
 def conversation(scene: Scene, rng: Random, pairs: tuple = PAIRS,
@@ -65,46 +63,11 @@ def conversation(scene: Scene, rng: Random, pairs: tuple = PAIRS,
     return (talk, True) if part == "sentences" else (told(scene, rng, talk), False)
 
 
-def lists(scene: Scene, rng: Random, pairs: tuple = PAIRS, parts: dict[str, int] = PARTS) -> Turn:
-    """A question whose answer is many answers, those of the new kinds among them where these are part of the mixture."""
-    weights = (6, 4 * ("letters" in parts), int("grounding" in parts))
-    return rng.choices((dense, letters, boxes_of), weights)[0](scene, rng, pairs)
-
-
-def letters(scene: Scene, rng: Random, pairs: tuple = PAIRS) -> Turn:
-    """Up to four things by name, and the letter before what each is: what a choice of options needs, and densely so."""
-    kind = rng.choice(tuple(ATTRIBUTES))
-    field = ATTRIBUTES[kind]
-    named = [(look, getattr(thing, field)) for thing in scene.objects for look in single_looks(scene, thing)
-             if getattr(thing, field) not in look.split()]
-    asked = rng.sample(named, min(4, len(named)))
-    if not asked:
-        return dense(scene, rng, pairs)
-    right = list(dict.fromkeys(answer for _, answer in asked))
-    wrong = [answer for answer in OPTIONS[kind] if answer not in right]
-    choices = [*right, *rng.sample(wrong, min(len(wrong), max(0, 4 - len(right))))]
-    rng.shuffle(choices)
-    answer = ", ".join(f"{look} {'ABCD'[choices.index(value)]}" for look, value in asked)
-    return Turn(f"{kind} of {', '.join(look for look, _ in asked)}.\n{enumerated(choices)}", f"{answer}.", "letters")
-
-
-def boxes_of(scene: Scene, rng: Random, pairs: tuple = PAIRS) -> Turn:
-    """Two things by name, and the box of each."""
-    named = [(look, thing) for thing in scene.objects for look in single_looks(scene, thing)]
-    asked = rng.sample(named, min(2, len(named)))
-    answer = ", ".join(f"{look} {box(scene, thing)}" for look, thing in asked)
-    return Turn(f"boxes of {', '.join(look for look, _ in asked)}.", f"{answer}.", "boxes")
-
-
 def description_with_boxes(scene: Scene, rng: Random) -> str:
     """The objects for a reader without eyes who is asked about boxes: who has read of cells and boxes side by side finds the
     places of things in a picture much sooner.
     """
     return " ".join(f"{thing.cell}: {phrase(thing)} {box(scene, thing)}." for thing in rng.sample(scene.objects, len(scene.objects)))
-
-
-def enumerated(choices: Sequence[str]) -> str:
-    return "\n".join(f"{letter}. {choice}" for letter, choice in zip("ABCD", choices))
 
 
 def told(scene: Scene, rng: Random, talk: tuple[Turn, ...]) -> tuple[Turn, ...]:
@@ -168,12 +131,6 @@ def grounding(scene: Scene, thing: Object) -> Turn:
 
 def phrase(thing: Object) -> str:
     return f"{thing.size} {thing.colour} {thing.shape}"
-
-
-def box(scene: Scene, thing: Object) -> str:
-    """Left, top, right, bottom as fractions of the picture, two decimals (how many is not published)."""
-    corners = dict(zip(scene.things, (corners for _, corners in boxes(scene))))[thing]
-    return f"[{', '.join(f'{x:.2f}' for x in corners)}]"
 
 
 def examine(scene: Scene, rng: Random, kind: str, about: Object) -> Turn:

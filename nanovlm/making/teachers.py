@@ -20,8 +20,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from random import Random
 
-from nanovlm.data.symbols import Box, Symbols, from_text
 from nanovlm.errors import UserError
+from nanovlm.making.symbols import Box, Symbols, from_text
 
 Messages = Sequence[dict[str, str]]
 Teacher = Callable[[Messages], str]

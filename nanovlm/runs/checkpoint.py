@@ -8,12 +8,10 @@ position of their own: the batch of step s is a function of (seed, stage, s), se
 """
 
 import os
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from nanovlm.errors import UserError
@@ -85,39 +83,3 @@ def remove_leftovers(folder: Path) -> None:
 def cpu_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The weights as they are now, on the CPU; a copy, so that further training does not change them."""
     return {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}
-
-
-def random_states() -> dict:
-    """Every generator that training might draw from, as tensors and plain numbers."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
-    version, internal, gauss_next = random.getstate()
-    return {
-        "python": [version, list(internal), gauss_next],
-        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(gauss)],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def set_random_states(states: dict) -> None:
-    version, internal, gauss_next = states["python"]
-    random.setstate((version, tuple(internal), gauss_next))
-    kind, keys, position, has_gauss, gauss = states["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
-    torch.set_rng_state(states["torch"])
-    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])
-
-
-@contextmanager
-def undisturbed(model: torch.nn.Module) -> Iterator[None]:
-    """Look at the model between two steps (a sample, a check) without changing what the next step will do."""
-    states, modes = random_states(), [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        set_random_states(states)

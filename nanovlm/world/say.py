@@ -22,7 +22,7 @@ from dataclasses import replace
 from random import Random
 from typing import NamedTuple
 
-from nanovlm.data.scene_world import (
+from nanovlm.world.scene import (
     CELLS,
     COLOURS,
     DIGITS,

@@ -18,16 +18,18 @@ from torch import nn
 import nanovlm
 from nanovlm import evaluate, recipes
 from nanovlm.data import formats
-from nanovlm.data.conversation import TEXTS, template_texts
+from nanovlm.data.conversation import template_texts
+from nanovlm.data.sample import TEXTS
 from nanovlm.errors import UserError
 from nanovlm.recipes.stage import Recipe, Stage, as_config, resolve
+from nanovlm.runs import cache, checkpoint, folder
+from nanovlm.runs.progress import report, say
+from nanovlm.runs.watch import Watch, interruptible
 from nanovlm.tokenizer import Tokenizer
-from nanovlm.training import cache, checkpoint, distributed, folder, vitals
+from nanovlm.training import distributed, randomness, vitals
 from nanovlm.training.batches import MicroBatches, MixedText, make_collate, stream, world_of
 from nanovlm.training.loop import TrainingFailed, freeze, train_stage
 from nanovlm.training.optim import make_optimiser
-from nanovlm.training.progress import report, say
-from nanovlm.training.watch import Watch, interruptible
 from nanovlm.training.weights import State, initial_model, needed_stages
 
 
@@ -237,13 +239,13 @@ class Run:
             first, before, seconds = self.state["step"], self.state["before"], self.state["stage_seconds"]
             model.load_state_dict(self.state["model"])
             optimiser.load_state_dict(self.state["optimiser"])
-            checkpoint.set_random_states(self.state["random"])
+            randomness.set_random_states(self.state["random"])
         self.state = None
 
         def save(step: int) -> None:
             self.write_last(stage.name, step, {
                 "model": model.state_dict(), "optimiser": optimiser.state_dict(), "before": before,
-                "random": checkpoint.random_states(), "stage_seconds": seconds + time.monotonic() - began})
+                "random": randomness.random_states(), "stage_seconds": seconds + time.monotonic() - began})
 
         random = not stage.init and stage == recipe.stages[0]
         watch = Watch(model, stage, self.folder, self.device, first, recipe.vocab if random else None, save,
@@ -339,7 +341,7 @@ class Run:
                 continue
             say(f"evaluating {stage.name} on held-out data")
             judged = model if stage == self.jobs[-1].stage else self.model_after(stage)[0]
-            with checkpoint.undisturbed(judged):
+            with randomness.undisturbed(judged):
                 summary["eval"] |= evaluate.evaluate(judged, self.recipe, stage, self.source, self.tokenizer, self.device)
         summary["notes"] += evaluate.notes(summary["eval"], self.source)
 

@@ -18,7 +18,7 @@ import torch
 
 import nanovlm
 from nanovlm.errors import UserError
-from nanovlm.training import checkpoint
+from nanovlm.runs import checkpoint
 
 PACKAGE = Path(nanovlm.__file__).parent
 
@@ -76,7 +76,7 @@ def source_text(*modules: str) -> str:
 
 
 def _path(module: str) -> Path | None:
-    """nanovlm.data.scenes → its file; None for everything else, packages and names inside a module included."""
+    """nanovlm.world.datasets → its file; None for everything else, packages and names inside a module included."""
     names = module.split(".")
     path = PACKAGE.joinpath(*names[1:]).with_suffix(".py") if names[0] == "nanovlm" and len(names) > 1 else None
     return path if path is not None and path.exists() else None

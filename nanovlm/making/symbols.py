@@ -22,9 +22,9 @@ from pathlib import Path
 from random import Random
 
 from nanovlm.data import formats
-from nanovlm.data.scene_language import captions
-from nanovlm.data.scene_world import SEEN, boxes, random_scene, render
 from nanovlm.errors import UserError
+from nanovlm.world.say import captions
+from nanovlm.world.scene import SEEN, boxes, random_scene, render
 
 Box = tuple[float, float, float, float]
 SCENES = "scenes:"

@@ -18,12 +18,13 @@ longest row, and one such row would be in nearly every batch.
 
 from random import Random
 
-from nanovlm.data import scene_mixture
-from nanovlm.data.conversation import Turn
-from nanovlm.data.scene_language import DESCRIPTIONS, caption, description
-from nanovlm.data.scene_mixture import BOXED, PARTS, boxes_of, lists
-from nanovlm.data.scene_questions import REPEAT, conversation, dense
-from nanovlm.data.scene_world import Scene
+from nanovlm.data.sample import Turn
+from nanovlm.world import mixture
+from nanovlm.world.ask import conversation
+from nanovlm.world.drills import REPEAT, boxes_of, dense, lists
+from nanovlm.world.mixture import BOXED, PARTS
+from nanovlm.world.say import DESCRIPTIONS, caption, description
+from nanovlm.world.scene import PAIRS, Scene
 
 BLOCK = 16  # a micro-batch of lm/tiny-told
 BOXED_SHARE = 0.1  # of the blocks
@@ -54,12 +55,12 @@ def told(scene: Scene, rng: Random, lesson: str | None, block: Random) -> tuple[
         return document(scene, rng, lesson)
     boxed = block.random() < BOXED_SHARE
     if lesson:
-        talk, shown = (boxes_of(scene, rng) if boxed else lists(scene, rng, parts=WITHOUT_BOXES),), True
+        talk, shown = (boxes_of(scene, rng) if boxed else lists(scene, rng, PAIRS, WITHOUT_BOXES),), True
     else:
-        talk, shown = scene_mixture.conversation(scene, rng, parts=ABOUT_BOXES if boxed else WITHOUT_BOXES)
+        talk, shown = mixture.conversation(scene, rng, parts=ABOUT_BOXES if boxed else WITHOUT_BOXES)
     if not shown:  # it is told already
         return talk
-    return put_before(talk, scene_mixture.description_with_boxes(scene, rng) if boxed else _description(scene, rng, lesson))
+    return put_before(talk, mixture.description_with_boxes(scene, rng) if boxed else _description(scene, rng, lesson))
 
 
 def _description(scene: Scene, rng: Random, lesson: str | None) -> str:

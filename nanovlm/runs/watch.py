@@ -18,11 +18,12 @@ from torch import nn
 
 from nanovlm.plots import save_curves, save_samples
 from nanovlm.recipes.stage import Stage
+from nanovlm.runs.checkpoint import saving
+from nanovlm.runs.folder import append_line
+from nanovlm.runs.progress import Progress, say, warn
 from nanovlm.training import distributed, vitals
-from nanovlm.training.checkpoint import saving, undisturbed
-from nanovlm.training.folder import append_line
 from nanovlm.training.loop import Report
-from nanovlm.training.progress import Progress, say, warn
+from nanovlm.training.randomness import undisturbed
 
 LOG_STEPS = 10
 SAMPLE_SECONDS = 30.0

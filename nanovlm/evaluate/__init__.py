@@ -27,7 +27,8 @@ from torch import nn
 
 from nanovlm import metrics
 from nanovlm.data.collate import PAIR_LENGTH, collate_images, collate_prompts, collate_questions, collate_texts
-from nanovlm.data.conversation import TALKS, Sample, answer_ids, find_format, prompt, stop_ids
+from nanovlm.data.conversation import answer_ids, find_format, prompt, stop_ids
+from nanovlm.data.sample import TALKS, Sample
 from nanovlm.data.transforms import Transform, load_image
 from nanovlm.errors import UserError
 from nanovlm.recipes.stage import Recipe, Stage

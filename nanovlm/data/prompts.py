@@ -13,7 +13,7 @@ The sentence stands on a line of its own behind the first question of a conversa
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from nanovlm.data.conversation import Turn
+from nanovlm.data.sample import Turn
 
 # As published, to the letter: weights tuned on them expect them.
 SHORT = "Answer the question using a single word or phrase."

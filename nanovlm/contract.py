@@ -1,0 +1,57 @@
+"""What a paper's model promises: what it reads, what it loses, how it answers. Whoever makes a batch goes by `reads`.
+
+    Collate(…, model.reads) ─► batch ─► losses(batch, gather)            to learn
+                                    └─► prefill(batch) ─► step ─► …      to answer: generate(batch, room, stop)
+
+A batch is a dict. Of conversations and texts it holds input_ids, attention_mask and, to learn, labels; of pairs input_ids,
+attention_mask, text_group and image_group; images where there are any, and what else `reads` asks for.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from nanovlm.attention import KVCache
+from nanovlm.tiling import Tiling
+
+Batch = dict[str, Tensor]
+Gather = Callable[[Tensor], Tensor]  # this process's rows → the rows of all, with gradient
+
+KINDS = ("texts", "pairs", "conversations", "pages")
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What a model wants to find in a batch."""
+
+    kind: str = "conversations"  # one of KINDS: texts have no pictures, pages several in their midst
+    image_tokens: int = 0  # places that one view of a picture takes in the text
+    tiling: Tiling | None = None  # pictures come as several views, and image_sizes with them
+    question: bool = False  # the bridge reads the question too: qformer_input_ids
+    wrong_captions: bool = False  # pairs bring captions that are wrong in one point: negative_ids
+    frames: bool = False  # pictures come as (B, M, F, 3, h, w)
+
+
+class Paper(Protocol):
+    reads: Reads
+    whole_batch: bool  # the negatives are the batch, so that it can't be split into micro-batches
+    unheard: tuple[str, ...]  # parts that reach no loss
+
+    def losses(self, batch: Batch, gather: Gather) -> dict[str, tuple[Tensor, Tensor]]:
+        """name → (sum, count): the loop adds up both over micro-batches and ranks, then divides."""
+
+    def prefill(self, batch: Batch) -> tuple[Tensor, KVCache]:
+        """Read prompts and their pictures: next-token logits (B, V), cache."""
+
+    def step(self, ids: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
+        """Read further ids (B, T): logits (B, T, V), cache."""
+
+    def generate(self, batch: Batch, room: int, stop: Sequence[int], **how) -> Tensor:
+        """New token ids only, int64 (B, n ≤ room); `how` is handed on to generation.generate."""
+
+
+def alone(rows: Tensor) -> Tensor:
+    """The gather of one process, which has the whole batch already."""
+    return rows
