@@ -13,8 +13,8 @@ from nanovlm.runs.checkpoint import SaveFailed
 from nanovlm.runs.run import Options, run
 from nanovlm.training.loop import TrainingFailed
 
-MODELS = [name.removesuffix("/tiny") for name in recipes.names()
-          if name.endswith("/tiny") and recipes.get(name) not in recipes.backbones.RECIPES]
+MODELS = [name.removesuffix("/tiny") for name in recipes.names() if name.endswith("/tiny") and name not in recipes.BACKBONES]
+PLANNED = ("blip", "flamingo", "instructblip")
 
 EXAMPLES = """examples:
   python train_tiny.py --model llava                                the whole of it, on the embedded world
@@ -34,7 +34,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="train_tiny.py", description=__doc__.splitlines()[0], epilog=EXAMPLES,
                                      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = complain  # one sentence, like all other bad input
-    parser.add_argument("--model", choices=MODELS, help="which paper's tiny model to train")
+    parser.add_argument("--model", metavar="{" + ",".join(MODELS) + "}", help="which paper's tiny model to train")
     parser.add_argument("--recipe", choices=recipes.names(), metavar="NAME",
                         help="a recipe by its full name, instead of --model")
     parser.add_argument("--data", metavar="PATH", help="folder of pictures with .txt, .jsonl, COCO or LLaVA .json; "
@@ -64,6 +64,9 @@ def main(arguments: list[str] | None = None) -> int:
         options = make_parser().parse_args(arguments)
         if bool(options.model) == bool(options.recipe):
             raise UserError(f"Give one of --model ({', '.join(MODELS)}) and --recipe, for example --model {MODELS[0]}.")
+        if options.model and options.model not in MODELS:
+            known = "is not built yet" if options.model in PLANNED else "is unknown"
+            raise UserError(f"--model {options.model!r} {known}; what can be trained: {', '.join(map(repr, MODELS))}.")
         run(options.recipe or f"{options.model}/tiny", Options(
             data=options.data, on_missing=options.on_missing, device=options.device, seed=options.seed, out=options.out,
             resume=options.resume, overwrite=options.overwrite, cache=not options.no_cache, steps=options.steps))

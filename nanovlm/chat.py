@@ -5,14 +5,16 @@
     > what is it?                      a question
     > /image other.png                 one more picture; it belongs to the next question
     > /new                             forget all that was said, keep the first pictures
-    an empty line, or Ctrl-D           the end
+    > /help                            these lines
+    an empty line, Ctrl-D or Ctrl-C    the end
 
 Every question is put to the model with all earlier turns and pictures, as in its training; a model that was never trained on
-several pictures in one conversation will read them, and is likely to mix them up.
+several pictures in one conversation will read them, and is likely to mix them up. BLIP-2 reads one picture, before all else.
 """
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,27 +22,28 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from nanovlm import evaluate, generation, recipes
-from nanovlm.data.conversation import stop_ids
+from nanovlm import generation, recipes
 from nanovlm.data.sample import IMAGE, Sample, Turn
 from nanovlm.data.transforms import load_image
 from nanovlm.errors import UserError
-from nanovlm.papers.llava import LLaVA
-from nanovlm.runs import checkpoint, folder
+from nanovlm.evaluate.pupil import Pupil
+from nanovlm.runs import checkpoint
+from nanovlm.runs.folder import is_run
 from nanovlm.tokenizer import Tokenizer
 from nanovlm.training import distributed
 
 ROOM = 128  # tokens of an answer, where none is given
+HELP = "\n".join(line.strip() for line in __doc__.split("\n") if line.startswith(("    > ", "    an empty")))
 
 
 class Dialogue:
     """A conversation that goes on: `ask` yields the pieces of the answer and then remembers it."""
 
-    def __init__(self, examinee: evaluate.Examinee, images: Sequence[Image.Image] = (), limit: int = 0,
+    def __init__(self, pupil: Pupil, images: Sequence[Image.Image] = (), limit: int = 0,
                  room: int = ROOM, temperature: float = 0.0, seed: int = 0):
         """limit: the longest sequence, picture tokens included, that the model was trained on; 0 = any."""
-        self.examinee, self.first, self.limit, self.room = examinee, list(images), limit, room
-        self.temperature, self.generator = temperature, torch.Generator(examinee.device).manual_seed(seed)
+        self.pupil, self.first, self.limit, self.room = pupil, list(images), limit, room
+        self.temperature, self.generator = temperature, torch.Generator(pupil.device).manual_seed(seed)
         self.begin()
 
     def begin(self) -> None:
@@ -63,27 +66,28 @@ class Dialogue:
     @torch.inference_mode()
     def say(self, sample: Sample) -> Iterator[str]:
         """The answer to the last question, in pieces that end at whole characters."""
-        examinee, model = self.examinee, self.examinee.model
-        inputs, named = examinee.inputs([sample])
-        logits, cache = model.prefill(*inputs, **named)
+        model, said, text = self.pupil.model, "", ""
+        if sample.images and model.reads.kind == "texts":
+            raise UserError("This model is a language model alone, which reads no pictures: ask without --image and /image.")
+        logits, cache = model.prefill(self.pupil.read([sample]))
         length = cache.mask.shape[1]
-        if self.limit and length > self.limit:
+        if self.limit and length >= self.limit:
             raise UserError(f"The conversation is {length} tokens long, the model was trained on {self.limit} at most: begin "
                             "a new one with /new.")
-        stop, said, text = stop_ids(examinee.format, examinee.tokenizer), "", ""
-        for ids in generation.stream(lambda: (logits, cache), model.language.step, self.room, stop,
+        room = min(self.room, self.limit - length) if self.limit else self.room
+        for ids in generation.stream(lambda: (logits, cache), model.step, room, self.pupil.stop,
                                      temperature=self.temperature, generator=self.generator):
-            text = examinee.text(ids[0].tolist(), stop)
+            text = self.pupil.text(ids[0].tolist())
             if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character may take several tokens
                 yield text[len(said):]
                 said = text
         yield text[len(said):]
 
 
-def load_run(path: str | Path, device: torch.device | str = "cpu") -> tuple[evaluate.Examinee, int]:
-    """The model that a run has trained, after its last stage, ready to be asked; and the longest sequence it has met."""
+def load_run(path: str | Path, device: torch.device | str = "cpu") -> Pupil:
+    """The model that a run has trained, after its last stage, ready to be asked."""
     path = Path(path)
-    if not folder.is_run(path):
+    if not is_run(path):
         raise UserError(f"{path} is no folder of a run (it has no config.json of ours): name one that train_tiny.py wrote, "
                         "such as runs/llava.")
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
@@ -93,47 +97,68 @@ def load_run(path: str | Path, device: torch.device | str = "cpu") -> tuple[eval
     if not weights.exists():
         raise UserError(f"{path} is not finished (it has no {weights.name}): go on with train_tiny.py --recipe {recipe.name} "
                         f"--out {path} --resume.")
-    model = recipe.build(stage.name)
+    model = recipe.build(stage)
     model.load_state_dict(checkpoint.load(weights))
     tokenizer = Tokenizer.from_dict(checkpoint.load(path / "last.pt")["tokenizer"])
-    return evaluate.Examinee(model.to(device), recipe, stage, tokenizer, device), stage.max_length
+    return Pupil(model.to(device), recipe, stage, tokenizer, device)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = make_parser().parse_args(argv)
     try:
-        examinee, limit = load_run(options.run, distributed.choose_device(options.device))
-        if not isinstance(examinee.model, LLaVA):
-            raise UserError(f"{options.run} holds a {type(examinee.model).__name__}, which was never trained to converse: "
-                            "name a run of llava or llava15.")
+        if options.max_new_tokens < 1:
+            raise UserError(f"--max-new-tokens {options.max_new_tokens}: an answer needs room for 1 token or more.")
+        if not 0 <= options.temperature < math.inf:
+            raise UserError(f"--temperature {options.temperature}: give 0, for the most likely words, or more, such as 0.7.")
+        pupil = load_run(options.run, distributed.choose_device(options.device))
+        if pupil.model.reads.kind == "pairs":
+            raise UserError(f"{options.run} holds a {type(pupil.model).__name__}, which compares pictures with texts and was never "
+                            "trained to converse: name a run of llava, llava15 or blip2.")
         images = [load_image(image) for image in options.image]
-        dialogue = Dialogue(examinee, images, limit, options.max_new_tokens, options.temperature, options.seed)
+        dialogue = Dialogue(pupil, images, pupil.stage.max_length, options.max_new_tokens, options.temperature, options.seed)
         if options.ask is not None:
             answer(dialogue, options.ask)
-            return 0
-        return converse(dialogue)
+        else:
+            converse(dialogue)
+        return 0
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print()
+        return 130
 
 
-def converse(dialogue: Dialogue) -> int:
+def converse(dialogue: Dialogue) -> None:
+    """Until an empty line or the end of the input; Ctrl-C ends an answer, and between two answers the conversation."""
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            return 0
+        except (EOFError, KeyboardInterrupt):
+            return
         if not line:
-            return 0
+            return
         try:
-            if line == "/new":
-                dialogue.begin()
-            elif line.startswith("/image "):
-                dialogue.waiting.append(load_image(line.removeprefix("/image ").strip()))
-            else:
-                answer(dialogue, line)
+            follow(dialogue, line)
         except UserError as error:  # a wrong path need not end the conversation
             print(error, file=sys.stderr)
+        except KeyboardInterrupt:
+            print(" …")
+
+
+def follow(dialogue: Dialogue, line: str) -> None:
+    """One line: a command or a question."""
+    command, _, rest = line.partition(" ")
+    if command == "/new":
+        dialogue.begin()
+    elif command == "/help":
+        print(HELP)
+    elif command == "/image" and rest.strip():
+        dialogue.waiting.append(load_image(rest.strip()))
+    elif line.startswith("/"):
+        raise UserError(f"{command} is no command, or lacks something: there are /image FILE, /new and /help.")
+    else:
+        answer(dialogue, line)
 
 
 def answer(dialogue: Dialogue, question: str) -> None:

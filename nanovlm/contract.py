@@ -30,6 +30,7 @@ class Reads:
     image_tokens: int = 0  # places that one view of a picture takes in the text
     tiling: Tiling | None = None  # pictures come as several views, and image_sizes with them
     question: bool = False  # the bridge reads the question too: qformer_input_ids
+    matches: bool = False  # it also says whether a picture and a text belong together: match(image tokens, ids, mask)
     wrong_captions: bool = False  # pairs bring captions that are wrong in one point: negative_ids
     frames: bool = False  # pictures come as (B, M, F, 3, h, w)
 

@@ -189,6 +189,11 @@ def bleu(candidates: Sequence[str], references: Sequence[Sequence[str]], n: int 
 def cider(candidates: Sequence[str], references: Sequence[Sequence[str]], sigma: float = 6.0) -> float:
     """CIDEr-D of the corpus, 0..10. The idf is that of the references given: figures of two corpora do not compare,
     and a corpus of one image scores 0, since no n-gram tells its only image from the others."""
+    return sum(cider_of_each(candidates, references, sigma)) / len(candidates)
+
+
+def cider_of_each(candidates: Sequence[str], references: Sequence[Sequence[str]], sigma: float = 6.0) -> list[float]:
+    """What each caption adds to the corpus's mean."""
     _check_captions(candidates, references)
     truths = [[words(truth) for truth in several] for several in references]
     images_with = Counter()  # document frequency: in how many images does any reference have the n-gram
@@ -198,15 +203,16 @@ def cider(candidates: Sequence[str], references: Sequence[Sequence[str]], sigma:
     def vector(tokens: list[str], n: int) -> dict[tuple[str, ...], float]:
         return {g: count * math.log(len(truths) / max(1, images_with[g])) for g, count in _ngrams(tokens, n).items()}
 
-    total = 0.0
-    for candidate, several in zip(candidates, truths, strict=True):
-        said = words(candidate)
+    def score(candidate: str, several: list[list[str]]) -> float:
+        said, total = words(candidate), 0.0
         said_vectors = {n: vector(said, n) for n in range(1, 5)}
         for truth in several:
             length_penalty = math.exp(-((len(said) - len(truth)) ** 2) / (2 * sigma**2))
             cosines = sum(_clipped_cosine(said_vectors[n], vector(truth, n)) for n in range(1, 5))
             total += 10 * length_penalty * cosines / 4 / len(several)
-    return total / len(truths)
+        return total
+
+    return [score(candidate, several) for candidate, several in zip(candidates, truths, strict=True)]
 
 
 def _clipped_cosine(said: dict, truth: dict) -> float:

@@ -1,94 +1,155 @@
-"""Lists of samples become batches: pictures, ids, masks and labels of one length.
+"""Lists of samples become batches: pictures, ids, masks and labels of one length. Training and evaluation use the same.
 
-    samples ──► collate_conversations   images, input_ids, attention_mask, labels       padded on the right, to train
-            │                           (an encoder-decoder's labels are sequences of their own)
-            ├─► collate_questions       qformer_input_ids, qformer_attention_mask       the same, for a bridge that reads
-            ├─► collate_pairs           images, input_ids, attention_mask, who is equal to whom, wrong captions
-            └─► collate_prompts         input_ids, attention_mask                       padded on the left, to generate
-                                                                                        (on the right for an encoder)
+    samples ──► teach   images, input_ids, attention_mask, labels                     padded on the right, to learn
+            │           (an encoder-decoder's labels are sequences of their own)
+            ├─► ask     images, input_ids, attention_mask                             padded on the left, to answer
+            │                                                                         (on the right for an encoder)
+            └─► pairs   images, input_ids, attention_mask, who is equal to whom, wrong captions
+
+What a model wants besides, it says in `reads` (contract.py): views of tiled pictures with their sizes, the question for a
+bridge that reads.
 
 Legend: B batch, T text tokens, T' tokens of answers, K negatives per pair, n images in the batch.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from random import Random
 
 import torch
 from PIL import Image
-from torch import Tensor
 
-from nanovlm.data.conversation import Format, encode, find_format, two_sequences
+from nanovlm.contract import Batch, Reads
+from nanovlm.data.conversation import Format, encode, find_format, prompt, two_sequences
 from nanovlm.data.sample import IMAGE, Sample, Turn
 from nanovlm.data.transforms import Transform, load_image
 from nanovlm.errors import UserError
 from nanovlm.lm_loss import IGNORE
 from nanovlm.tokenizer import Tokenizer
 
-PAIR_LENGTH = 64  # longest text of a pair, where a stage gives no other
+PAIR_LENGTH = 64  # longest text of a pair or question of a bridge, where a stage gives no other
 
 
-def collate_conversations(
-    samples: Sequence[Sample], tokenizer: Tokenizer, format: str | Format, transform: Transform,
-    max_length: int | None, image_tokens: int, rng: Random, asks: bool = False,
-) -> dict[str, Tensor]:
-    """images (n, 3, H, W) in the order of their marks, input_ids (B, T), attention_mask (B, T), labels (B, T).
+@dataclass(frozen=True)
+class Collate:
+    """Makes the batches of one stage; max_length counts image tokens, 0 is no limit."""
 
-    image_tokens: of one view; max_length counts them. Where pictures are tiled, n counts views, and image_sizes (n', 2),
-    the height and width of each picture, says which belong together.
-    asks: also what a bridge reads that knows the question, see `collate_questions`. In a `separate` format labels are
-    (B, T'), the answers alone, and samples that name another format are in this one all the same: an encoder-decoder
-    reads no other.
-    """
-    images, rows, labels, told = [], [], [], []
-    separate = find_format(format).separate
-    for sample in samples:
+    tokenizer: Tokenizer
+    format: str | Format
+    transform: Transform
+    reads: Reads
+    max_length: int = 0
+
+    def __call__(self, samples: Sequence[Sample], rng: Random) -> Batch:
+        """What the model learns from."""
+        return self.pairs(samples, rng) if self.reads.kind == "pairs" else self.teach(samples, rng)
+
+    # ---- conversations and texts
+
+    def teach(self, samples: Sequence[Sample], rng: Random) -> Batch:
+        """images (n, 3, H, W) in the order of their marks, input_ids (B, T), attention_mask (B, T), labels (B, T).
+
+        In a `separate` format labels are (B, T'), the answers alone, and samples that name another format are in this one
+        all the same: an encoder-decoder reads no other.
+        """
+        separate, rows, labels, told = find_format(self.format).separate, [], [], []
+        for sample in samples:
+            turns = sample.turns[:rng.randint(1, len(sample.turns))] if separate and sample.turns else sample.turns
+            row, row_labels = self.encode(replace(sample, turns=turns))
+            if separate:
+                row, row_labels = two_sequences(row, row_labels, _given(turns[-1], row_labels, rng))
+            rows.append(row)
+            labels.append(row_labels)
+            told.append(replace(sample, turns=turns))
+        batch = _pad_right(rows, self.tokenizer.pad_id)
+        batch["labels"] = _pad_right(labels, IGNORE)["input_ids"]
+        return {**batch, **self.images(samples, rng), **self.questions(told)}
+
+    def encode(self, sample: Sample) -> tuple[list[int], list[int]]:
+        """Ids and labels of a conversation as this stage learns it."""
         marks = sum(turn.question.count(IMAGE) for turn in sample.turns)
         if marks != len(sample.images):
             raise UserError(f'{sample.id}: {marks} "{IMAGE}" marks in its questions but {len(sample.images)} images; '
                             "there must be one mark for each image.")
-        turns = sample.turns[:rng.randint(1, len(sample.turns))] if separate and sample.turns else sample.turns
-        layout = format if separate else sample.format or format
-        pictures = [_picture(image) for image in sample.images]
         try:
-            counts = [transform.places(picture, image_tokens) for picture in pictures]
+            counts = [self.transform.places(as_picture(image), self.reads.image_tokens) for image in sample.images]
         except UserError as error:  # too thin to be tiled
             raise UserError(f"{sample.id}: {error}") from error
-        row, row_labels = encode(turns, tokenizer, layout, max_length, counts, sample.id)
-        if separate:
-            row, row_labels = two_sequences(row, row_labels, _given(turns[-1], row_labels, rng))
-        rows.append(row)
-        labels.append(row_labels)
-        told.append(replace(sample, turns=turns))
-        images += pictures
-    batch = _pad_right(rows, tokenizer.pad_id)
-    batch["labels"] = _pad_right(labels, IGNORE)["input_ids"]
-    return {**batch, **collate_images(images, transform, rng), **(collate_questions(told, tokenizer) if asks else {})}
+        layout = self.format if find_format(self.format).separate else sample.format or self.format
+        return encode(sample.turns, self.tokenizer, layout, self.max_length or None, counts, sample.id)
 
+    def ask(self, samples: Sequence[Sample]) -> Batch:
+        """images, input_ids and attention_mask (B, T) up to where the last answer would begin: there every row ends."""
+        prompts = [prompt(sample.turns, self.tokenizer, self.format, name=sample.id) for sample in samples]
+        if find_format(self.format).separate:  # the answer begins elsewhere
+            batch = _pad_right(prompts, self.tokenizer.pad_id)
+        else:
+            turned = _pad_right([ids[::-1] for ids in prompts], self.tokenizer.pad_id)
+            batch = {name: tensor.flip(1) for name, tensor in turned.items()}
+        return {**batch, **self.images(samples), **self.questions(samples)}
 
-def collate_images(pictures: Sequence[Image.Image], transform: Transform, rng: Random | None = None) -> dict[str, Tensor]:
-    """images float32 (n, 3, H, W), n ≥ 0; tiled, all views of all pictures, and image_sizes int64 (pictures, 2)."""
-    views = [transform.views(picture, rng) for picture in pictures]
-    batch = {"images": torch.cat(views) if views else torch.zeros(0, 3, transform.size, transform.size)}
-    if transform.tiling is not None:
-        sizes = [(picture.height, picture.width) for picture in pictures]
-        batch["image_sizes"] = torch.tensor(sizes, dtype=torch.int64).view(-1, 2)
-    return batch
+    def images(self, samples: Sequence[Sample], rng: Random | None = None) -> Batch:
+        """images float32 (n, 3, H, W), n ≥ 0; tiled, all views of all pictures, and image_sizes int64 (pictures, 2)."""
+        pictures = [as_picture(image) for sample in samples for image in sample.images]
+        views = [self.transform.views(picture, rng) for picture in pictures]
+        size = self.transform.size
+        batch = {"images": torch.cat(views) if views else torch.zeros(0, 3, size, size)}
+        if self.reads.tiling is not None:
+            sizes = [(picture.height, picture.width) for picture in pictures]
+            batch["image_sizes"] = torch.tensor(sizes, dtype=torch.int64).view(-1, 2)
+        return batch
 
+    def questions(self, samples: Sequence[Sample]) -> Batch:
+        """For a bridge that reads: qformer_input_ids and qformer_attention_mask (B, T_q), "<s> question </s>".
 
-def collate_questions(samples: Sequence[Sample], tokenizer: Tokenizer) -> dict[str, Tensor]:
-    """qformer_input_ids and qformer_attention_mask (B, T_q): "<s> question </s>", padded on the right.
+        There is one bridge output for a whole conversation, so it reads all of its questions, one after the other; of too
+        many the last ones, which are answered next. In an exam nothing follows the question that is to be answered.
+        """
+        if not self.reads.question:
+            return {}
+        rows = []
+        for sample in samples:
+            asked = " ".join(turn.question.replace(IMAGE, "").strip() for turn in sample.turns)
+            rows.append([self.tokenizer.bos_id, *self.tokenizer.encode(asked)[2 - PAIR_LENGTH:], self.tokenizer.eos_id])
+        return {f"qformer_{name}": tensor for name, tensor in _pad_right(rows, self.tokenizer.pad_id).items()}
 
-    There is one bridge output for a whole conversation, so it reads all of its questions, one after the other; of too
-    many the last ones, which are answered next. In an exam nothing follows the question that is to be answered.
-    """
-    rows = []
-    for sample in samples:
-        asked = " ".join(turn.question.replace(IMAGE, "").strip() for turn in sample.turns)
-        rows.append([tokenizer.bos_id, *tokenizer.encode(asked)[2 - PAIR_LENGTH:], tokenizer.eos_id])
-    return {f"qformer_{name}": tensor for name, tensor in _pad_right(rows, tokenizer.pad_id).items()}
+    # ---- pairs
+
+    def pairs(self, samples: Sequence[Sample], rng: Random) -> Batch:
+        """One image and one text each, "<s> caption </s>", for contrastive learning; captions and negatives share T.
+
+        text_group, image_group: int64 (B,), equal where the texts or the images are, which are no negatives of each other.
+        Where the model wants wrong captions: negative_ids, negative_mask (B, K, T), as many for each image as all have.
+        """
+        for sample in samples:
+            if len(sample.images) != 1 or not sample.caption.strip():
+                raise UserError(f"{sample.id}: a pair needs one image and a caption.")
+        B, K = len(samples), min(len(sample.negatives) for sample in samples) * self.reads.wrong_captions
+        captions = [sample.caption for sample in samples]
+        wrong = [text for sample in samples for text in rng.sample(sample.negatives, K)]
+        texts = self.texts(captions + wrong)  # (B + B * K, T)
+        pictures = [as_picture(sample.images[0]) for sample in samples]
+        batch = {
+            "images": torch.stack([self.transform(picture, rng) for picture in pictures]),
+            "text_group": torch.tensor([_number(text.encode()) for text in captions]),
+            "image_group": torch.tensor([_number(picture.tobytes()) for picture in pictures]),
+            **{name: tensor[:B] for name, tensor in texts.items()},
+        }
+        if K > 0:
+            batch["negative_ids"] = texts["input_ids"][B:].view(B, K, -1)
+            batch["negative_mask"] = texts["attention_mask"][B:].view(B, K, -1)
+        return batch
+
+    def texts(self, texts: Sequence[str]) -> Batch:
+        """Each text alone, "<s> text </s>": input_ids and attention_mask (B, T).
+
+        A text that is too long loses its end but keeps "</s>", where CLIP reads the sentence off.
+        """
+        rows = [[self.tokenizer.bos_id, *self.tokenizer.encode(text)] for text in texts]
+        last = (self.max_length or PAIR_LENGTH) - 1
+        return _pad_right([ids[:last] + [self.tokenizer.eos_id] for ids in rows], self.tokenizer.pad_id)
 
 
 def _given(turn: Turn, labels: Sequence[int], rng: Random) -> int:
@@ -101,61 +162,7 @@ def _given(turn: Turn, labels: Sequence[int], rng: Random) -> int:
     return rng.randint(0, learned // 2) if turn.kind == "caption" else 0
 
 
-def collate_pairs(
-    samples: Sequence[Sample], tokenizer: Tokenizer, transform: Transform, max_length: int, rng: Random,
-    with_negatives: bool = True,
-) -> dict[str, Tensor]:
-    """One image and one text each, "<s> caption </s>", for contrastive learning; captions and negatives share T.
-
-    with_negatives: also the captions that are wrong in one point, as many for each image as all have.
-    text_group, image_group: int64 (B,), equal where the texts or the images are, which are no negatives of each other.
-    """
-    for sample in samples:
-        if len(sample.images) != 1 or not sample.caption.strip():
-            raise UserError(f"{sample.id}: a pair needs one image and a caption.")
-    B, K = len(samples), min(len(sample.negatives) for sample in samples) * with_negatives
-    texts = [sample.caption for sample in samples]
-    wrong = [text for sample in samples for text in rng.sample(sample.negatives, K)]
-    ids, mask = collate_texts(texts + wrong, tokenizer, max_length)  # (B + B * K, T)
-    pictures = [_picture(sample.images[0]) for sample in samples]
-    batch = {
-        "images": torch.stack([transform(picture, rng) for picture in pictures]),
-        "input_ids": ids[:B],
-        "attention_mask": mask[:B],
-        "text_group": torch.tensor([_number(text.encode()) for text in texts]),
-        "image_group": torch.tensor([_number(picture.tobytes()) for picture in pictures]),
-    }
-    if K > 0:
-        batch["negative_ids"] = ids[B:].view(B, K, -1)
-        batch["negative_mask"] = mask[B:].view(B, K, -1)
-    return batch
-
-
-def collate_texts(texts: Sequence[str], tokenizer: Tokenizer, max_length: int) -> tuple[Tensor, Tensor]:
-    """Each text alone, as contrastive learning reads it: input_ids and attention_mask (B, T)."""
-    padded = _pad_right([pair_ids(text, tokenizer, max_length) for text in texts], tokenizer.pad_id)
-    return padded["input_ids"], padded["attention_mask"]
-
-
-def collate_prompts(prompts: Sequence[Sequence[int]], pad_id: int, separate: bool = False) -> tuple[Tensor, Tensor]:
-    """input_ids and attention_mask (B, T), padded on the left: every row ends where its answer begins.
-
-    separate: the answer begins elsewhere. Then on the right, as in training: T5 counts distances by index, and padding
-    between an image and its question would move them apart.
-    """
-    if separate:
-        return tuple(_pad_right(prompts, pad_id).values())
-    turned = _pad_right([list(reversed(ids)) for ids in prompts], pad_id)
-    return turned["input_ids"].flip(1), turned["attention_mask"].flip(1)
-
-
-def pair_ids(text: str, tokenizer: Tokenizer, max_length: int) -> list[int]:
-    """"<s> text </s>"; a text that is too long loses its end but keeps "</s>", where CLIP reads the sentence off."""
-    ids = [tokenizer.bos_id, *tokenizer.encode(text)]
-    return ids[: max_length - 1] + [tokenizer.eos_id]
-
-
-def _pad_right(rows: Sequence[Sequence[int]], value: int) -> dict[str, Tensor]:
+def _pad_right(rows: Sequence[Sequence[int]], value: int) -> Batch:
     longest = max(len(row) for row in rows)
     ids = torch.full((len(rows), longest), value, dtype=torch.int64)  # (B, T)
     mask = torch.zeros(len(rows), longest, dtype=torch.bool)  # (B, T)
@@ -165,7 +172,7 @@ def _pad_right(rows: Sequence[Sequence[int]], value: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def _picture(image: Image.Image | str | Path) -> Image.Image:
+def as_picture(image: Image.Image | str | Path) -> Image.Image:
     return image if isinstance(image, Image.Image) else load_image(image)
 
 

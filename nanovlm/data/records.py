@@ -28,7 +28,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from nanovlm.data.prompts import CAPTION, SHORT, prompted
-from nanovlm.data.sample import IMAGE, TEXTS, VIEWS, Sample, Turn
+from nanovlm.data.sample import IMAGE, TALKS, TEXTS, VIEWS, Sample, Turn
+from nanovlm.data.source import Exam, caption_exam, exam_of
 from nanovlm.data.transforms import load_image
 from nanovlm.errors import UserError
 
@@ -101,10 +102,6 @@ class Records:
             found.append(words if record.images else -words)
         return found
 
-    def references(self, sample: Sample) -> tuple[str, ...]:
-        """The captions that count as right for `sample`."""
-        return sample.references or (sample.caption,)
-
     def galleries(self, n: int = 1000) -> list[list[Sample]]:
         """Held-out pictures with a caption each, to be found again; none where a few captions are classes.
 
@@ -130,6 +127,31 @@ class Records:
             marks = sum(turn.question.count(IMAGE) for turn in turns)
             samples.append(replace(sample, turns=turns, images=sample.images[:marks]))
         return samples
+
+    def exams(self, names: Sequence[str], n: int = 0) -> list[Exam]:
+        """answers, mixture, science: an exam for each kind of question. captions, two: all captions. classes: one of `labels`."""
+        view = next((name for name in names if name in TALKS), "instruct")
+        by_kind: dict[str, list[Sample]] = {}
+        for sample in self.exam(n or 1000, view):
+            by_kind.setdefault(sample.turns[-1].kind, []).append(sample)
+        captioned, found = by_kind.pop("caption", []), []
+        if {"answers", *TALKS} & set(names):
+            found += [exam_of(kind, samples) for kind, samples in by_kind.items()]
+        if captioned and {"captions", "two"} & set(names):
+            found.append(caption_exam(captioned))
+        if captioned and "classes" in names and self.labels:
+            found.append(Exam("class", captioned, ("class",), among=self.labels))
+        return found
+
+    def notes(self, figures: dict[str, dict[str, float]]) -> list[str]:
+        said, (train, val) = [], (self.size("captions", split) for split in SPLITS)
+        if self.few:
+            said.append(f"{train} training and {val} held-out pictures are too few to judge by: the figures above may be luck.")
+        exact = figures.get("caption_exact")
+        if exact and not self.labels:
+            said.append(f"{train} pictures teach naming only so far: {exact['value']:.1%} of the held-out captions are exactly "
+                        f"right ({exact['shuffled']:.1%} with the images permuted).")
+        return said
 
     # ---- pictures
 

@@ -36,3 +36,8 @@ class Sample:
     label: str = ""
     format: str = ""  # of its conversation, where it is not the stage's
     form: str = ""  # "short": its answers are of a word or two, and in a mixture that has to be said
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """All captions that count as right."""
+        return self.references or (self.caption,)

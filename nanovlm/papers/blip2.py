@@ -34,7 +34,7 @@ the last query, where there is no prompt).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,7 @@ from torch.nn import functional as F
 from nanovlm import generation, masks
 from nanovlm.attention import KVCache
 from nanovlm.bert import WordHead
+from nanovlm.contract import Batch, Gather, Reads, alone
 from nanovlm.contrastive import contrastive_loss, positives, similarities
 from nanovlm.decoder import DecoderConfig
 from nanovlm.errors import UserError
@@ -64,13 +65,15 @@ class BLIP2Config:
     smoothing: float = 0.1  # of ITC's and ITG's targets
     eps: float = 1e-6  # of the norm behind the vision encoder
     trains: bool = True  # False: stage 1 as published for retrieval, without word head and temperature
-    asks: bool = False  # stage 2's Q-Former reads the question too, for which it needs `qformer.reads`
+    asks: bool = False  # stage 2's Q-Former reads the question too; without, it has no text half
 
 
 class BLIP2Stage1(nn.Module):
     """Image encoder and Q-Former, text half included: contrast, match, describe, retrieve."""
 
-    needs_whole_batch = True  # splitting a batch would change who is a negative
+    reads = Reads("pairs", matches=True)
+    whole_batch = True  # splitting a batch would change who is a negative
+    unheard = ()
 
     def __init__(self, config: BLIP2Config):
         super().__init__()
@@ -84,7 +87,6 @@ class BLIP2Stage1(nn.Module):
         self.text_projection = nn.Linear(D, E)
         self.match_head = nn.Linear(D, 2)
         self.temperature = nn.Parameter(torch.tensor(0.07)) if config.trains else None
-        self.gather = lambda rows: rows  # one process has the whole batch already
 
     def encode_image(self, images: Tensor) -> Tensor:
         """images (B, 3, h, w) → image tokens (B, 1 + N, D_v), normed; the norm learns, the encoder does not."""
@@ -104,33 +106,27 @@ class BLIP2Stage1(nn.Module):
             raise UserError(f"This BLIP-2 has no word head and no temperature, as published for retrieval: it scores and "
                             f"matches, but {purpose}, it needs both; take stage 1 of a BLIP-2 recipe.")
 
-    def losses(self, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-        """{"itc": …, "itm": …, "itg": …}, each (sum, count); batch as made by `collate_pairs`."""
+    def losses(self, batch: Batch, gather: Gather = alone) -> dict[str, tuple[Tensor, Tensor]]:
+        """{"itc": …, "itm": …, "itg": …}, each (sum, count); batch as made by `Collate.pairs`."""
         self.need_heads("to be trained")
         image_tokens, cache = self.encode_image(batch["images"]), KVCache()
-        ids, mask = self.pad(batch["input_ids"], batch["attention_mask"])
+        ids, mask = pad_to_longest(batch["input_ids"], batch["attention_mask"], gather)
         queries = self.qformer(image_tokens, cache=cache)  # (B, Q, D)
-        i2t, t2i = similarities(self.project_queries(queries), self.encode_text(ids, mask), self.gather)  # (B, G)
+        i2t, t2i = similarities(self.project_queries(queries), self.encode_text(ids, mask), gather)  # (B, G)
         i2t, t2i = i2t / self.temperature, t2i / self.temperature
-        right = positives(batch["text_group"], batch["image_group"], self.gather)  # (B, G)
+        right = positives(batch["text_group"], batch["image_group"], gather)  # (B, G)
+        wrong = hard_negatives(t2i, right), hard_negatives(i2t, right)  # an image and a text for each pair: (B,), places among G
         return {"itc": contrastive_loss(i2t, t2i, right, smoothing=self.config.smoothing),
-                "itm": self.itm_loss(image_tokens, ids, mask, i2t, t2i, right),
+                "itm": self.itm_loss(image_tokens, ids, mask, *wrong, gather),
                 "itg": self.itg_loss(ids, mask, cache)}
 
-    def pad(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """To the length of the longest text on any rank, so that all ranks' texts fit together."""
-        longest = int(self.gather(torch.tensor([ids.shape[1]], device=ids.device)).max())
-        missing = longest - ids.shape[1]
-        return F.pad(ids, (0, missing)), F.pad(mask, (0, missing))  # (B, longest)
-
-    def itm_loss(self, image_tokens: Tensor, ids: Tensor, mask: Tensor, i2t: Tensor, t2i: Tensor,
-                 right: Tensor) -> tuple[Tensor, Tensor]:
+    def itm_loss(self, image_tokens: Tensor, ids: Tensor, mask: Tensor, wrong_image: Tensor, wrong_text: Tensor,
+                 gather: Gather) -> tuple[Tensor, Tensor]:
         """ITM on 3 B pairs: my pair, its text with a wrong image, its image with a wrong text."""
         B = len(ids)
-        wrong_image, wrong_text = hard_negatives(t2i, right), hard_negatives(i2t, right)  # (B,), places among G
-        images = torch.cat([image_tokens, self.gather(image_tokens)[wrong_image], image_tokens])  # (3 B, N, D_v)
-        texts = torch.cat([ids, ids, self.gather(ids)[wrong_text]])  # (3 B, T)
-        text_mask = torch.cat([mask, mask, self.gather(mask)[wrong_text]])
+        images = torch.cat([image_tokens, gather(image_tokens)[wrong_image], image_tokens])  # (3 B, N, D_v)
+        texts = torch.cat([ids, ids, gather(ids)[wrong_text]])  # (3 B, T)
+        text_mask = torch.cat([mask, mask, gather(mask)[wrong_text]])
         belongs = torch.arange(3 * B, device=ids.device) < B
         return matching_loss(self.match(images, texts, text_mask), belongs.long())
 
@@ -152,21 +148,20 @@ class BLIP2Stage1(nn.Module):
     def score(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Cosine of each image's best query with each text: (B, number of texts)."""
         queries = self.project_queries(self.qformer(self.encode_image(images)))
-        return similarities(queries, self.encode_text(input_ids, attention_mask), lambda rows: rows)[0]
+        return similarities(queries, self.encode_text(input_ids, attention_mask), alone)[0]
 
-    def generate(self, images: Tensor, max_new_tokens: int, stop: Sequence[int], beams: int = 1) -> Tensor:
-        """Captions by the Q-Former alone: new token ids (B, n), beginning after [DEC]."""
+    def prefill(self, batch: Batch) -> tuple[Tensor, KVCache]:
+        """Look at pictures, then read [DEC]: logits (B, V) of a caption's first word, cache."""
         self.need_heads("to describe a picture")
-        start = torch.full((len(images), 1), self.config.decode_id, device=images.device)
+        cache, start = KVCache(), torch.full((len(batch["images"]), 1), self.config.decode_id, device=batch["images"].device)
+        self.qformer(self.encode_image(batch["images"]), cache=cache)
+        cache.extend_mask(start.new_ones(len(start), self.config.qformer.queries, dtype=torch.bool))
+        logits, cache = self.step(start, cache)
+        return logits[:, -1], cache
 
-        def prefill() -> tuple[Tensor, KVCache]:
-            cache = KVCache()
-            self.qformer(self.encode_image(images), cache=cache)
-            cache.extend_mask(start.new_ones(len(start), self.config.qformer.queries, dtype=torch.bool))
-            logits, cache = self.step(start, cache)
-            return logits[:, -1], cache
-
-        return generation.generate(prefill, self.step, max_new_tokens, stop, beams=beams)
+    def generate(self, batch: Batch, room: int, stop: Sequence[int], **how) -> Tensor:
+        """Captions by the Q-Former alone: new token ids (B, n), beginning after [DEC]."""
+        return generation.generate(lambda: self.prefill(batch), self.step, room, stop, **how)
 
     def step(self, ids: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
         """Read further words (B, T) behind the queries and words of the cache: logits (B, T, V) and the cache."""
@@ -177,6 +172,13 @@ class BLIP2Stage1(nn.Module):
         return self.word_head.logits(states, self.qformer.embeddings.words), cache
 
 
+def pad_to_longest(ids: Tensor, mask: Tensor, gather: Gather) -> tuple[Tensor, Tensor]:
+    """To the length of the longest text on any rank, so that all ranks' texts fit together."""
+    longest = int(gather(torch.tensor([ids.shape[1]], device=ids.device)).max())
+    missing = longest - ids.shape[1]
+    return F.pad(ids, (0, missing)), F.pad(mask, (0, missing))  # (B, longest)
+
+
 class BLIP2(nn.Module):
     """Stage 2: one picture before each text, and a frozen language model that goes on from both.
 
@@ -184,16 +186,18 @@ class BLIP2(nn.Module):
     question that the Q-Former reads beside the picture, in its own words and between its own [CLS] and [SEP].
     """
 
+    whole_batch = False
+
     def __init__(self, config: BLIP2Config):
         super().__init__()
         self.config = config
+        self.reads = Reads("conversations", question=config.asks)
         self.vision = ViT(config.vision)
         self.vision_norm = nn.LayerNorm(config.vision.width, config.eps)
-        self.qformer = QFormer(config.qformer)
-        self.asks = config.asks
+        self.qformer = QFormer(replace(config.qformer, reads=config.asks))
         last = f"qformer.layers.{config.qformer.text.layers - 1}"
         # only the queries are heard: what the last layer makes of the question plays no part in anything
-        self.idle = (f"{last}.feedforward", f"{last}.residual2") if self.asks else ()
+        self.unheard = (f"{last}.feedforward", f"{last}.residual2") if config.asks else ()
         self.projection = nn.Linear(config.qformer.text.width, config.language.width)
         self.language = build(config.language)
 
@@ -205,11 +209,11 @@ class BLIP2(nn.Module):
                      qformer_attention_mask: Tensor | None = None) -> Tensor:
         """images (B, 3, h, w) → (B, Q, D_lm), what the language model reads in place of the picture."""
         image_tokens, ids, mask = self.encode_image(images), qformer_input_ids, qformer_attention_mask
-        if self.asks != (ids is not None) or (ids is None) != (mask is None):
+        if self.config.asks != (ids is not None) or (ids is None) != (mask is None):
             raise UserError("The Q-Former of this BLIP-2 reads the question too: give qformer_input_ids and "
-                            "qformer_attention_mask." if self.asks else "The Q-Former of this BLIP-2 reads no question: "
+                            "qformer_attention_mask." if self.config.asks else "The Q-Former of this BLIP-2 reads no question: "
                             "leave out qformer_input_ids and qformer_attention_mask.")
-        if not self.asks:
+        if not self.config.asks:
             return self.projection(self.qformer(image_tokens))
         Q = self.config.qformer.queries
         states = self.qformer(image_tokens, ids, masks.bidirectional(Q, mask))  # (B, Q + T_q, D)
@@ -246,44 +250,27 @@ class BLIP2(nn.Module):
         loss = None if labels is None else mean_loss({"lm": lm_loss(hidden, self.language.head_weight, learned)})
         return Output(self.language.logits(hidden), loss)
 
-    def losses(self, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-        """{"lm": (sum over what is to be said, their number)}; batch as made by `collate_conversations`."""
-        prefix = self.image_prefix(batch["images"], batch.get("qformer_input_ids"), batch.get("qformer_attention_mask"))
-        hidden, learned = self.read(prefix, batch["input_ids"], batch["attention_mask"], batch["labels"])
+    def losses(self, batch: Batch, gather: Gather = alone) -> dict[str, tuple[Tensor, Tensor]]:
+        """{"lm": (sum over what is to be said, their number)}; batch as made by `Collate.teach`."""
+        hidden, learned = self.read(self.prefix_of(batch), batch["input_ids"], batch["attention_mask"], batch["labels"])
         return {"lm": lm_loss(hidden, self.language.head_weight, learned)}
 
-    def prefill(self, prefix: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, KVCache]:
+    def prefix_of(self, batch: Batch) -> Tensor:
+        return self.image_prefix(batch["images"], batch.get("qformer_input_ids"), batch.get("qformer_attention_mask"))
+
+    def prefill(self, batch: Batch) -> tuple[Tensor, KVCache]:
         """Read prompts behind their pictures' prefixes: next-token logits (B, V), cache.
 
         A decoder's are padded on the left. T5's on the right: it counts distances by index, padding or not, and what
         stands between a picture and its question would move them apart.
         """
-        embeddings, mask = self.prepend(prefix, input_ids, attention_mask)
+        embeddings, mask = self.prepend(self.prefix_of(batch), batch["input_ids"], batch["attention_mask"])
         return self.language.prefill(mask, inputs_embeds=embeddings)
 
     def step(self, ids: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
         """Read further words (B, T): logits (B, T, V) and the cache."""
         return self.language.step(ids, cache)
 
-    def generate(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int,
-                 stop: Sequence[int], beams: int = 1, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
-                 generator: torch.Generator | None = None, qformer_input_ids: Tensor | None = None,
-                 qformer_attention_mask: Tensor | None = None) -> Tensor:
+    def generate(self, batch: Batch, room: int, stop: Sequence[int], **how) -> Tensor:
         """New token ids only, int64 (B, n)."""
-        def prefill() -> tuple[Tensor, KVCache]:
-            prefix = self.image_prefix(images, qformer_input_ids, qformer_attention_mask)
-            return self.prefill(prefix, input_ids, attention_mask)
-
-        return generation.generate(prefill, self.step, max_new_tokens, stop, beams=beams, temperature=temperature,
-                                   top_k=top_k, top_p=top_p, generator=generator)
-
-    @torch.no_grad()
-    def score(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor,
-              candidates: Sequence[Sequence[int]] | None = None, qformer_input_ids: Tensor | None = None,
-              qformer_attention_mask: Tensor | None = None) -> Tensor:
-        """log p of each candidate answer after each prompt → (B, number of candidates)."""
-        if candidates is None:
-            raise UserError("BLIP-2 on a language model ranks answers, so give candidates; how well a picture and a text "
-                            "fit is asked of stage 1: a recipe's stage1, or a Blip2ForImageTextRetrieval checkpoint.")
-        prefix = self.image_prefix(images, qformer_input_ids, qformer_attention_mask)
-        return generation.score_candidates(lambda: self.prefill(prefix, input_ids, attention_mask), self.step, candidates)
+        return generation.generate(lambda: self.prefill(batch), self.step, room, stop, **how)

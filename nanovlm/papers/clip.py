@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nanovlm.contract import Batch, Gather, Reads, alone
 from nanovlm.contrastive import contrastive_loss, positives, similarities
 from nanovlm.decoder import Decoder, DecoderConfig
 from nanovlm.vit import ViT, ViTConfig
@@ -33,8 +34,9 @@ class CLIPConfig:
 
 
 class CLIP(nn.Module):
-    reads_negatives = True  # captions with one fact wrong, where the data have them
-    needs_whole_batch = True  # splitting a batch would change who is a negative
+    reads = Reads("pairs", wrong_captions=True)
+    whole_batch = True
+    unheard = ()
 
     def __init__(self, config: CLIPConfig):
         super().__init__()
@@ -44,7 +46,6 @@ class CLIP(nn.Module):
         self.image_projection = nn.Linear(config.vision.width, config.embedding, bias=False)
         self.text_projection = nn.Linear(config.text.width, config.embedding, bias=False)
         self.temperature = nn.Parameter(torch.tensor(0.07))
-        self.gather = lambda rows: rows  # one process has the whole batch already
 
     def encode_image(self, images: Tensor) -> Tensor:
         """images (B, 3, h, w) → unit vectors (B, E)."""
@@ -58,8 +59,8 @@ class CLIP(nn.Module):
         sentence = hidden[torch.arange(len(hidden), device=hidden.device), last]
         return F.normalize(self.text_projection(sentence), dim=-1)
 
-    def losses(self, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-        """{"itc": (sum over pairs, pairs)}; batch as made by `collate_pairs`."""
+    def losses(self, batch: Batch, gather: Gather = alone) -> dict[str, tuple[Tensor, Tensor]]:
+        """{"itc": (sum over pairs, pairs)}; batch as made by `Collate.pairs`."""
         image = self.encode_image(batch["images"])
         text = self.encode_text(batch["input_ids"], batch["attention_mask"])
         temperature = self.temperature.clamp(min=0.01)
@@ -68,8 +69,8 @@ class CLIP(nn.Module):
             B, K, T = batch["negative_ids"].shape
             flat = self.encode_text(batch["negative_ids"].view(B * K, T), batch["negative_mask"].view(B * K, T))
             negatives = torch.einsum("be,bke->bk", image, flat.view(B, K, -1)) / temperature  # (B, K)
-        image_to_text, text_to_image = similarities(image, text, self.gather)  # (B, G)
-        right = positives(batch["text_group"], batch["image_group"], self.gather)  # (B, G)
+        image_to_text, text_to_image = similarities(image, text, gather)  # (B, G)
+        right = positives(batch["text_group"], batch["image_group"], gather)  # (B, G)
         loss = contrastive_loss(image_to_text / temperature, text_to_image / temperature, right, negatives)
         return {"itc": loss}
 

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from nanovlm import generation
+from nanovlm.attention import KVCache
+from nanovlm.contract import Batch, Gather, Reads, alone
 from nanovlm.decoder import Decoder, DecoderConfig
 from nanovlm.lm_loss import Output, lm_loss, mean_loss
 from nanovlm.t5 import T5, T5Config
@@ -26,6 +28,10 @@ def build(config: DecoderConfig | T5Config) -> Decoder | T5:
 
 
 class LanguageModel(nn.Module):
+    reads = Reads("texts")
+    whole_batch = False
+    unheard = ()
+
     def __init__(self, config: DecoderConfig | T5Config):
         super().__init__()
         self.language = build(config)
@@ -39,18 +45,19 @@ class LanguageModel(nn.Module):
         loss = None if labels is None else mean_loss({"lm": lm_loss(hidden, self.language.head_weight, learned)})
         return Output(self.language.logits(hidden), loss)
 
-    def losses(self, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-        """{"lm": (sum over the learned tokens, their number)}; batch as made by `collate_conversations`."""
+    def losses(self, batch: Batch, gather: Gather = alone) -> dict[str, tuple[Tensor, Tensor]]:
+        """{"lm": (sum over the learned tokens, their number)}; batch as made by `Collate.teach`."""
         hidden, learned = self.language.read(batch["attention_mask"], batch["labels"], batch["input_ids"])
         return {"lm": lm_loss(hidden, self.language.head_weight, learned)}
 
-    def generate(self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int, stop: Sequence[int],
-                 beams: int = 1) -> Tensor:
-        """Prompts (B, S), padded on the left (T5: on either side) → new token ids (B, n)."""
-        return generation.generate(lambda: self.language.prefill(attention_mask, input_ids), self.language.step,
-                                   max_new_tokens, stop, beams=beams)
+    def prefill(self, batch: Batch) -> tuple[Tensor, KVCache]:
+        """Read prompts (B, S), padded on the left (T5: on either side): next-token logits (B, V), cache."""
+        return self.language.prefill(batch["attention_mask"], batch["input_ids"])
 
-    def score(self, input_ids: Tensor, attention_mask: Tensor, candidates: Sequence[Sequence[int]]) -> Tensor:
-        """log p of each candidate after each prompt, as what the answer begins with → (B, number of candidates)."""
-        return generation.score_candidates(lambda: self.language.prefill(attention_mask, input_ids), self.language.step,
-                                           candidates)
+    def step(self, ids: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
+        """Read further ids (B, T): logits (B, T, V) and the cache."""
+        return self.language.step(ids, cache)
+
+    def generate(self, batch: Batch, room: int, stop: Sequence[int], **how) -> Tensor:
+        """New token ids only, int64 (B, n)."""
+        return generation.generate(lambda: self.prefill(batch), self.step, room, stop, **how)

@@ -15,7 +15,7 @@
 A conversation may hold any number of images, or none. They come in one tensor, in the order of their <image> marks
 through the batch. Training pads on the right, generation on the left, so that the next token always stands last.
 
-Legend: B conversations, T ids, n images in the batch, N image tokens each, K all of them, L spliced length, D the LM's width.
+Legend: B conversations, T ids, n images in the batch, N image tokens each, L spliced length, D the LM's width.
 Differs from the released code in: the sequence is not cut at a maximal length here, where it could cut through an
 image; the data side does that (`data/conversation.py`). A batch without images sends zero images through the projector
 (the released code a black one, whose tokens it then drops), so that every rank has a gradient for it.
@@ -26,8 +26,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from nanovlm import generation
+from nanovlm.attention import KVCache
+from nanovlm.contract import Batch, Gather, Reads, alone
 from nanovlm.decoder import Decoder, DecoderConfig
 from nanovlm.errors import UserError
 from nanovlm.lm_loss import IGNORE, Output, lm_loss, mean_loss
@@ -47,22 +50,17 @@ class LLaVAConfig:
 
 
 class LLaVA(nn.Module):
+    whole_batch = False
+    unheard = ()
+
     def __init__(self, config: LLaVAConfig):
         super().__init__()
         self.config = config
+        self.reads = Reads("conversations", image_tokens=config.vision.grid ** 2, tiling=config.tiling)
         self.vision = ViT(config.vision)
         self.projector = Projector(config.vision.width, config.language.width, config.projector_layers)
         self.language = Decoder(config.language)
         self.tiles = Tiles(config.tiling, config.language.width) if config.tiling else None
-
-    @property
-    def image_tokens(self) -> int:
-        """N: how many places of the sequence one image takes, or each view of it (see tiling.py)."""
-        return self.config.vision.grid ** 2
-
-    @property
-    def tiling(self) -> Tiling | None:
-        return self.config.tiling
 
     def encode_image(self, images: Tensor) -> Tensor:
         """images (n, 3, h, w) → Z_v (n, N, D_v). The features before the last block serve best (§4.1, Table 8)."""
@@ -89,33 +87,23 @@ class LLaVA(nn.Module):
         labels (B, L), −100 on image tokens and padding. pad: the side that is filled up.
         """
         is_image = (input_ids == self.config.image_token_id) & attention_mask  # (B, T)
-        prefix = self.image_prefix(images, image_sizes)
-        visual = prefix.flatten(0, 1) if self.tiles is None else torch.cat(prefix)  # (K, D)
-        counts = torch.tensor([len(tokens) for tokens in prefix if len(tokens)], dtype=torch.int64, device=visual.device)
-        if is_image.sum() != len(counts):
-            raise ValueError(f"the batch has {int(is_image.sum())} <image> marks but {len(counts)} images")
+        pictures = self.image_prefix(images, image_sizes)  # n of (N, D)
         words = self.language.embedding(input_ids.masked_fill(is_image, 0))  # (B, T, D)
-        # each id takes 1 place, an <image> N, padding none; its first place is the sum of what stands before
-        takes = attention_mask.long().masked_scatter(is_image, counts)  # (B, T)
-        lengths = takes.sum(dim=1)  # (B,)
-        L = int(lengths.max())
-        start = takes.cumsum(dim=1) - takes  # (B, T)
-        if pad == "left":
-            start = start + (L - lengths)[:, None]
-        rows = torch.arange(len(input_ids), device=input_ids.device)[:, None].expand_as(start)
-        word = attention_mask & ~is_image
-        within = torch.arange(len(visual), device=start.device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-        places = start[is_image].repeat_interleave(counts) + within  # (K,): image after image
-        embeddings = words.new_zeros(len(input_ids), L, words.shape[-1])
-        embeddings = embeddings.index_put((rows[word], start[word]), words[word])
-        embeddings = embeddings.index_put((rows[is_image].repeat_interleave(counts), places), visual.to(words.dtype))
-        column = torch.arange(L, device=start.device)[None, :]
-        first = (L - lengths)[:, None] if pad == "left" else torch.zeros_like(lengths)[:, None]
-        mask = (column >= first) & (column < first + lengths[:, None])  # (B, L)
-        if labels is not None:
-            spliced = labels.new_full((len(input_ids), L), IGNORE)
-            labels = spliced.index_put((rows[word], start[word]), labels[word])
-        return embeddings, mask, labels
+        if len(images) == 0:  # a zero through which every part has a gradient, on this rank too
+            words = words + (pictures if self.tiles is None else pictures[0]).sum()
+            pictures = ()
+        if is_image.sum() != len(pictures):
+            raise ValueError(f"the batch has {int(is_image.sum())} <image> marks but {len(pictures)} images")
+        rows, learned, waiting = [], [], iter(pictures)
+        for b, real in enumerate(attention_mask):
+            marks = is_image[b, real].nonzero()[:, 0].tolist()
+            own = [next(waiting).to(words.dtype) for _ in marks]
+            rows.append(put_in(words[b, real], marks, own))  # (L_b, D)
+            if labels is not None:
+                learned.append(put_in(labels[b, real], marks, [labels.new_full((len(p),), IGNORE) for p in own]))
+        mask = [attention_mask.new_ones(len(row)) for row in rows]
+        return (pad_sequence(rows, batch_first=True, padding_side=pad), pad_sequence(mask, batch_first=True, padding_side=pad),
+                pad_sequence(learned, True, IGNORE, pad) if learned else None)
 
     def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None,
                 pad: str = "right", maps: list | None = None, image_sizes: Tensor | None = None) -> Output:
@@ -128,29 +116,32 @@ class LLaVA(nn.Module):
         loss = None if labels is None else mean_loss({"lm": lm_loss(hidden, self.language.head_weight, labels)})
         return Output(self.language.logits(hidden), loss)
 
-    def losses(self, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-        """{"lm": (sum over the assistant's tokens, their number)}; batch as made by `collate_conversations`."""
+    def losses(self, batch: Batch, gather: Gather = alone) -> dict[str, tuple[Tensor, Tensor]]:
+        """{"lm": (sum over the assistant's tokens, their number)}; batch as made by `Collate.teach`."""
         embeddings, mask, labels = self.splice(batch["input_ids"], batch["attention_mask"], batch["images"],
                                                batch["labels"], image_sizes=batch.get("image_sizes"))
         hidden = self.language(inputs_embeds=embeddings, attention_mask=mask)
         return {"lm": lm_loss(hidden, self.language.head_weight, labels)}  # Eq. 3
 
-    def prefill(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor,
-                image_sizes: Tensor | None = None) -> tuple[Tensor, object]:
+    def prefill(self, batch: Batch) -> tuple[Tensor, KVCache]:
         """Read prompts with their images, whichever side the ids are padded on: next-token logits (B, V), cache."""
-        embeddings, mask, _ = self.splice(input_ids, attention_mask, images, pad="left", image_sizes=image_sizes)
+        embeddings, mask, _ = self.splice(batch["input_ids"], batch["attention_mask"], batch["images"], pad="left",
+                                          image_sizes=batch.get("image_sizes"))
         return self.language.prefill(mask, inputs_embeds=embeddings)
 
-    def generate(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int,
-                 stop: Sequence[int], beams: int = 1, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
-                 generator: torch.Generator | None = None, image_sizes: Tensor | None = None) -> Tensor:
-        """New token ids only, int64 (B, n)."""
-        return generation.generate(lambda: self.prefill(images, input_ids, attention_mask, image_sizes),
-                                   self.language.step, max_new_tokens, stop, beams=beams, temperature=temperature,
-                                   top_k=top_k, top_p=top_p, generator=generator)
+    def step(self, ids: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
+        """Read further ids (B, T): logits (B, T, V) and the cache."""
+        return self.language.step(ids, cache)
 
-    def score(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor,
-              candidates: Sequence[Sequence[int]], image_sizes: Tensor | None = None) -> Tensor:
-        """log p of each candidate answer after each prompt → (B, number of candidates)."""
-        return generation.score_candidates(lambda: self.prefill(images, input_ids, attention_mask, image_sizes),
-                                           self.language.step, candidates)
+    def generate(self, batch: Batch, room: int, stop: Sequence[int], **how) -> Tensor:
+        """New token ids only, int64 (B, n)."""
+        return generation.generate(lambda: self.prefill(batch), self.step, room, stop, **how)
+
+
+def put_in(row: Tensor, places: Sequence[int], pieces: Sequence[Tensor]) -> Tensor:
+    """row (T, …) with piece i, (N_i, …), where its entry places[i] stood → (T − n + Σ N_i, …)."""
+    parts, start = [], 0
+    for place, piece in zip(places, pieces, strict=True):
+        parts += [row[start:place], piece]
+        start = place + 1
+    return torch.cat([*parts, row[start:]])

@@ -1,14 +1,19 @@
-"""All recipes by name: `names()` lists them, `get(name)` gives one, `build(name)` the model of one of its stages."""
+"""All recipes by name: `names()` lists them, `get(name)` gives one, `build(name)` the model of one of its stages.
+
+`python -c "from nanovlm import recipes; print(recipes.table())"` prints all of them side by side.
+"""
 
 import torch
 from torch import nn
 
 from nanovlm.errors import UserError
-from nanovlm.recipes import backbones, blip2, blip2_finetuning, llava, llava15
+from nanovlm.recipes import backbones, blip2, llava, llava15
 from nanovlm.recipes.stage import Recipe
 
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (
-    *backbones.RECIPES, *llava.RECIPES, *blip2.RECIPES, *blip2_finetuning.RECIPES, *llava15.RECIPES)}
+    *backbones.RECIPES, *llava.RECIPES, *blip2.RECIPES, *llava15.RECIPES)}
+
+BACKBONES = {recipe.name for recipe in backbones.RECIPES}
 
 
 def names() -> list[str]:
@@ -27,19 +32,21 @@ def build(name: str, device: torch.device | str = "meta", stage: str | None = No
     On the default device "meta" nothing is allocated: a model of any size can be looked at and counted.
     """
     with torch.device(device):
-        return get(name).build(stage_name(name, stage))
+        return get(name).build(get(name).stage(stage))
 
 
-def stage_name(name: str, stage: str | None = None) -> str:
-    """The recipe's last stage unless told, and one that it has."""
-    stages = [s.name for s in get(name).stages]
-    if stage is not None and stage not in stages:
-        raise UserError(f"Recipe {name} has no stage {stage!r}; its stages are {', '.join(stages)}.")
-    return stage or stages[-1]
-
-
-def shorter_side(recipe: Recipe) -> int:
+def shorter_side(name: str) -> int:
     """How many pixels of a picture's shorter side the model can see: with tiles those of the largest canvas."""
-    with torch.device("meta"):
-        tiling = getattr(recipe.build(recipe.stages[-1].name), "tiling", None)
-    return recipe.image_size if tiling is None else max(map(min, tiling.grids)) * tiling.side
+    tiling = build(name).reads.tiling
+    return get(name).image_size if tiling is None else max(map(min, tiling.grids)) * tiling.side
+
+
+def table() -> str:
+    """One line for each stage of each recipe: what scale changes and what it does not."""
+    lines = [f"{'recipe':<28}{'pixels':>7}{'parameters':>16}  {'stage':<10}{'steps × batch':>16}{'lr':>9}  learns"]
+    for name, recipe in RECIPES.items():
+        for stage in recipe.stages:
+            model = build(name, stage=stage.name)
+            lines.append(f"{name:<28}{recipe.image_size:>7}{sum(p.numel() for p in model.parameters()):>16,}  {stage.name:<10}"
+                         f"{f'{stage.steps:,} × {stage.batch_size:,}':>16}{stage.lr:>9.0e}  {', '.join(stage.trains)}")
+    return "\n".join(lines)

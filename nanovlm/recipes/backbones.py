@@ -10,9 +10,6 @@ All are trained on the spot, from the embedded world or from the user's own --da
 """
 
 from dataclasses import replace
-from functools import partial
-
-from torch import nn
 
 from nanovlm.decoder import clip_text, llama
 from nanovlm.papers.clip import CLIP, CLIPConfig
@@ -30,65 +27,35 @@ SMALL_VOCAB = 16384
 SMALL_VISION = clip_vit(image_size=224, patch=16, width=384, layers=12, heads=6)  # 196 image tokens
 SMALL_LANGUAGE = llama(SMALL_VOCAB, width=768, layers=12, heads=12, ffn=2048, max_positions=2048)
 
-
-def build_clip(config: CLIPConfig, stage: str) -> nn.Module:
-    return CLIP(config)
-
-
-def build_language_model(config: object, stage: str) -> nn.Module:
-    return LanguageModel(config)
-
-
 CLIP_PARTS = ("vision", "text", "image_projection", "text_projection", "temperature")
 
 CLIP_TINY = Recipe(
-    name="clip/tiny",
-    build=partial(build_clip, CLIPConfig(TINY_VISION, clip_text(TINY_VOCAB, 64, 2, 4, max_positions=64), 96)),
-    image_size=48,
+    "clip/tiny", CLIP, CLIPConfig(TINY_VISION, clip_text(TINY_VOCAB, 64, 2, 4, max_positions=64), 96), image_size=48,
     vocab=TINY_VOCAB,
-    stages=(Stage("clip", CLIP_PARTS, "pairs", steps=800, batch_size=64, lr=1e-3, weight_decay=0.05,
-                  betas=(0.9, 0.98), max_length=64,
-                  on_data=(("augment", True), ("steps", 1500), ("weight_decay", 0.1))),),
-)
+    stages=(Stage("clip", CLIP_PARTS, "pairs", steps=800, batch_size=64, lr=1e-3, weight_decay=0.05, betas=(0.9, 0.98),
+                  max_length=64, on_data={"augment": True, "steps": 1500, "weight_decay": 0.1}),))
 
 LM_TINY = Recipe(
-    name="lm/tiny",
-    build=partial(build_language_model, TINY_LANGUAGE),
-    image_size=48,
-    vocab=TINY_VOCAB,
+    "lm/tiny", LanguageModel, TINY_LANGUAGE, image_size=48, vocab=TINY_VOCAB,
     stages=(Stage("lm", ("language",), "text", format="tiny", steps=4000, batch_size=32, lr=2e-3, weight_decay=0.05,
-                  betas=(0.9, 0.98), max_length=256, on_data=(("steps", 800),)),),
-)
+                  betas=(0.9, 0.98), max_length=256, on_data={"steps": 800}),))
 
 LM_TINY_TOLD = replace(
-    LM_TINY,
-    name="lm/tiny-told",
-    stages=(replace(LM_TINY.stages[0], name="lm-told", view="told", steps=6000, accumulate=2, group=True),),
-)
+    LM_TINY, name="lm/tiny-told",
+    stages=(replace(LM_TINY.stages[0], name="lm-told", view="told", steps=6000, accumulate=2, group=True),))
 
 LM_TINY_T5 = replace(
-    LM_TINY,
-    name="lm/tiny-t5",
-    build=partial(build_language_model, TINY_T5),
-    stages=(replace(LM_TINY.stages[0], name="lm-t5", format="flan_t5"),),
-)
+    LM_TINY, name="lm/tiny-t5", config=TINY_T5,
+    stages=(replace(LM_TINY.stages[0], name="lm-t5", format="flan_t5"),))
 
 CLIP_SMALL = Recipe(
-    name="clip/small",
-    build=partial(build_clip, CLIPConfig(SMALL_VISION, clip_text(SMALL_VOCAB, 384, 6, 6), 256)),
-    image_size=224,
-    vocab=SMALL_VOCAB,
-    stages=(Stage("clip", CLIP_PARTS, "pairs", steps=50_000, batch_size=256, lr=5e-4, weight_decay=0.2,
-                  betas=(0.9, 0.98), warmup=0.04, augment=True, max_length=77),),
-)
+    "clip/small", CLIP, CLIPConfig(SMALL_VISION, clip_text(SMALL_VOCAB, 384, 6, 6), 256), image_size=224, vocab=SMALL_VOCAB,
+    stages=(Stage("clip", CLIP_PARTS, "pairs", steps=50_000, batch_size=256, lr=5e-4, weight_decay=0.2, betas=(0.9, 0.98),
+                  warmup=0.04, augment=True, max_length=77),))
 
 LM_SMALL = Recipe(
-    name="lm/small",
-    build=partial(build_language_model, SMALL_LANGUAGE),
-    image_size=224,
-    vocab=SMALL_VOCAB,
+    "lm/small", LanguageModel, SMALL_LANGUAGE, image_size=224, vocab=SMALL_VOCAB,
     stages=(Stage("lm", ("language",), "text", format="v1", steps=50_000, batch_size=64, lr=6e-4, weight_decay=0.1,
-                  betas=(0.9, 0.95), min_lr=0.1, max_length=1024),),
-)
+                  betas=(0.9, 0.95), min_lr=0.1, max_length=1024),))
 
 RECIPES = (CLIP_TINY, LM_TINY, LM_TINY_TOLD, LM_TINY_T5, CLIP_SMALL, LM_SMALL)

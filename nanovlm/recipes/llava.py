@@ -10,9 +10,6 @@ Hyper-parameters of the published ones: LLaVA §5 and App. C (batch 128 then 32,
 """
 
 from dataclasses import replace
-from functools import partial
-
-from torch import nn
 
 from nanovlm.decoder import VICUNA_7B, VICUNA_13B, DecoderConfig
 from nanovlm.papers.llava import LLaVA, LLaVAConfig
@@ -23,63 +20,36 @@ from nanovlm.vit import CLIP_L_14
 
 JUDGED = ("answers", "captions", "classes")
 IMAGE_ID = Tokenizer.SPECIALS.index("<image>")
-
-
-def build_llava(config: LLaVAConfig, checkpointing: bool, stage: str) -> nn.Module:
-    model = LLaVA(config)
-    model.language.checkpointing = checkpointing
-    return model
-
-
-TINY_CONFIG = LLaVAConfig(backbones.TINY_VISION, backbones.TINY_LANGUAGE, IMAGE_ID)
+BOTH = ("projector", "language")
 
 TINY = Recipe(
-    name="llava/tiny",
-    build=partial(build_llava, TINY_CONFIG, False),
-    image_size=48,
+    "llava/tiny", LLaVA, LLaVAConfig(backbones.TINY_VISION, backbones.TINY_LANGUAGE, IMAGE_ID), image_size=48,
     vocab=backbones.TINY_VOCAB,
     stages=(
         Stage("align", ("projector",), "captions", format="plain", steps=100, batch_size=64, lr=1e-3, max_length=256,
-              on_data=(("augment", True),),
-              init=(("vision", "clip/tiny:vision"), ("language", "lm/tiny:language"))),
-        Stage("tune", ("projector", "language"), "instruct", format="tiny", steps=4800, batch_size=32, lr=2e-3,
-              betas=(0.9, 0.98), max_length=256, evaluate=JUDGED,
-              on_data=(("augment", True), ("steps", 2000))),
-    ),
-)
-
-SMALL_CONFIG = LLaVAConfig(backbones.SMALL_VISION, backbones.SMALL_LANGUAGE, IMAGE_ID)
+              on_data={"augment": True}, init=(("vision", "clip/tiny:vision"), ("language", "lm/tiny:language"))),
+        Stage("tune", BOTH, "instruct", format="tiny", steps=4800, batch_size=32, lr=2e-3, betas=(0.9, 0.98), max_length=256,
+              evaluate=JUDGED, on_data={"augment": True, "steps": 2000})))
 
 SMALL = Recipe(
-    name="llava/small",
-    build=partial(build_llava, SMALL_CONFIG, False),
-    image_size=224,
+    "llava/small", LLaVA, LLaVAConfig(backbones.SMALL_VISION, backbones.SMALL_LANGUAGE, IMAGE_ID), image_size=224,
     vocab=backbones.SMALL_VOCAB,
     stages=(
         Stage("align", ("projector",), "captions", format="plain", steps=5_000, batch_size=64, lr=2e-3, max_length=512,
               init=(("vision", "clip/small:vision"), ("language", "lm/small:language"))),
-        Stage("tune", ("projector", "language"), "instruct", format="v1", steps=20_000, batch_size=32, lr=2e-4,
-              max_length=1024, evaluate=JUDGED),
-    ),
-)
+        Stage("tune", BOTH, "instruct", format="v1", steps=20_000, batch_size=32, lr=2e-4, max_length=1024, evaluate=JUDGED)))
 
 
 def published(name: str, language: DecoderConfig, weights: str) -> Recipe:
     """The paper's own two stages. differs: one unused id stands for <image>, as in the released code since v1.0.0."""
-    config = LLaVAConfig(CLIP_L_14, language, image_token_id=language.vocab)
     return Recipe(
-        name=name,
-        build=partial(build_llava, config, True),
-        image_size=224,
-        vocab=language.vocab,
+        name, LLaVA, LLaVAConfig(CLIP_L_14, language, image_token_id=language.vocab), image_size=224, vocab=language.vocab,
+        checkpointing=True,
         stages=(
-            Stage("align", ("projector",), "captions", format="plain", steps=4_651, batch_size=128, lr=2e-3,
-                  max_length=2048, init=(("vision", "published:openai/clip-vit-large-patch14"),
-                                         ("language", f"published:{weights}"))),
-            Stage("tune", ("projector", "language"), "instruct", format="v0", steps=14_786, batch_size=32, lr=2e-5,
-                  max_length=2048, evaluate=JUDGED),
-        ),
-    )
+            Stage("align", ("projector",), "captions", format="plain", steps=4_651, batch_size=128, lr=2e-3, max_length=2048,
+                  init=(("vision", "published:openai/clip-vit-large-patch14"), ("language", f"published:{weights}"))),
+            Stage("tune", BOTH, "instruct", format="v0", steps=14_786, batch_size=32, lr=2e-5, max_length=2048,
+                  evaluate=JUDGED)))
 
 
 def science(base: Recipe, stage: Stage) -> Recipe:
@@ -88,10 +58,10 @@ def science(base: Recipe, stage: Stage) -> Recipe:
 
 
 # 12 epochs of 12,726 questions (App. C); learning rate and batch from the released script, as the paper gives none
-SCIENCE = Stage("science", ("projector", "language"), "science", format="v0", steps=1_193, batch_size=128, lr=2e-5,
-                max_length=2048, evaluate=("answers",))
+SCIENCE = Stage("science", BOTH, "science", format="v0", steps=1_193, batch_size=128, lr=2e-5, max_length=2048,
+                evaluate=("science",))
 
 PUBLISHED = (published("llava/7b", VICUNA_7B, "lmsys/vicuna-7b-v1.3"),
              published("llava/13b", VICUNA_13B, "lmsys/vicuna-13b-v1.3"))
-RECIPES = (TINY, science(TINY, replace(TINY.stages[1], name="science", view="science", steps=2400, evaluate=("answers",))),
+RECIPES = (TINY, science(TINY, replace(TINY.stages[1], name="science", view="science", steps=2400, evaluate=("science",))),
            SMALL, *PUBLISHED, *(science(base, SCIENCE) for base in PUBLISHED))

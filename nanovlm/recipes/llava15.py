@@ -18,9 +18,7 @@ sequence is as long as its language model allows, 4,096 tokens, as the largest p
 """
 
 from dataclasses import replace
-from functools import partial
 
-from nanovlm.data import prompts
 from nanovlm.decoder import VICUNA_7B, VICUNA_13B, DecoderConfig
 from nanovlm.papers.llava import LLaVA, LLaVAConfig
 from nanovlm.recipes import llava
@@ -28,62 +26,39 @@ from nanovlm.recipes.stage import Recipe, Stage
 from nanovlm.tiling import hd_tiling
 from nanovlm.vit import CLIP_L_14, CLIP_L_14_336
 
-PHRASES = (*prompts.PROMPTS, " number")  # short in the tiny vocabulary
-
-
-def build_llava15(config: LLaVAConfig, checkpointing: bool, stage: str) -> LLaVA:
-    """No tiles in stage 1."""
-    return llava.build_llava(replace(config, tiling=None) if stage == "align" else config, checkpointing, stage)
-
+JUDGED = ("mixture", "captions", "classes")
 
 TINY = replace(
-    llava.TINY,
-    name="llava15/tiny",
-    build=partial(build_llava15, replace(llava.TINY_CONFIG, projector_layers=2), False),
-    phrases=PHRASES,
+    llava.TINY, name="llava15/tiny", config=replace(llava.TINY.config, projector_layers=2), forms=True,
     stages=(replace(llava.TINY.stages[0], init=(("vision", "clip/tiny:vision"), ("language", "lm/tiny-told:language"))),
-            replace(llava.TINY.stages[1], view="mixture", fit="pad", steps=4600, on_data=(("steps", 2000),))),
-)
+            replace(llava.TINY.stages[1], view="mixture", fit="pad", steps=4600, evaluate=JUDGED, on_data={"steps": 2000})))
 
 # Pictures of 96 × 96 in five views of 48: 88 image tokens. The numbers in small print are for tiles.
 # differs: goes on from llava15/tiny's stage 2, where the paper's stage 2 has tiles from its first step: questions are learned on 16
 # tokens, in less than half of the time, and what is left to learn is to read tiles.
 TINY_HD = replace(
-    TINY,
-    name="llava15/tiny-hd",
-    build=partial(build_llava15, replace(llava.TINY_CONFIG, projector_layers=2, tiling=hd_tiling(48)), False),
-    picture_size=96,
-    small_print=True,
-    stages=(replace(TINY.stages[1], name="hd", trains=("projector", "language", "tiles"), steps=1600,
-                    first=TINY.stages[1].steps * TINY.stages[1].batch_size,
-                    on_data=(("steps", 800), ("first", 0)),
-                    init=tuple((part, f"llava15/tiny:{part}") for part in ("vision", "projector", "language"))),),
-)
+    TINY, name="llava15/tiny-hd", config=replace(TINY.config, tiling=hd_tiling(48)), world={"size": 96, "small_print": True},
+    stages=(replace(TINY.stages[1], name="hd", trains=(*llava.BOTH, "tiles"), steps=1600,
+                    first=TINY.stages[1].steps * TINY.stages[1].batch_size, on_data={"steps": 800, "first": 0},
+                    init=tuple((part, f"llava15/tiny:{part}") for part in ("vision", *llava.BOTH))),))
 
 SMALL = replace(
-    llava.SMALL,
-    name="llava15/small",
-    build=partial(build_llava15, replace(llava.SMALL_CONFIG, projector_layers=2), False),
-    stages=(replace(llava.SMALL.stages[0], lr=1e-3), replace(llava.SMALL.stages[1], fit="pad")),
-)
+    llava.SMALL, name="llava15/small", config=replace(llava.SMALL.config, projector_layers=2),
+    stages=(replace(llava.SMALL.stages[0], lr=1e-3), replace(llava.SMALL.stages[1], fit="pad")))
 
 
 def published(name: str, language: DecoderConfig, weights: str, hd: bool = False) -> Recipe:
+    """No tiles in stage 1."""
     vision, eyes = (CLIP_L_14, "openai/clip-vit-large-patch14") if hd else (CLIP_L_14_336, "openai/clip-vit-large-patch14-336")
     config = LLaVAConfig(vision, replace(language, eps=1e-5), image_token_id=language.vocab, projector_layers=2,
                          tiling=hd_tiling(vision.image_size) if hd else None)
     return Recipe(
-        name=name,
-        build=partial(build_llava15, config, True),
-        image_size=vision.image_size,
-        vocab=language.vocab,
+        name, LLaVA, config, image_size=vision.image_size, vocab=language.vocab, checkpointing=True,
         stages=(
-            Stage("align", ("projector",), "captions", format="plain", steps=2_181, batch_size=256, lr=1e-3, max_length=2048,
-                  init=(("vision", f"published:{eyes}"), ("language", f"published:{weights}"))),
-            Stage("tune", ("projector", "language", *["tiles"] * hd), "mixture", format="v1", steps=5_198, batch_size=128,
-                  lr=2e-5, fit="pad", group=True, max_length=4096 if hd else 2048, evaluate=llava.JUDGED),
-        ),
-    )
+            Stage("align", ("projector",), "captions", sizes={"tiling": None}, format="plain", steps=2_181, batch_size=256,
+                  lr=1e-3, max_length=2048, init=(("vision", f"published:{eyes}"), ("language", f"published:{weights}"))),
+            Stage("tune", (*llava.BOTH, *["tiles"] * hd), "mixture", format="v1", steps=5_198, batch_size=128, lr=2e-5,
+                  fit="pad", group=True, max_length=4096 if hd else 2048, evaluate=JUDGED)))
 
 
 RECIPES = (TINY, TINY_HD, SMALL,

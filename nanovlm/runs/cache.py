@@ -12,13 +12,20 @@ import hashlib
 import json
 import os
 import sys
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
 import nanovlm
+from nanovlm.data.source import Source
 from nanovlm.errors import UserError
+from nanovlm.recipes.stage import as_config
 from nanovlm.runs import checkpoint
+from nanovlm.runs.setting import Job, Setting, needs
+from nanovlm.training import distributed
+from nanovlm.training.weights import State
 
 PACKAGE = Path(nanovlm.__file__).parent
 
@@ -35,30 +42,59 @@ def folder() -> Path:
     return base / "nanovlm"
 
 
-def key(parts: dict) -> str:
-    """sha256 of plain values."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+class Cache:
+    """The second store of a run: stages by the key of everything that made them."""
 
+    def __init__(self, setting: Setting):
+        self.setting = setting
+        self.keys: dict[tuple[str, str], str] = {}
 
-def read(name: str) -> dict | None:
-    """The weights under this key, or None. A broken entry counts as none: it is made anew."""
-    path = folder() / f"{name}.pt"
-    if not path.exists():
-        return None
-    try:
-        return checkpoint.load(path)["model"]
-    except (UserError, KeyError, TypeError):
-        print(f"The cached weights {path} are broken; they are trained anew.", file=sys.stderr)
-        return None
+    def read(self, job: Job) -> State | None:
+        """The weights under the job's key, or None. A broken entry counts as none: it is made anew."""
+        return distributed.from_first(self._read(self.path(job)) if distributed.rank() == 0 else None)
 
+    def _read(self, path: Path) -> State | None:
+        if not path.exists():
+            return None
+        try:
+            return checkpoint.load(path)["model"]
+        except (UserError, KeyError, TypeError):
+            print(f"The cached weights {path} are broken; they are trained anew.", file=sys.stderr)
+            return None
 
-def write(name: str, model: dict[str, torch.Tensor]) -> None:
-    """A cache that cannot be written costs time, not the run."""
-    try:
-        folder().mkdir(parents=True, exist_ok=True)
-        checkpoint.save(folder() / f"{name}.pt", {"model": model})
-    except (OSError, checkpoint.SaveFailed) as error:
-        print(f"The backbone was not cached: {error}", file=sys.stderr)
+    def write(self, job: Job, weights: State, record: dict | None = None) -> State:
+        """A cache that cannot be written costs time, not the run. Of a person's own data only the backbones are kept."""
+        if distributed.rank() == 0 and (not self.setting.real or not self.setting.final(job)):
+            try:
+                folder().mkdir(parents=True, exist_ok=True)
+                checkpoint.save(self.path(job), {"model": weights})
+            except (OSError, checkpoint.SaveFailed) as error:
+                print(f"The weights of stage {job.stage.name} were not cached: {error}", file=sys.stderr)
+        return weights
+
+    def path(self, job: Job) -> Path:
+        return folder() / f"{self.key(job)}.pt"
+
+    def key(self, job: Job) -> str:
+        """Stages behind this one play no part, so that whoever needs this one only finds it too."""
+        if job.name not in self.keys:
+            setting, stages = self.setting, job.recipe.stages
+            recipe = replace(job.recipe, stages=stages[:stages.index(job.stage) + 1])
+            models = {(stage.builds or recipe.model).__module__ for stage in recipe.stages}
+            parts = {
+                "recipe": as_config(recipe), "backbones": [self.key(other) for other in needs(job, setting)],
+                "data": self.data, "seed": setting.seed, "tokenizer": setting.tokenizer.to_dict(),
+                "source": source_text(*models, type(setting.source).__module__, type(setting.world).__module__,
+                                      "nanovlm.training.loop", "nanovlm.training.batches", "nanovlm.training.weights"),
+                "device": setting.device.type, "processes": distributed.world(),
+                "torch": ".".join(torch.__version__.split(".")[:2]),
+            }
+            self.keys[job.name] = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        return self.keys[job.name]
+
+    @cached_property
+    def data(self) -> str:
+        return data_identity(self.setting.source) if self.setting.real else "scenes"
 
 
 def source_text(*modules: str) -> str:
@@ -93,7 +129,7 @@ def _imports(path: Path) -> list[str]:
     return found
 
 
-def data_identity(source: object) -> str:
+def data_identity(source: Source) -> str:
     """sha256 of a person's train split: every text, every picture."""
     digest = hashlib.sha256(source.name.encode())
     for view in ("pairs", "instruct", "text"):

@@ -8,12 +8,110 @@
 import json
 import os
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from nanovlm.errors import UserError
+from nanovlm.runs import checkpoint
+from nanovlm.runs.cache import Cache
 from nanovlm.runs.checkpoint import TEMPORARY, saving
+from nanovlm.runs.progress import say
+from nanovlm.runs.setting import Job, Setting
+from nanovlm.tokenizer import Tokenizer
+from nanovlm.training import distributed
+from nanovlm.training.weights import State
 
 OURS = "nanovlm run"  # config.json says so: the mark by which --overwrite knows what it may delete
+
+
+class RunFolder:
+    """The first store of a run, in front of the cache: its folder. Rank 0 alone writes."""
+
+    def __init__(self, recipe: str, out: str | None = None, resume: bool = False, overwrite: bool = False):
+        self.began, self.resume = time.monotonic(), resume
+        self.before = 0.0  # seconds of the run before it was resumed
+        self.records: list[dict] = []  # of finished stages, as in summary.json
+        self.state: dict | None = None  # the checkpoint to go on from
+        self.path: Path = on_first(lambda: choose(out, recipe.removesuffix("/tiny").replace("/", "-"), resume, overwrite))
+        if resume and (self.path / "last.pt").exists():
+            self.state = checkpoint.load(self.path / "last.pt")
+            self.records, self.before = self.state["records"], self.state["seconds"]
+
+    def tokenizer(self) -> Tokenizer | None:
+        return Tokenizer.from_dict(self.state["tokenizer"]) if self.state else None
+
+    def begin(self, setting: Setting, cache: Cache | None, config: dict) -> None:
+        """Put down, or compare, what was asked for; a run that was stopped before its first checkpoint begins at the beginning."""
+        self.setting, self.cache, self.config = setting, cache, config
+        on_first(self._put_down)
+        distributed.wait()
+        if self.resume:
+            half = self.state and self.state["stage"]
+            say(f"resuming {self.path}" + (f": stage {half}, step {self.state['step']}" if half else
+                                           f" after {self.records[-1]['name']}" if self.records else " from its beginning"))
+
+    def _put_down(self) -> None:
+        if self.resume:
+            check_config(self.path, self.config)
+            checkpoint.remove_leftovers(self.path)
+            stage, step = (self.state["stage"], self.state["step"]) if self.state else (None, 0)
+            trim_metrics(self.path / "metrics.jsonl", {r["name"] for r in self.records}, stage, step)
+        write_json(self.path / "config.json", self.config)
+
+    def read(self, job: Job) -> State | None:
+        """From this folder, or if it is a backbone's from the cache."""
+        path = self.path / f"{job.stage.name}.pt"
+        if job.stage.name in {record["name"] for record in self.records}:
+            return checkpoint.load(path)
+        if self.cache is None or self.setting.final(job) or self.half_way(job):
+            return None
+        weights = self.cache.read(job)
+        if weights is not None:
+            say(f"{job.stage.name}: from the cache")
+            self._keep(job, weights, {"name": job.stage.name, "seconds": 0.0, "steps": job.stage.steps, "cached": True,
+                                      "frozen": {}, "trained": {}})
+        return weights
+
+    def write(self, job: Job, weights: State, record: dict) -> State:
+        self._keep(job, weights, record)
+        return weights if self.cache is None else self.cache.write(job, weights)
+
+    def _keep(self, job: Job, weights: State, record: dict) -> None:
+        """A stage is finished: its weights, and a last.pt that says so."""
+        self.records.append(record)
+        if distributed.rank() == 0:
+            checkpoint.save(self.path / f"{job.stage.name}.pt", weights)
+        self.state = None
+        self.save(None, 0, {})
+
+    def half_way(self, job: Job) -> dict | None:
+        """The checkpoint of the job's stage, if the run was stopped in its midst."""
+        return self.state if self.state and self.state["stage"] == job.stage.name else None
+
+    def save(self, stage: str | None, step: int, training: dict) -> None:
+        if distributed.rank() == 0:
+            checkpoint.save(self.path / "last.pt", {
+                "config": self.config, "records": self.records, "seconds": self.seconds(), "stage": stage, "step": step,
+                "tokenizer": self.setting.tokenizer.to_dict(), **training})
+
+    def seconds(self) -> float:
+        """Of the whole run, those before it was resumed too."""
+        return self.before + time.monotonic() - self.began
+
+
+def on_first(work: Callable[[], object]) -> object:
+    """What rank 0 makes of it, on all ranks; whatever is wrong with it, all ranks hear of it."""
+    outcome = None
+    if distributed.rank() == 0:
+        try:
+            outcome = work()
+        except UserError as error:
+            outcome = error
+    outcome = distributed.from_first(outcome)
+    if isinstance(outcome, UserError):
+        raise outcome
+    return outcome
 
 
 def choose(out: str | None, name: str, resume: bool, overwrite: bool) -> Path:
@@ -73,11 +171,12 @@ def write_json(path: Path, value: dict) -> None:
 
 def check_config(folder: Path, config: dict) -> None:
     """A run goes on only with the configuration it began with; the machine may differ."""
-    old = _flat(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    new = _flat(config)
-    for field in sorted(old.keys() | new.keys()):
+    old, new = (_flat(value) for value in (json.loads((folder / "config.json").read_text(encoding="utf-8")), config))
+    asked = [field for field in ("steps", "seed", "data", "on_missing") if field in new]  # what a person gave comes first
+    for field in dict.fromkeys([*asked, *sorted(old.keys() | new.keys())]):
         if not field.startswith("machine.") and old.get(field) != new.get(field):
-            raise UserError(f"--resume: {folder} was started with {field} = {old.get(field)!r}, now it is "
+            name = f"--{field.replace('_', '-')}" if field in asked else field
+            raise UserError(f"--resume: {folder} was started with {name} = {old.get(field)!r}, now it is "
                             f"{new.get(field)!r}; use the same settings, or another --out for a new run.")
 
 

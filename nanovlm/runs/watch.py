@@ -7,15 +7,18 @@
 All of it by the clock or the step, none of it with an effect on the next step.
 """
 
+import re
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from nanovlm.evaluate.pupil import Rows
 from nanovlm.plots import save_curves, save_samples
 from nanovlm.recipes.stage import Stage
 from nanovlm.runs.checkpoint import saving
@@ -28,8 +31,6 @@ from nanovlm.training.randomness import undisturbed
 LOG_STEPS = 10
 SAMPLE_SECONDS = 30.0
 SAVE_SECONDS = 60.0
-
-Rows = list[tuple[object, str, str, str]]  # picture, question, truth, prediction
 
 
 class Interrupt:
@@ -62,12 +63,12 @@ def interruptible() -> Iterator[Interrupt]:
 class Watch:
     """One stage's observer.
 
-    vocab: given where the weights are random, so that the first loss says something. save: writes last.pt. samples: asks
-    the model held-out questions; None where it cannot answer.
+    folder: where lines and pictures go, if anywhere. vocab: given where the weights are random, so that the first loss says something. save: writes last.pt. samples: asks
+    the model held-out questions.
     """
 
-    def __init__(self, model: nn.Module, stage: Stage, folder: object, device: torch.device, first: int, vocab: int | None,
-                 save: Callable[[int], None], samples: Callable[[], Rows] | None):
+    def __init__(self, model: nn.Module, stage: Stage, folder: Path | None, device: torch.device, first: int, vocab: int | None,
+                 save: Callable[[int], None], samples: Callable[[], Rows]):
         self.model, self.stage, self.folder, self.device, self.vocab = model, stage, folder, device, vocab
         self.save, self.samples, self.first = save, samples, first
         self.progress = Progress(stage.name, first, stage.steps, stage.batch_size)
@@ -75,6 +76,7 @@ class Watch:
         self.shown = 0
         self.dead: set[str] | None = None  # parameters that had no gradient at any step so far
         self.warnings: list[str] = []
+        self.said: set[str] = set()
 
     def after(self, report: Report) -> None:
         self.progress.step(report)
@@ -119,28 +121,33 @@ class Watch:
             self.note(vitals.image_warning(*losses), keep=report.step == self.stage.steps)
 
     def note(self, warning: str | None, keep: bool = True) -> None:
-        """Said at once; what is still true at the end of the stage is kept for the summary."""
-        if warning is not None:
+        """Said once, whatever its figures; what is still true at the end of the stage is kept for the summary."""
+        if warning is None:
+            return
+        if (words := re.sub(r"[\d.]+", "", warning)) not in self.said:
             warn(f"{self.stage.name}: {warning}")
-            self.warnings += [f"{self.stage.name}: {warning}"] if keep else []
+        self.said.add(words)
+        self.warnings += [f"{self.stage.name}: {warning}"] if keep else []
 
     def log(self, report: Report) -> None:
         losses = {f"loss/{name}": value for name, value in report.losses.items()}
-        append_line(self.folder / "metrics.jsonl", {
-            "stage": self.stage.name, "step": report.step, **losses, "lr": report.lr, "grad_norm": report.grad_norm,
-            "samples_per_s": round(self.stage.batch_size / report.seconds, 2)})
+        if self.folder is not None:
+            append_line(self.folder / "metrics.jsonl", {
+                "stage": self.stage.name, "step": report.step, **losses, "lr": report.lr, "grad_norm": report.grad_norm,
+                "samples_per_s": round(self.stage.batch_size / report.seconds, 2)})
 
     def show(self) -> None:
         """One sample in words, all of them and the curves as pictures."""
-        with saving(self.folder / "curves.png"):
-            save_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
-        if self.samples is None:
-            return
         with undisturbed(self.model):
             rows = self.samples()
         if rows:
             _, question, truth, prediction = rows[self.shown % len(rows)]
             self.shown += 1
             say(f"    {question!r}  truth: {truth!r}  model: {prediction!r}")
+        if self.folder is None:
+            return
+        with saving(self.folder / "curves.png"):
+            save_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
+        if rows:
             with saving(self.folder / "samples.png"):
                 save_samples(rows, self.folder / "samples.png")

@@ -15,43 +15,35 @@ of a DataLoader cannot change the order. Random crops are drawn from a generator
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from random import Random
 
 import torch
-from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from nanovlm.data.collate import PAIR_LENGTH, collate_conversations, collate_pairs
+from nanovlm.contract import Batch, Reads
+from nanovlm.data.collate import Collate
 from nanovlm.data.sample import Sample
+from nanovlm.data.source import Source
 from nanovlm.data.transforms import Transform
 from nanovlm.errors import UserError
 from nanovlm.recipes.stage import Recipe, Stage
 from nanovlm.tokenizer import SPLIT, Tokenizer
 from nanovlm.training import distributed
-from nanovlm.world.datasets import Scenes
 
 ENDLESS = 1_000_000  # a source that claims so many samples makes them up: read in order, no permutation
 
-Collate = Callable[[Sequence[Sample], Random], dict[str, Tensor]]
 
-
-def make_collate(recipe: Recipe, stage: Stage, tokenizer: Tokenizer, model: nn.Module) -> Collate:
-    """(samples, rng) → batch, as the stage's view and format ask for it."""
-    transform = Transform(recipe.image_size, fit=stage.fit, augment=stage.augment, tiling=getattr(model, "tiling", None))
-    limit = stage.max_length or None
-    if stage.pairs:
-        wrong = getattr(model, "reads_negatives", False)
-        return lambda samples, rng: collate_pairs(samples, tokenizer, transform, limit or PAIR_LENGTH, rng, wrong)
-    image_tokens, asks = getattr(model, "image_tokens", 0), getattr(model, "asks", False)
-    return lambda samples, rng: collate_conversations(samples, tokenizer, stage.format, transform, limit, image_tokens,
-                                                      rng, asks)
+def make_collate(recipe: Recipe, stage: Stage, tokenizer: Tokenizer, reads: Reads) -> Collate:
+    """What makes the stage's batches, for a model that reads so."""
+    transform = Transform(recipe.image_size, fit=stage.fit, augment=stage.augment, tiling=reads.tiling)
+    return Collate(tokenizer, stage.format, transform, reads, stage.max_length)
 
 
 class MicroBatches(Dataset):
     """Item n is this rank's micro-batch n: number n % accumulate of step n // accumulate."""
 
-    def __init__(self, source: object, stage: Stage, seed: int, collate: Collate):
+    def __init__(self, source: Source, stage: Stage, seed: int, collate: Collate):
         self.source, self.stage, self.seed, self.collate = source, stage, seed, collate
         self.rank, self.world = distributed.rank(), distributed.world()
         self.size = source.size(stage.view, "train")
@@ -69,7 +61,7 @@ class MicroBatches(Dataset):
     def __len__(self) -> int:
         return self.stage.steps * self.stage.accumulate
 
-    def __getitem__(self, n: int) -> dict[str, Tensor]:
+    def __getitem__(self, n: int) -> Batch:
         step, micro = divmod(n, self.stage.accumulate)
         mine = self.indices(step)[self.rank::self.world]
         if self.sorts:
@@ -159,7 +151,7 @@ class _Carried(Dataset):
             return error
 
 
-def stream(batches: MicroBatches, first_step: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
+def stream(batches: MicroBatches, first_step: int, device: torch.device) -> Iterator[Batch]:
     """Micro-batches from `first_step` on. On a GPU, worker processes draw and tokenise ahead of it."""
     cuda = device.type == "cuda"
     workers = max(1, min(8, (os.cpu_count() or 1) // distributed.world() - 1)) if cuda else 0
@@ -170,26 +162,3 @@ def stream(batches: MicroBatches, first_step: int, device: torch.device) -> Iter
         if isinstance(item, UserError):
             raise item
         yield item
-
-
-def world_of(recipe: Recipe, seed: int) -> Scenes:
-    """The embedded world as this recipe is to see it."""
-    return Scenes(seed, recipe.picture_size or recipe.image_size, recipe.small_print)
-
-
-class MixedText:
-    """What the language model reads when a person brings data: every second text is one of the embedded world's.
-
-    A few thousand captions teach no language.
-    """
-
-    def __init__(self, own: object, world: object):
-        self.own, self.world, self.name = own, world, own.name
-
-    def size(self, view: str, split: str) -> int:
-        return self.world.size(view, split)
-
-    def sample(self, view: str, split: str, index: int) -> Sample:
-        half, odd = divmod(index, 2)
-        own = self.own.size(view, split)
-        return self.world.sample(view, split, half) if odd or not own else self.own.sample(view, split, half % own)

@@ -19,12 +19,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from nanovlm.contract import Batch
 from nanovlm.errors import UserError
 from nanovlm.recipes.stage import Stage, within
 from nanovlm.training import distributed
 from nanovlm.training.optim import lr_at, set_lr
-
-Batch = dict[str, object]
 
 
 class TrainingFailed(Exception):
@@ -55,18 +54,18 @@ class Losses(nn.Module):
         self.model = model
 
     def forward(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
-        return self.model.losses(batch)
+        return self.model.losses(batch, distributed.all_gather)
 
 
 def freeze(model: nn.Module, trains: tuple[str, ...]) -> list[str]:
     """Everything but `trains` loses its gradient and goes to eval(); returns the trained parameters' names.
 
-    So does what a model calls `idle`, as nothing of it reaches any loss: it would be missed by DDP and the vital signs.
+    So does what a model calls `unheard`, as nothing of it reaches any loss: it would be missed by DDP and the vital signs.
     """
     model.eval()
-    idle, trained = getattr(model, "idle", ()), []
+    trained = []
     for name, parameter in model.named_parameters():
-        learns = any(within(name, part) for part in trains) and not any(within(name, part) for part in idle)
+        learns = any(within(name, part) for part in trains) and not any(within(name, part) for part in model.unheard)
         parameter.requires_grad_(learns)
         if learns:
             trained.append(name)
@@ -81,11 +80,9 @@ def freeze(model: nn.Module, trains: tuple[str, ...]) -> list[str]:
 def train_stage(model: nn.Module, stage: Stage, batches: Iterable[Batch], optimiser: torch.optim.Optimizer,
                 device: torch.device, first: int = 0) -> Iterator[Report]:
     """Steps `first`, …, stage.steps - 1; `batches` yields stage.accumulate micro-batches for each of them."""
-    if stage.accumulate > 1 and getattr(model, "needs_whole_batch", False):
+    if stage.accumulate > 1 and model.whole_batch:
         raise UserError(f"Stage {stage.name} has accumulate={stage.accumulate}, but its loss compares every pair with "
                         "the whole batch: set accumulate to 1 and, if memory is short, make batch_size smaller.")
-    if hasattr(model, "gather") and distributed.world() > 1:
-        model.gather = distributed.all_gather
     wrapped = distributed.wrap(Losses(model), device)
     trained = [p for p in model.parameters() if p.requires_grad]
     stream = iter(batches)

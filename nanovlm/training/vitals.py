@@ -57,7 +57,7 @@ def image_use(model: nn.Module, batch: dict) -> tuple[float, float] | None:
         return None
     exchanged = {**batch, "images": torch.roll(images, 1, dims=0)}
     if sizes is not None:  # views stay with their picture
-        own = images.split([model.tiling.views(tuple(size)) for size in sizes.tolist()])
+        own = images.split([model.reads.tiling.views(tuple(size)) for size in sizes.tolist()])
         exchanged |= {"images": torch.cat([own[-1], *own[:-1]]), "image_sizes": torch.roll(sizes, 1, dims=0)}
     with undisturbed(model):
         return _total(model.losses(batch)), _total(model.losses(exchanged))

@@ -9,11 +9,13 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from nanovlm import recipes
+from nanovlm.decoder import Decoder
 from nanovlm.errors import UserError
 from nanovlm.recipes.stage import Recipe, Stage, within
+from nanovlm.t5 import T5
 from nanovlm.training.randomness import seed_all
 
-PUBLISHED = "published:"
+PUBLISHED = ("published:", "published-bert:")
 
 State = dict[str, Tensor]
 
@@ -27,20 +29,23 @@ def place(origin: str) -> tuple[str, str, str]:
     """"blip2/tiny@stage1:qformer" → recipe, stage (the last one unless named), module ("": the whole model)."""
     trained, _, part = origin.partition(":")
     name, _, stage = trained.partition("@")
-    return name, recipes.stage_name(name, stage or None), part
+    return name, recipes.get(name).stage(stage or None).name, part
 
 
 def initial_model(recipe: Recipe, stage: Stage, seed: int, finished: dict[str, State]) -> nn.Module:
     """The model as the stage finds it; `finished` holds stage name → its weights."""
     seed_all(seed, recipe.name, stage.name)
-    model = recipe.build(stage.name)
+    model = recipe.build(stage)
+    for part in model.modules():
+        if isinstance(part, (Decoder, T5)):
+            part.checkpointing = recipe.checkpointing
     before = recipe.stages[:recipe.stages.index(stage)]
     if before:
         take_over(model, finished[before[-1].name])
     lacking = {name for name in model.state_dict() for module, _ in stage.init if within(name, module)}
     for module, origin in stage.init:
         if origin.startswith(PUBLISHED):
-            lacking -= load_published(model, module, origin.removeprefix(PUBLISHED))
+            lacking -= load_published(model, module, *origin.split(":", 1))
         else:
             _, source, part = place(origin)
             lacking -= load_part(model, module, finished[source], part)
@@ -74,18 +79,31 @@ def fill(model: nn.Module, module: str, weights: State) -> set[str]:
     return {f"{module}.{name}" if module else name for name in shared}
 
 
-def load_published(model: nn.Module, module: str, name: str) -> set[str]:
-    """From $NANOVLM_WEIGHTS/ORG/NAME: that module alone, or a model that has one of that name; the names as above."""
+def published_folder(module: str, name: str) -> Path:
+    """$NANOVLM_WEIGHTS/ORG/NAME"""
     home = os.environ.get("NANOVLM_WEIGHTS")
     if not home or not (Path(home) / name).is_dir():
         raise UserError(f"The published weights {name} are needed for {module}: put their folder at {name} below a "
                         f"folder of your choice and set NANOVLM_WEIGHTS to the latter (now {home or 'not set'}).")
+    return Path(home) / name
+
+
+def find_published(recipe: Recipe) -> None:
+    """All published weights that the recipe begins with are there, or a UserError: asked before anything is allocated."""
+    for stage in recipe.stages:
+        for module, origin in stage.init:
+            if origin.startswith(PUBLISHED):
+                published_folder(module, origin.split(":", 1)[1])
+
+
+def load_published(model: nn.Module, module: str, how: str, name: str) -> set[str]:
+    """That module alone, or a model that has one of that name; returns the names of what was filled."""
     # Imported here, because hub knows every paper: editing one of them must not invalidate all cached backbones.
     from nanovlm import hub
 
-    loaded = hub.load(Path(home) / name)
-    target = model.get_submodule(module)
-    if hasattr(target, "take_bert") and not hasattr(loaded, module):  # a text transformer is where it starts from
-        target.take_bert(getattr(loaded, "bert", loaded))
-        return {name for name in model.state_dict() if within(name, module)}  # what BERT lacks starts at random
-    return fill(model, module, (getattr(loaded, module, loaded) if module else loaded).state_dict())
+    loaded = hub.load(published_folder(module, name))
+    children = dict(loaded.named_children())
+    if how == "published-bert":  # what BERT lacks starts at random
+        model.get_submodule(module).take_bert(children.get("bert", loaded))
+        return {name for name in model.state_dict() if within(name, module)}
+    return fill(model, module, children.get(module, loaded).state_dict())

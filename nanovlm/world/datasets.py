@@ -54,6 +54,7 @@ from random import Random
 
 from nanovlm.data.prompts import CAPTION
 from nanovlm.data.sample import TALKS, TEXTS, VIEWS, Sample, Turn
+from nanovlm.data.source import Exam, caption_exam, exam_of
 from nanovlm.errors import UserError
 from nanovlm.world import exams, mixture, told
 from nanovlm.world.ask import DESCRIBE, conversation
@@ -85,6 +86,7 @@ class Scenes:
     """Samples are made when asked for, each from its own random numbers: nothing is stored, any index is at hand."""
 
     name = "scenes"
+    skipped = ()
 
     def __init__(self, seed: int = 0, size: int = GRID, small_print: bool = False,
                  parts: dict[str, int] | None = None):
@@ -178,9 +180,6 @@ class Scenes:
         turns = (Turn(f"<image>\n{COLOURLESS}", notes(scene, rng, colours=False), "notes"),)
         return Sample(name, images, references=captions(scene), turns=turns)
 
-    def references(self, sample: Sample) -> tuple[str, ...]:
-        return sample.references
-
     def galleries(self, n: int = 500) -> list[list[Sample]]:
         """One gallery of n held-out pictures with a caption each, all of different scenes."""
         chosen: dict[tuple, Sample] = {}  # all captions of a scene → its sample: equal captions mean the same scene
@@ -190,6 +189,21 @@ class Scenes:
             chosen.setdefault(sample.references, sample)
             index += 1
         return [list(chosen.values())]
+
+    def exams(self, names: Sequence[str], n: int = 0) -> list[Exam]:
+        """answers, mixture, science: an exam for each kind of question. captions: of any scene; two: of two objects."""
+        found: list[Exam] = []
+        view = next((name for name in names if name in TALKS), "instruct")
+        for name in names:
+            if name in ("answers", *TALKS):
+                found += [exam_of(kind, self.exam(n or 200, (kind,), view)) for kind in exams.kinds_of(view) if kind != "caption"]
+            elif name in ("captions", "two"):
+                kind = "caption" if name == "captions" else exams.TWO
+                found.append(caption_exam(self.exam(n or 200, (kind,), view)))
+        return found
+
+    def notes(self, figures: dict[str, dict[str, float]]) -> list[str]:
+        return []
 
     def exam(self, n: int = 200, kinds: Sequence[str] = (), view: str = "instruct") -> list[Sample]:
         """n samples of each kind (all of the view unless told), whose last turn is to be judged: see exams.py."""

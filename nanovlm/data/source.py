@@ -1,0 +1,56 @@
+"""What training and evaluation ask of a source of data, be it the embedded world or somebody's own files.
+
+    source.sample(view, "train", i) ──► batches ──► training
+    source.exams(names) ──────────────► [Exam, …] ──► evaluate.measure ──► figures, each beside its controls
+    source.galleries() ───────────────► pictures and texts that are to find each other
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from nanovlm.data.sample import Sample
+
+# kinds whose answers are not compared word by word, and how they are (evaluate/judges.py)
+JUDGED_BY = {"grounding": "box", "science": "letter", "science_text": "letter"}
+ROOM = {"science": 1024, "science_text": 1024}  # tokens for an answer whose letter comes last
+
+
+@dataclass(frozen=True)
+class Exam:
+    """Questions of one kind; the last turn of each sample is to be judged."""
+
+    name: str  # stands in the figure's name, vqa_accuracy/colour; "" where there is one figure only
+    samples: Sequence[Sample]
+    judges: tuple[str, ...] = ("answer",)  # see evaluate/judges.py
+    among: tuple[str, ...] = ()  # the answers to choose from; () means that any may be given
+    room: int = 64  # tokens of an answer
+
+
+def exam_of(kind: str, samples: Sequence[Sample]) -> Exam:
+    return Exam(kind, samples, (JUDGED_BY.get(kind, "answer"),), room=ROOM.get(kind, Exam.room))
+
+
+def caption_exam(samples: Sequence[Sample]) -> Exam:
+    return Exam("", samples, ("exact", "cider"))
+
+
+class Source(Protocol):
+    name: str
+    skipped: list[tuple[str, str]]  # records that were left out, and why
+
+    def texts(self) -> list[str]:
+        """What a tokenizer is trained on."""
+
+    def size(self, view: str, split: str) -> int: ...
+
+    def sample(self, view: str, split: str, index: int) -> Sample: ...
+
+    def exams(self, names: Sequence[str], n: int = 0) -> list[Exam]:
+        """What a stage is judged by (Stage.evaluate), n questions of a kind, or as many as there should be."""
+
+    def galleries(self) -> list[list[Sample]]:
+        """Lists of held-out pictures with a caption each, to be found again among their like."""
+
+    def notes(self, figures: dict[str, dict[str, float]]) -> list[str]:
+        """What a reader should know before believing the figures, in whole sentences."""

@@ -1,0 +1,108 @@
+"""A pupil: a trained model with all that is needed to ask it something, be it a question of an exam or a person's.
+
+    samples ─► Collate.ask ─► model.generate ─► ids up to what closes the answer ─► text
+                           └► model.prefill, then each candidate's likelihood ─► the best of them
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from random import Random
+
+import torch
+from torch import nn
+
+from nanovlm import generation
+from nanovlm.contract import Batch
+from nanovlm.data.collate import as_picture
+from nanovlm.data.conversation import answer_ids, stop_ids
+from nanovlm.data.sample import IMAGE, Sample
+from nanovlm.data.source import Exam, Source
+from nanovlm.recipes.stage import Recipe, Stage
+from nanovlm.tokenizer import Tokenizer
+from nanovlm.training.batches import make_collate
+from nanovlm.training.loop import to_device
+
+BATCH = 100
+Rows = list[tuple[object, str, str, str]]  # picture, question, truth, answer
+
+
+class Pupil:
+    def __init__(self, model: nn.Module, recipe: Recipe, stage: Stage, tokenizer: Tokenizer, device: torch.device | str):
+        self.model, self.stage, self.tokenizer, self.device = model.eval(), stage, tokenizer, device
+        self.collate = make_collate(recipe, replace(stage, augment=False), tokenizer, model.reads)
+        self.stop = stop_ids(stage.format, tokenizer)
+
+    def read(self, samples: Sequence[Sample]) -> Batch:
+        """What the model is given: the turns up to the last answer, and the pictures."""
+        return to_device(self.collate.ask(samples), self.device)
+
+    def answer(self, samples: Sequence[Sample], room: int = Exam.room, among: Sequence[str] = ()) -> list[str]:
+        """Answers to the last question of each sample, its turns before given: greedy, or the most likely of `among`."""
+        answers = []
+        for chunk in chunks(samples):
+            batch = self.read(chunk)
+            if among:
+                ids = [answer_ids(candidate, self.tokenizer, self.stage.format) for candidate in among]
+                scores = generation.score_candidates(lambda: self.model.prefill(batch), self.model.step, ids)  # noqa: B023
+                answers += [among[best] for best in scores.argmax(dim=1).tolist()]
+            else:
+                answers += [self.text(ids) for ids in self.model.generate(batch, room, self.stop).tolist()]
+        return answers
+
+    def text(self, ids: list[int]) -> str:
+        """The answer without what closes it."""
+        for end in range(len(ids) - len(self.stop) + 1):
+            if ids[end:end + len(self.stop)] == self.stop:
+                ids = ids[:end]
+                break
+        # A small set of texts may fill only a part of the model's vocabulary; an untrained model says the rest too.
+        return self.tokenizer.decode([i for i in ids if i < len(self.tokenizer)]).strip()
+
+    def examples(self, source: Source, n: int = 12) -> Rows:
+        """Answers to n held-out questions, spread over the kinds: rows for `plots.save_samples`."""
+        exams = source.exams(self.stage.evaluate, n)
+        samples = [sample for exam in exams for sample in exam.samples]
+        samples = [samples[i * len(samples) // n] for i in range(min(n, len(samples)))]
+        if not samples:  # before instruction tuning: what it says of a picture, of a text, or which caption it finds the best
+            size = source.size(self.stage.view, "val")
+            samples = [source.sample(self.stage.view, "val", i) for i in range(min(n, size))]
+            samples = [replace(s, turns=s.turns[:1]) for s in samples]
+        if self.model.reads.kind == "pairs":
+            return self.best_captions(samples) if samples else []
+        return [(as_picture(s.images[0]) if s.images else None, question(s), truth(s, answer), answer)
+                for s, answer in zip(samples, self.answer(samples))]
+
+    def best_captions(self, samples: Sequence[Sample]) -> Rows:
+        """For each picture the caption that the model likes best, of all captions and their false versions."""
+        texts = list(dict.fromkeys(text for s in samples for text in (s.caption, *s.negatives)))
+        batch = to_device(self.collate.images(samples) | self.collate.texts(texts), self.device)
+        scores = self.model.score(batch["images"], batch["input_ids"], batch["attention_mask"])
+        return [(as_picture(s.images[0]), f"which of {len(texts)} captions?", s.caption, texts[best])
+                for s, best in zip(samples, scores.argmax(dim=1).tolist())]
+
+
+def question(sample: Sample) -> str:
+    """What was asked, with the turn before where the question leans on one."""
+    asked = [turn.question.replace(IMAGE, "").strip() for turn in sample.turns]
+    if len(asked) == 1:
+        return asked[0]
+    return f"{asked[-2]} {sample.turns[-2].answer}. {asked[-1]}"
+
+
+def truth(sample: Sample, answer: str) -> str:
+    """The right answer; of the captions that count as right the one that was given, if it was."""
+    turn = sample.turns[-1]
+    return answer if turn.kind == "caption" and answer in sample.captions else turn.answer
+
+
+def permuted(samples: Sequence[Sample]) -> list[Sample]:
+    """The same questions with pictures that belong to other samples of the list; text-only samples stay as they are."""
+    images = [image for s in samples for image in s.images]
+    order = list(range(len(images)))
+    Random(0).shuffle(order)
+    moved = iter([images[order[(order.index(i) + 1) % len(order)]] for i in range(len(images))])
+    return [replace(s, images=tuple(next(moved) for _ in s.images)) for s in samples]
+
+
+def chunks(samples: Sequence[Sample]) -> Iterator[Sequence[Sample]]:
+    return (samples[start:start + BATCH] for start in range(0, len(samples), BATCH))

@@ -1,0 +1,119 @@
+"""What all stages of a run share: data, tokenizer, seed, device; and which stages there are, each before whoever needs it.
+
+    llava/tiny ──► jobs:  clip (clip/tiny) ──► lm (lm/tiny) ──► align ──► tune
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from nanovlm import recipes
+from nanovlm.data import formats
+from nanovlm.data.conversation import template_texts
+from nanovlm.data.prompts import PROMPTS
+from nanovlm.data.sample import TEXTS, Sample
+from nanovlm.data.source import Source
+from nanovlm.recipes.stage import Recipe, Stage, resolve
+from nanovlm.tokenizer import Tokenizer
+from nanovlm.training.weights import needed_stages
+from nanovlm.world.datasets import Scenes
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage to train, of the recipe that was asked for or of a backbone."""
+
+    recipe: Recipe
+    stage: Stage
+
+    @property
+    def name(self) -> tuple[str, str]:
+        return self.recipe.name, self.stage.name
+
+
+@dataclass
+class Setting:
+    recipe: Recipe  # as it will be run, see `resolve`
+    seed: int
+    device: torch.device
+    source: Source  # a person's own data, or the world
+    tokenizer: Tokenizer
+    steps: float | None = None
+
+    @property
+    def real(self) -> bool:
+        return self.source is not self.world
+
+    def __post_init__(self):
+        self.world = self.source if isinstance(self.source, Scenes) else world_of(self.recipe, self.seed)
+
+    def data_for(self, job: Job) -> Source:
+        """Scenes are drawn at the size that the job's recipe looks at: fine-tuning may look closer than its backbones."""
+        return self.source if self.real else world_of(job.recipe, self.seed)
+
+    def training_data_for(self, job: Job) -> Source:
+        return MixedText(self.source, self.world) if self.real and job.stage.view in TEXTS else self.data_for(job)
+
+    def job(self, recipe: str, stage: str) -> Job:
+        resolved = resolve(recipes.get(recipe), self.real, self.steps)
+        return Job(resolved, resolved.stage(stage))
+
+    def final(self, job: Job) -> bool:
+        return job.recipe.name == self.recipe.name
+
+
+def read_source(recipe: Recipe, data: str | None, on_missing: str, seed: int) -> Source:
+    if data is None:
+        return world_of(recipe, seed)
+    # pictures are kept a third larger than the model sees them: room for random crops
+    return formats.read(data, on_missing, recipes.shorter_side(recipe.name) * 4 // 3)
+
+
+def world_of(recipe: Recipe, seed: int) -> Scenes:
+    """The embedded world as this recipe is to see it."""
+    return Scenes(seed, **{"size": recipe.image_size, **recipe.world})
+
+
+def make_tokenizer(recipe: Recipe, source: Source, seed: int) -> Tokenizer:
+    """Of the data; a person's few texts are joined by the embedded world's, which the language model reads as well."""
+    texts = list(source.texts())
+    if not isinstance(source, Scenes):
+        texts += world_of(recipe, seed).texts()
+    phrases = [*template_texts(), *([*PROMPTS, " number"] if recipe.forms else [])]
+    return Tokenizer.train(texts + 1000 * phrases, recipe.vocab)
+
+
+def needs(job: Job, setting: Setting) -> list[Job]:
+    """The jobs whose weights this one starts from: the recipe's stage before it, and what its `init` names."""
+    before = job.recipe.stages[:job.recipe.stages.index(job.stage)][-1:]
+    return [Job(job.recipe, stage) for stage in before] + [setting.job(*origin) for origin in needed_stages(job.stage)]
+
+
+def plan(job: Job, setting: Setting) -> list[Job]:
+    """The job, and before it all that it needs, directly or through others."""
+    found: list[Job] = []
+    for other in needs(job, setting):
+        found += [more for more in plan(other, setting) if more not in found]
+    found.append(job)
+    names = [each.stage.name for each in found]
+    if len(set(names)) < len(names):
+        raise ValueError(f"Two stages of one run have the same name, which their checkpoints bear: {', '.join(names)}.")
+    return found
+
+
+class MixedText:
+    """What the language model reads when a person brings data: every second text is one of the embedded world's.
+
+    A few thousand captions teach no language.
+    """
+
+    def __init__(self, own: Source, world: Source):
+        self.own, self.world, self.name = own, world, own.name
+
+    def size(self, view: str, split: str) -> int:
+        return self.world.size(view, split)
+
+    def sample(self, view: str, split: str, index: int) -> Sample:
+        half, odd = divmod(index, 2)
+        own = self.own.size(view, split)
+        return self.world.sample(view, split, half) if odd or not own else self.own.sample(view, split, half % own)
