@@ -4,12 +4,11 @@
 """
 
 import argparse
-import errno
 import sys
 
 from nanovlm import recipes
 from nanovlm.errors import UserError
-from nanovlm.runs.checkpoint import SaveFailed
+from nanovlm.runs.checkpoint import NO_ROOM, SaveFailed
 from nanovlm.runs.run import Options, run
 from nanovlm.training.loop import TrainingFailed
 
@@ -76,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (TrainingFailed, SaveFailed) as error:
         return stop(1, f"{error}")
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in NO_ROOM:
             raise
         return stop(1, f"The disk is full ({error}): free some space, then go on with --resume.")
     except KeyboardInterrupt as error:

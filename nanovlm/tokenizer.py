@@ -26,13 +26,10 @@ bounds the cost of a line without spaces; a pair seen only once is not merged; b
 each as a printable character).
 """
 
-import json
-import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from itertools import pairwise
-from pathlib import Path
 
 from nanovlm.errors import UserError
 
@@ -153,7 +150,7 @@ class Tokenizer:
     def image_id(self) -> int:
         return self.token_id("<image>")
 
-    # ---- to disk and back
+    # ---- to plain values, as checkpoints hold them, and back
 
     def to_dict(self) -> dict:
         return {"specials": list(self.specials), "merges": [list(pair) for pair in self.merges]}
@@ -163,29 +160,6 @@ class Tokenizer:
         """The inverse of to_dict; `name` says in messages where `d` comes from."""
         specials, merges = _validated(d, name)
         return cls(merges, specials)
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Write beside, then rename: a reader sees the old file or the new one, never half of one."""
-        path = Path(path)
-        beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            beside.write_text(json.dumps(self.to_dict(), ensure_ascii=False) + "\n", encoding="utf-8")
-            os.replace(beside, path)
-        except OSError as error:
-            raise UserError(f"{path}: the tokenizer cannot be written ({error.strerror}).") from error
-        finally:
-            if beside.exists():
-                beside.unlink()
-
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> "Tokenizer":
-        try:
-            d = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"{path}: the tokenizer file cannot be read ({error.strerror}).") from error
-        except ValueError as error:  # broken JSON, or bytes that are not UTF-8
-            raise UserError(f"{path}: not a tokenizer file, since it is not JSON ({error}).") from error
-        return cls.from_dict(d, name=str(path))
 
 
 def _utf8(piece: str) -> bytes:

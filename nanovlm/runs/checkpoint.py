@@ -1,13 +1,13 @@
 """Checkpoints: whatever happens while one is written, a whole one is on the disk.
 
-    state ──► last.pt.tmp ──► fsync ──► rename over last.pt      a kill, a full disk or a power cut leaves the old file
+    state ──► files.replacing(last.pt)      a kill, a full disk or a power cut leaves the old file
 
 A checkpoint holds tensors and plain containers only, so it is loaded with weights_only=True: opening a stranger's file
 can run no code. It holds all that the next step depends on: weights, optimiser, step, random states. The data need no
 position of their own: the batch of step s is a function of (seed, stage, s), see batches.py.
 """
 
-import os
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 
 from nanovlm.errors import UserError
+from nanovlm.files import TEMPORARY, replacing
 
-TEMPORARY = ".tmp"
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class SaveFailed(Exception):
@@ -33,34 +34,14 @@ def saving(path: Path) -> Iterator[None]:
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
-        raise SaveFailed(f"{path} could not be written ({cause.strerror or cause}): free some space, then go on with "
+        mend = "free some space" if cause.errno in NO_ROOM else "make its folder one that can be written to"
+        raise SaveFailed(f"{path} could not be written ({cause.strerror or cause}): {mend}, then go on with "
                          "--resume; what was saved before is untouched.") from error
 
 
 def save(path: Path, state: dict) -> None:
-    """Write beside, flush to the disk, rename."""
-    path = Path(path)
-    beside = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
-    try:
-        with saving(path):
-            with open(beside, "wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, path)
-            _sync_folder(path.parent)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """The rename itself is only safe from a power cut once the folder is flushed."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    with saving(path), replacing(path) as beside, open(beside, "wb") as file:
+        torch.save(state, file)
 
 
 def load(path: Path) -> dict:

@@ -6,16 +6,17 @@
 """
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from nanovlm.errors import UserError
+from nanovlm.files import replacing
 from nanovlm.runs import checkpoint
 from nanovlm.runs.cache import Cache
-from nanovlm.runs.checkpoint import TEMPORARY, saving
+from nanovlm.runs.checkpoint import saving
 from nanovlm.runs.progress import say
 from nanovlm.runs.setting import Job, Setting
 from nanovlm.tokenizer import Tokenizer
@@ -134,9 +135,10 @@ def choose(out: str | None, name: str, resume: bool, overwrite: bool) -> Path:
         shutil.rmtree(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            return folder
     except OSError as error:
-        raise UserError(f"--out {folder} cannot be made: {error.strerror}.") from error
-    return folder
+        raise UserError(f"--out {folder} cannot be written to ({error.strerror}); name another folder.") from error
 
 
 def _by_name(runs: Path, name: str, resume: bool) -> Path:
@@ -160,13 +162,8 @@ def is_run(folder: Path) -> bool:
 
 
 def write_json(path: Path, value: dict) -> None:
-    beside = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
-    try:
-        with saving(path):
-            beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-            os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with saving(path), replacing(path) as beside:
+        beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def check_config(folder: Path, config: dict) -> None:
@@ -206,7 +203,5 @@ def trim_metrics(path: Path, done: set[str], stage: str | None, step: int) -> No
             continue
         if entry["stage"] in done or (entry["stage"] == stage and entry["step"] <= step):
             kept.append(line + "\n")
-    beside = path.with_name(path.name + TEMPORARY)
-    with saving(path):
+    with saving(path), replacing(path) as beside:
         beside.write_text("".join(kept), encoding="utf-8")
-        os.replace(beside, path)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from nanovlm.contract import Batch
 from nanovlm.errors import UserError
+from nanovlm.lm_loss import IGNORE
 from nanovlm.recipes.stage import Stage, within
 from nanovlm.training import distributed
 from nanovlm.training.optim import lr_at, set_lr
@@ -92,45 +93,45 @@ def train_stage(model: nn.Module, stage: Stage, batches: Iterable[Batch], optimi
         lr = lr_at(step, stage)
         set_lr(optimiser, lr)
         optimiser.zero_grad(set_to_none=True)
-        losses = _backward(wrapped, micro, trained, device, stage)
+        losses = _backward(wrapped, micro, device, stage)
         norm = torch.nn.utils.clip_grad_norm_(trained, stage.clip or float("inf")).item()
         _check_finite({**losses, "gradient norm": norm}, step, lr, stage, micro)  # before the weights are touched
         optimiser.step()
         yield Report(step + 1, losses, lr, norm, time.monotonic() - started, micro[-1])
 
 
-def _backward(wrapped: nn.Module, micro: list[Batch], trained: list[Tensor], device: torch.device,
-              stage: Stage) -> dict[str, float]:
+def _backward(wrapped: nn.Module, micro: list[Batch], device: torch.device, stage: Stage) -> dict[str, float]:
     """Leaves the gradient of Σ_names Σ sum / Σ count in the parameters, sums over micro-batches and ranks."""
     world = distributed.world()
-    sums, counts = {}, {}
+    sums: dict[str, Tensor] = {}
+    # of several micro-batches the labels tell the count before the first of them goes forward
+    counts = {"lm": _all_sum(sum(trained_tokens(batch) for batch in micro))} if len(micro) > 1 else {}
     for i, batch in enumerate(micro):
         last = i == len(micro) - 1
         with nullcontext() if last or world == 1 else wrapped.no_sync():
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 losses = wrapped(batch)
-            if len(micro) > 1 and len(losses) > 1:
-                raise UserError(f"Stage {stage.name} has accumulate={stage.accumulate} and the losses "
-                                f"{sorted(losses)}: they are divided by different counts, known only at the end; "
-                                "set accumulate to 1.")
-            for name, (total, count) in losses.items():
-                sums[name] = sums.get(name, 0.0) + total.detach().float()
-                counts[name] = counts.get(name, 0.0) + count.detach().float()
-            if len(micro) == 1:
-                whole = distributed.all_sum(torch.stack(list(counts.values()))).clamp(min=1)
-                # DDP takes the mean of the ranks' gradients; we want their sum.
-                loss = sum(total * (world / n) for (total, _), n in zip(losses.values(), whole, strict=True))
-            else:
-                loss = next(iter(losses.values()))[0]
+            counts = counts or {name: _all_sum(count) for name, (_, count) in losses.items()}
+            if losses.keys() != counts.keys():
+                raise UserError(f"Stage {stage.name} has accumulate={stage.accumulate} and the losses {sorted(losses)}, whose "
+                                "counts are known only when all of the batch has been seen; set accumulate to 1.")
+            # DDP takes the mean of the ranks' gradients; we want their sum.
+            loss = sum(total * (world / counts[name]) for name, (total, _) in losses.items())
             loss.backward()
-    names = list(sums)
-    totals = distributed.all_sum(torch.stack([sums[n] for n in names] + [counts[n] for n in names]))
-    total, count = totals[:len(names)], totals[len(names):].clamp(min=1)
-    if len(micro) > 1:
-        for parameter in trained:
-            if parameter.grad is not None:
-                parameter.grad.mul_(world / count[0])
-    return dict(zip(names, (total / count).tolist(), strict=True))
+        for name, (total, _) in losses.items():
+            sums[name] = sums.get(name, 0.0) + total.detach().float()
+    totals = distributed.all_sum(torch.stack(list(sums.values())))
+    return dict(zip(sums, (totals / torch.stack([counts[name] for name in sums])).tolist(), strict=True))
+
+
+def trained_tokens(batch: Batch) -> Tensor:
+    """How many tokens a language model learns to say; the first of a row is never one, as nothing stands before it."""
+    return (batch["labels"] != IGNORE).sum()
+
+
+def _all_sum(count: Tensor) -> Tensor:
+    """Over the ranks, and at least 1: a batch may have nothing to learn."""
+    return distributed.all_sum(count.float()).clamp(min=1)
 
 
 def _check_finite(values: dict[str, float], step: int, lr: float, stage: Stage, micro: list[Batch]) -> None:
