@@ -20,60 +20,62 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from experiments import seeds
-from nanovlm import evaluate, recipes
+from nanovlm import recipes
+from nanovlm.data.source import Exam
+from nanovlm.evaluate import judges
+from nanovlm.evaluate.pupil import Pupil
 from nanovlm.lm_loss import mean_loss
 from nanovlm.recipes.stage import Recipe, Stage
-from nanovlm.runs.run import Run
+from nanovlm.runs.setting import Setting
 from nanovlm.training import randomness
 from nanovlm.training.batches import MicroBatches, make_collate
-from nanovlm.training.loop import freeze
+from nanovlm.training.loop import Report, freeze
+from nanovlm.training.weights import State
 from nanovlm.world.ask import KINDS
-from nanovlm.world.datasets import Scenes
 
 RECIPE = recipes.get("blip2/tiny")
 PER_KIND = 40  # questions of each kind, at every point
 POINTS = 6
 
 
-def flops(training: Run, stage: Stage) -> int:
+def flops(setting: Setting, stage: Stage) -> int:
     """Of one step's forward and backward pass."""
-    model = RECIPE.build(stage.name)
+    model = RECIPE.build(stage)
     freeze(model, stage.trains)
-    batch = MicroBatches(training.world, stage, 0, make_collate(RECIPE, stage, training.tokenizer, model))[0]
+    batch = MicroBatches(setting.world, stage, 0, make_collate(RECIPE, stage, setting.tokenizer, model.reads))[0]
     with FlopCounterMode(display=False) as counter:
         mean_loss(model.losses(batch)).backward()
     return counter.get_total_flops()
 
 
-def curve(training: Run, seed: int, recipe: Recipe) -> list[dict]:
+def curve(setting: Setting, recipe: Recipe, finished: dict[str, State]) -> list[dict]:
     """Train the recipe's last stage and ask it POINTS times on the way."""
     stage, points = recipe.stages[-1], []
-    questions = [sample for kind in KINDS for sample in Scenes().exam(PER_KIND, (kind,))]
+    exam = Exam("", setting.world.exam(PER_KIND, KINDS))
     marks = {round(stage.steps * (i + 1) / POINTS) for i in range(POINTS)}
 
-    def ask(model: nn.Module, report: object) -> None:
+    def ask(model: nn.Module, report: Report) -> None:
         if report.step in marks:
             with randomness.undisturbed(model):
-                examinee = evaluate.Examinee(model, RECIPE, stage, training.tokenizer, seeds.CPU)
-                judged = evaluate.mean(evaluate.judge_answers(examinee, questions))
+                (judged,) = judges.measure(Pupil(model, RECIPE, stage, setting.tokenizer, seeds.CPU), exam).values()
             points.append({"step": report.step, "loss": round(report.losses["lm"], 4), **judged})
             print(f"  step {report.step}: {judged['value']:.3f} (pictures exchanged {judged['shuffled']:.3f})", flush=True)
 
-    seeds.learn(recipe, stage, training.world, seed, training.tokenizer, training.finished, ask)
+    seeds.learn(recipe, stage, setting.world, setting.seed, setting.tokenizer, finished, ask)
     return points
 
 
 def measure(seed: int, fraction: float) -> dict:
-    training = seeds.trained_before(RECIPE.name, last=1, seed=seed)
+    setting, finished = seeds.trained_before(RECIPE.name, last=1, seed=seed)
     first, second = RECIPE.stages
     second = replace(second, steps=round(second.steps * fraction))
-    cost = [flops(training, stage) for stage in (first, second)]
+    cost = [flops(setting, stage) for stage in (first, second)]
     alone = replace(second, init=(*second.init, *first.init))  # stage 1 would have brought the vision encoder
     longer = replace(alone, steps=second.steps + round(first.steps * cost[0] / cost[1]))
     curves = {}
     for name, stages in (("with", (first, second)), ("without", (alone,)), ("equal", (longer,))):
         print(f"seed {seed}, {name}: {stages[-1].steps} steps", flush=True)
-        curves[name] = curve(training, seed, replace(RECIPE, stages=stages))
+        curves[name] = curve(setting, replace(RECIPE, stages=stages), finished)
     return {"stage1_steps": first.steps, "gigaflops_a_step": [c / 1e9 for c in cost], "curves": curves}
 
 

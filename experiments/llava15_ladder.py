@@ -19,31 +19,32 @@ for, `words`: how many are not one where a word is.
 """
 
 from dataclasses import replace
-from functools import partial
 
 from torch import nn
 
 from experiments import seeds
-from nanovlm import evaluate, metrics, recipes
+from nanovlm import metrics, recipes
 from nanovlm.data.prompts import SHORT
 from nanovlm.data.sample import Sample
-from nanovlm.recipes import llava
-from nanovlm.recipes.llava15 import build_llava15
+from nanovlm.evaluate import judges
+from nanovlm.evaluate.pupil import Pupil
+from nanovlm.papers.llava import LLaVAConfig
 from nanovlm.recipes.stage import Recipe
+from nanovlm.runs.setting import world_of
 from nanovlm.tiling import hd_tiling
 from nanovlm.tokenizer import Tokenizer
-from nanovlm.training.batches import world_of
 from nanovlm.world.ask import KINDS
 from nanovlm.world.datasets import LESSONS, Scenes
 from nanovlm.world.mixture import PARTS
 
 NAME, TINY = "llava15_ladder", recipes.get("llava15/tiny")
 STEPS = 2400  # of stage 2 where the fraction is 1; stage 1 is always whole
-BASE = replace(TINY, picture_size=96, small_print=True, stages=(TINY.stages[0], replace(TINY.stages[1], steps=STEPS)))
+BASE = replace(TINY, world={"size": 96, "small_print": True}, stages=(
+    replace(TINY.stages[0], sizes={"tiling": None}), replace(TINY.stages[1], steps=STEPS)))
 HALF = {"dense": 22, "sentences": 39}
 PROMPT = HALF | {"short": 39}
 MORE = {part: weight for part, weight in PARTS.items() if part not in ("region", "grounding")}
-ONE, TWO = (replace(llava.TINY_CONFIG, projector_layers=layers) for layers in (1, 2))
+ONE, TWO = (replace(TINY.config, projector_layers=layers) for layers in (1, 2))
 TILED = replace(TWO, tiling=hd_tiling(48))
 RUNGS = {  # name → model, parts of the mixture
     "linear": (ONE, HALF | {"bare": 39}), "format prompt": (ONE, PROMPT), "MLP": (TWO, PROMPT), "short VQA": (TWO, MORE),
@@ -53,11 +54,11 @@ NEW = ("option", "region", "grounding")  # kinds
 PER_KIND = 100
 
 
-def recipe_of(config: object, fraction: float) -> Recipe:
+def recipe_of(config: LLaVAConfig, fraction: float) -> Recipe:
     align, tune = BASE.stages
     trains = (*tune.trains, "tiles") if config.tiling else tune.trains
     stages = align, replace(tune, steps=round(tune.steps * fraction), trains=trains)
-    return replace(BASE, build=partial(build_llava15, config, False), stages=stages)
+    return replace(BASE, config=config, stages=stages)
 
 
 class Shortened:
@@ -76,13 +77,14 @@ class Shortened:
 
 
 def judged(model: nn.Module, recipe: Recipe, tokenizer: Tokenizer) -> dict:
-    world, examinee = world_of(recipe, 0), evaluate.Examinee(model, recipe, recipe.stages[-1], tokenizer, seeds.CPU)
-    marks = {kind: evaluate.judge_answers(examinee, world.exam(PER_KIND, (kind,), "mixture"), kind) for kind in KINDS + NEW}
-    found = {kind: {k: round(v, 4) for k, v in evaluate.mean(of_kind).items()} for kind, of_kind in marks.items()}
-    found["short"] = {k: round(v, 4) for k, v in evaluate.mean([mark for kind in KINDS for mark in marks[kind]]).items()}
+    world, pupil = world_of(recipe, 0), Pupil(model, recipe, recipe.stages[-1], tokenizer, seeds.CPU)
+    marks = {exam.name: of_kind for exam in world.exams(("mixture",), PER_KIND) if exam.name in KINDS + NEW
+             for of_kind in judges.marks(pupil, exam).values()}
+    marks["short"] = [mark for kind in KINDS for mark in marks[kind]]
+    found = {kind: {k: round(v, 4) for k, v in judges.mean(of_kind).items()} for kind, of_kind in marks.items()}
     asked = world.exam(PER_KIND, ("colour", "count", "position"), "mixture")
     plain = [replace(s, turns=(replace(s.turns[0], question=s.turns[0].question.removesuffix(f"\n{SHORT}")),)) for s in asked]
-    said = [[metrics.is_sentence(text) for text in examinee.answer(samples)] for samples in (asked, plain)]
+    said = [[metrics.is_sentence(text) for text in pupil.answer(samples)] for samples in (asked, plain)]
     found |= {"words": 1 - sum(said[0]) / len(asked), "sentences": sum(said[1]) / len(plain)}
     print("  " + ", ".join(f"{name} {row['value'] if isinstance(row, dict) else row:.2f}" for name, row in found.items()), flush=True)
     return found
@@ -90,16 +92,16 @@ def judged(model: nn.Module, recipe: Recipe, tokenizer: Tokenizer) -> dict:
 
 def measure(seed: int, fraction: float) -> dict:
     """Every rung is trained after the same backbones."""
-    training, rungs = seeds.trained_before(TINY.name, last=2, seed=0), {}
+    setting, before = seeds.trained_before(TINY.name, last=2, seed=0)
+    rungs = {}
     for rung, (config, parts) in RUNGS.items():
         recipe = recipe_of(config, fraction)
-        world = Shortened(Scenes(seed, recipe.picture_size, recipe.small_print, parts), fraction)
+        world = Shortened(Scenes(seed, parts=parts, **recipe.world), fraction)
         print(f"seed {seed}, {rung}", flush=True)
         align, tune = recipe.stages
-        finished = dict(training.finished)
-        finished[align.name] = seeds.learn(recipe, align, world, seed, training.tokenizer, finished).state_dict()
-        model = seeds.learn(recipe, tune, world, seed, training.tokenizer, finished)
-        rungs[rung] = judged(model, recipe, training.tokenizer)
+        aligned = seeds.learn(recipe, align, world, seed, setting.tokenizer, before).state_dict()
+        model = seeds.learn(recipe, tune, world, seed, setting.tokenizer, before | {align.name: aligned})
+        rungs[rung] = judged(model, recipe, setting.tokenizer)
     return {"steps": tune.steps, "rungs": rungs}
 
 

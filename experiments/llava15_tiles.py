@@ -12,35 +12,31 @@ The three are stored as rungs, in the ladder's form.
 """
 
 from dataclasses import replace
-from functools import partial
 
 from experiments import llava15_ladder, seeds
 from nanovlm import recipes
-from nanovlm.recipes.llava15 import build_llava15
 from nanovlm.runs.run import trained_model
 from nanovlm.tiling import hd_tiling
-from nanovlm.training.batches import world_of
 
 NAME, HD = "llava15_tiles", recipes.get("llava15/tiny-hd")
-RECIPE = "with tiles"  # of the three the one that llava15/tiny-hd is
-TILINGS = {"the whole": None, "tiles alone": replace(hd_tiling(48), whole="none"), RECIPE: hd_tiling(48)}
+TILINGS = {"the whole": None, "tiles alone": replace(hd_tiling(48), whole="none"), "with tiles": HD.config.tiling}
 SEAM = ("relation", "count", "comparison")
 
 
 def measure(seed: int, fraction: float) -> dict:
-    training, rungs = seeds.trained_before(HD.name, last=1, seed=seed), {}
+    setting, before = seeds.trained_before(HD.name, last=1, seed=seed)
+    rungs = {}
     for name, tiling in TILINGS.items():
         stage = replace(HD.stages[0], steps=round(HD.stages[0].steps * fraction))
         if not tiling:
             stage = replace(stage, trains=tuple(part for part in stage.trains if part != "tiles"))
-        build = HD.build if name == RECIPE else partial(build_llava15, replace(llava15_ladder.TWO, tiling=tiling), False)
-        recipe = replace(HD, build=build, stages=(stage,))
+        recipe = replace(HD, config=replace(HD.config, tiling=tiling), stages=(stage,))
         print(f"seed {seed}, {name}", flush=True)
         if recipe == HD:
             model, _ = trained_model(HD.name, seed=seed)  # maybe train_tiny.py has left it in the cache
         else:
-            model = seeds.learn(recipe, stage, world_of(HD, seed), seed, training.tokenizer, training.finished)
-        rungs[name] = llava15_ladder.judged(model, recipe, training.tokenizer)
+            model = seeds.learn(recipe, stage, setting.world, seed, setting.tokenizer, before)
+        rungs[name] = llava15_ladder.judged(model, recipe, setting.tokenizer)
     return {"steps": stage.steps, "rungs": rungs}
 
 

@@ -23,15 +23,17 @@ from random import Random
 from torch import nn
 
 from experiments import seeds
-from nanovlm import evaluate, metrics, recipes
+from nanovlm import metrics, recipes
 from nanovlm.data.conversation import template_texts
-from nanovlm.data.sample import Sample, Turn
+from nanovlm.data.sample import IMAGE, Sample, Turn
+from nanovlm.evaluate.pupil import Pupil, permuted
 from nanovlm.making import instruct
 from nanovlm.making.symbols import Symbols
 from nanovlm.making.teachers import rules
 from nanovlm.runs.run import trained_model
+from nanovlm.runs.setting import MixedText
 from nanovlm.tokenizer import Tokenizer
-from nanovlm.training.batches import ENDLESS, MixedText
+from nanovlm.training.batches import ENDLESS
 from nanovlm.training.weights import initial_model
 from nanovlm.world.datasets import Scenes
 from nanovlm.world.say import captions
@@ -65,7 +67,7 @@ class Talk:
         pairs, _, why = instruct.ask(rules, told, kind, rng)
         if not pairs:
             raise ValueError(f"the teacher has nothing to say of {told}: {why}")
-        before = told.captions[0] if view == "text" else "<image>"
+        before = told.captions[0] if view == "text" else IMAGE
         turns = [Turn(question, answer, kind) for question, answer in pairs]
         turns[0] = replace(turns[0], question=f"{before}\n{turns[0].question}")
         images = () if view == "text" else (render(scene, RECIPE.image_size),)
@@ -97,12 +99,12 @@ def sentences(text: str) -> list[str]:
 
 
 def judged(model: nn.Module, tokenizer: Tokenizer) -> dict[str, dict[str, float]]:
-    examinee = evaluate.Examinee(model, RECIPE, RECIPE.stages[1], tokenizer, seeds.CPU)
+    pupil = Pupil(model, RECIPE, RECIPE.stages[1], tokenizer, seeds.CPU)
     results = {}
     for kind in SHARES:
         exam = Talk(0, (kind,)).exam()
-        value, shuffled = (sum(map(mark, exam, examinee.answer(samples, ROOM))) / len(exam)
-                           for samples in (exam, evaluate.permuted(exam)))
+        value, shuffled = (sum(map(mark, exam, pupil.answer(samples, ROOM))) / len(exam)
+                           for samples in (exam, permuted(exam)))
         results[kind] = {"value": round(value, 4), "shuffled": round(shuffled, 4), "n": len(exam)}
         print(f"    {kind}: {value:.3f} (pictures exchanged {shuffled:.3f})", flush=True)
     return results

@@ -4,19 +4,21 @@ import argparse
 import json
 import os
 import platform
-import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from nanovlm.recipes.stage import Recipe, Stage
-from nanovlm.runs.run import Options, Run, versions
+from nanovlm import recipes
+from nanovlm.data.source import Source
+from nanovlm.recipes.stage import Recipe, Stage, resolve
+from nanovlm.runs.cache import Cache
+from nanovlm.runs.run import versions, weights_after
+from nanovlm.runs.setting import Job, Setting, make_tokenizer, plan, world_of
 from nanovlm.tokenizer import Tokenizer
 from nanovlm.training.batches import MicroBatches, make_collate, stream
-from nanovlm.training.loop import freeze, train_stage
+from nanovlm.training.loop import Report, freeze, train_stage
 from nanovlm.training.optim import make_optimiser
 from nanovlm.training.weights import State, initial_model
 
@@ -24,21 +26,21 @@ RESULTS = Path(__file__).parent / "results"
 CPU = torch.device("cpu")
 
 
-def trained_before(recipe: str, last: int, seed: int) -> Run:
-    """A run that has yet to train its `last` stages: for its tokenizer, world and `finished`. It has no folder any more."""
-    with tempfile.TemporaryDirectory() as scratch:
-        training = Run(recipe, Options(seed=seed, out=str(Path(scratch) / "run")), CPU)
-        for job in training.jobs[:-last]:
-            training.obtain(replace(job, final=False))  # so that it is looked for in the cache
-    return training
+def trained_before(name: str, last: int, seed: int) -> tuple[Setting, dict[str, State]]:
+    """Of a recipe that has yet to train its `last` stages: world and tokenizer, and the weights of all stages before, by name."""
+    recipe = resolve(recipes.get(name), real=False)
+    world = world_of(recipe, seed)
+    setting = Setting(recipe, seed, CPU, world, make_tokenizer(recipe, world, seed))
+    before = plan(Job(recipe, recipe.stages[-1]), setting)[:-last]
+    return setting, {job.stage.name: weights_after(job, setting, Cache(setting)) for job in before}
 
 
-def learn(recipe: Recipe, stage: Stage, source: object, seed: int, tokenizer: Tokenizer, finished: dict[str, State],
-          after: Callable[[nn.Module, object], None] = lambda model, report: None) -> nn.Module:
+def learn(recipe: Recipe, stage: Stage, source: Source, seed: int, tokenizer: Tokenizer, finished: dict[str, State],
+          after: Callable[[nn.Module, Report], None] = lambda model, report: None) -> nn.Module:
     """The recipe's model after this stage; `finished` has the stages before it. after: called at every step."""
     model = initial_model(recipe, stage, seed, finished)
     freeze(model, stage.trains)
-    batches = MicroBatches(source, stage, seed, make_collate(recipe, stage, tokenizer, model))
+    batches = MicroBatches(source, stage, seed, make_collate(recipe, stage, tokenizer, model.reads))
     for report in train_stage(model, stage, stream(batches, 0, CPU), make_optimiser(model, stage), CPU):
         if report.step % 200 == 0:
             print(f"    {stage.name} {report.step}/{stage.steps}: loss {report.losses['lm']:.3f}", flush=True)

@@ -133,7 +133,7 @@ def generation_pair(rows: int, longest: int, tokens: int, device: str, dtype: to
     theirs.generation_config.eos_token_id = None  # with random weights a row would end by chance, and stop early
     settings = transformers.GenerationConfig(max_new_tokens=tokens, do_sample=False, use_cache=True, pad_token_id=0)
     prompt = their_batch["input_ids"].shape[1]
-    pair = (lambda: ours.generate(**our_batch, max_new_tokens=tokens, stop=()),
+    pair = (lambda: ours.generate(our_batch, tokens, stop=()),
             lambda: theirs.generate(**their_batch, generation_config=settings)[:, prompt:])
     with torch.no_grad():
         logits = ours(**our_batch, pad="left").logits - theirs(**their_batch).logits

@@ -8,7 +8,7 @@
 
 Each run is `train_tiny.py --no-cache`: backbones included, nothing left from before; a collected one that took some from the cache
 says so in its last row. Each figure stands beside its two
-controls (evaluate.py): chance, the most common answer; shuffled, the same questions with the pictures permuted.
+controls (evaluate/): chance, the most common answer; shuffled, the same questions with the pictures permuted.
 """
 
 import argparse

@@ -3,20 +3,21 @@
     metrics.jsonl ──► read_metrics ──► save_curves             curves.png    a panel per loss, evaluation and vital sign
     (image, question, truth, prediction) ──► save_samples      samples.png   a grid, right answers green, wrong ones red
     mask (T, S) ──► show_mask(ax)                              notebooks     filled = may attend
-    image + weights (N,) ──► attention_over_image(ax)          notebooks     a heat map over the picture
+    image + weights (N,) ──► attention_over_image(ax)          notebooks     the picture under a grid, a colour for each token
 
 Everything goes through matplotlib's Figure object and never through pyplot: no display is needed and no global state
-is touched, so that training may draw at any time. Files are written beside and renamed: nobody sees half a picture.
+is touched, so that training may draw at any time. Files are replaced as a whole (files.py): nobody sees half a picture.
 
 Shapes: T rows (who looks), S columns (what is seen), N image tokens in a grid of rows × columns.
 """
 
 import json
 import math
-import os
 import unicodedata
+from bisect import bisect
 from collections.abc import Sequence
 from functools import cache
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ from matplotlib.textpath import text_to_path
 from PIL import Image
 
 from nanovlm.errors import UserError
+from nanovlm.files import replacing
 from nanovlm.metrics import vqa_accuracy
 
 INK, MUTED, FAINT = "#22303c", "#7b8794", "#e8ecf0"
@@ -46,7 +48,7 @@ Row = tuple[Image.Image | None, str, str | Sequence[str], str]
 # ---- training curves
 
 
-def read_metrics(path: str | os.PathLike) -> tuple[dict[str, list[dict]], int]:
+def read_metrics(path: str | Path) -> tuple[dict[str, list[dict]], int]:
     """metrics.jsonl → ({stage: its lines, by step}, number of lines that could not be read).
 
     A killed run leaves a truncated line, and a resumed one logs steps again that the killed one had logged: the later
@@ -61,11 +63,10 @@ def read_metrics(path: str | os.PathLike) -> tuple[dict[str, list[dict]], int]:
     for line in filter(str.strip, text.splitlines()):
         try:
             record = json.loads(line)
-            stage, step = str(record["stage"]), int(record["step"])
+            step, lines = int(record["step"]), stages.setdefault(str(record["stage"]), [])
         except (ValueError, KeyError, TypeError):
             unreadable += 1
             continue
-        lines = stages.setdefault(stage, [])
         while lines and lines[-1]["step"] > step:
             lines.pop()
         if lines and lines[-1]["step"] == step:
@@ -77,19 +78,16 @@ def read_metrics(path: str | os.PathLike) -> tuple[dict[str, list[dict]], int]:
     return stages, unreadable
 
 
-def save_curves(metrics_path: str | os.PathLike, png_path: str | os.PathLike) -> None:
+def save_curves(metrics_path: str | Path, png_path: str | Path) -> None:
     """One panel per loss, per evaluation metric (its parts together) and for learning rate, gradient norm and speed."""
     stages, unreadable = read_metrics(metrics_path)
-    spans, last = {}, 0  # stage → (first x, last x): every stage counts its own steps, the x axis goes on
-    for stage, lines in stages.items():
-        spans[stage] = (last, last + lines[-1]["step"])
-        last = spans[stage][1]
+    # stage → (first x, last x): every stage counts its own steps, the x axis goes on
+    spans = dict(zip(stages, pairwise(accumulate((lines[-1]["step"] for lines in stages.values()), initial=0))))
     panels = _panels(stages)
     if not panels:
         raise UserError(f"{metrics_path}: no line has a loss or any other number to draw.")
     columns = min(3, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    width, height = 0.2 + PANEL[0] * columns, 0.8 + PANEL[1] * rows
+    width, height = 0.2 + PANEL[0] * columns, 0.8 + PANEL[1] * math.ceil(len(panels) / columns)
     figure = Figure(figsize=(width, height), dpi=DPI)
     figure.text(0.25 / width, 1 - 0.3 / height, Path(metrics_path).absolute().parent.name, fontsize=12, color=INK,
                 weight="bold", va="center", parse_math=False)
@@ -117,7 +115,11 @@ def _panels(stages: dict[str, list[dict]]) -> dict[str, list[str]]:
 
 
 def _draw_panel(ax: Axes, title: str, names: list[str], stages: dict, spans: dict) -> None:
-    _quiet(ax)
+    ax.grid(axis="y", color="white", lw=0.8)
+    ax.set_axisbelow(True)
+    ax.tick_params(labelsize=7.5, colors=MUTED, length=2)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.spines[["left", "bottom"]].set_color("#c5cdd5")
     ax.set_title(title, fontsize=9.5, color=INK, loc="left", parse_math=False)
     ax.set_xlabel("step", fontsize=7.5, color=MUTED, loc="right", labelpad=1)
     drawn = [stage for stage, records in stages.items() if any(name in r for r in records for name in names)]
@@ -163,7 +165,7 @@ CELL, GAP, SIZE, LEADING = 2.5, 0.22, 8.0, 0.15  # inches, inches, points, inche
 MOST_LINES = 7  # of each of the three texts
 
 
-def save_samples(rows: Sequence[Row], png_path: str | os.PathLike) -> None:
+def save_samples(rows: Sequence[Row], png_path: str | Path) -> None:
     """A grid of pictures with question, truth and prediction below each. A row is (image or None, question, truth,
     prediction); truth may be several texts that are all right. What is right is decided as by vqa_accuracy."""
     if not rows:
@@ -214,19 +216,13 @@ def _wrap(text: str) -> list[str]:
     for paragraph in _drawable(text[:1000]).split("\n"):  # more would not fit in any case
         line = ""
         for word in paragraph.split():
-            if line and _inches(f"{line} {word}") <= CELL:
-                line += f" {word}"
-                continue
-            if line:
-                lines.append(line)
-            line = ""
-            for letter in word:  # a word wider than the cell is cut wherever it has to be
-                if line and _inches(line + letter) > CELL:
-                    lines.append(line)
-                    line = ""
-                line += letter
-        if line:
-            lines.append(line)
+            if line and _inches(f"{line} {word}") > CELL:
+                lines, line = [*lines, line], ""
+            line = f"{line} {word}".strip()
+            while _inches(line) > CELL:  # a word wider than the cell is cut wherever it has to be
+                fits = max(1, bisect(range(len(line)), CELL, key=lambda n: _inches(line[:n])) - 1)
+                lines, line = [*lines, line[:fits]], line[fits:]
+        lines += [line] if line else []
     return lines if len(lines) <= MOST_LINES else [*lines[: MOST_LINES - 1], "…"]
 
 
@@ -259,33 +255,25 @@ def _inches(line: str) -> float:
 # ---- masks and attention, for notebooks: each draws on an axis of the caller
 
 
-def show_mask(
-    ax: Axes,
-    mask: torch.Tensor | np.ndarray,  # (T, S) bool
-    row_labels: Sequence[str] | None = None,
-    col_labels: Sequence[str] | None = None,
-    title: str = "",
-) -> None:
-    """A bool mask as a grid: row t, column s is filled where t may attend to s."""
+def show_mask(ax: Axes, mask: torch.Tensor | np.ndarray, row_labels: Sequence[str] | None = None,
+              col_labels: Sequence[str] | None = None, title: str = "") -> None:
+    """A bool mask (T, S) as a grid: row t, column s is filled where t may attend to s."""
     cells = _array(mask).astype(bool)
     if cells.ndim != 2:
         raise UserError(f"show_mask draws one mask (T, S), not {cells.shape}: choose one of the batch, as in mask[0].")
     T, S = cells.shape
-    for labels, length, name in ((row_labels, T, "row_labels"), (col_labels, S, "col_labels")):
-        if labels is not None and len(labels) != length:
-            raise UserError(f"{name} has {len(labels)} entries for a mask of shape {cells.shape}.")
-    colours = ListedColormap(["#f3f5f7", BLUE])
     # Cell (t, s) covers s..s+1 by t..t+1; the white edges make cells countable as long as there are few.
-    ax.pcolormesh(cells, cmap=colours, vmin=0, vmax=1, edgecolors="white", linewidth=1.2 if max(T, S) <= 40 else 0)
-    ax.set_xlim(0, S)
-    ax.set_ylim(T, 0)  # row 0 on top, as the matrix is written
-    ax.set_aspect("equal")
+    ax.pcolormesh(cells, cmap=ListedColormap(["#f3f5f7", BLUE]), vmin=0, vmax=1, edgecolors="white",
+                  linewidth=1.2 if max(T, S) <= 40 else 0)
+    ax.set(xlim=(0, S), ylim=(T, 0), aspect="equal")  # row 0 on top, as the matrix is written
     ax.set_title(title, fontsize=10, color=INK, parse_math=False)
     ax.set_ylabel("who looks", fontsize=8, color=MUTED)
     ax.set_xlabel("what is seen (filled: may attend)", fontsize=8, color=MUTED)
     box = ax.get_window_extent().size * 72 / ax.figure.dpi  # the axis in points, before labels take their part
     room = 0.8 * min(box[0] / S, box[1] / T)
-    for axis, labels, length in ((ax.yaxis, row_labels, T), (ax.xaxis, col_labels, S)):
+    for axis, labels, length, what in ((ax.yaxis, row_labels, T, "row_labels"), (ax.xaxis, col_labels, S, "col_labels")):
+        if labels is not None and len(labels) != length:
+            raise UserError(f"{what} has {len(labels)} entries for a mask of shape {cells.shape}.")
         every = 1 if labels is not None else max(1, math.ceil(length / 16))
         shown = range(0, length, every)
         names = [str(i) if labels is None else _drawable(str(labels[i])) for i in shown]
@@ -297,25 +285,23 @@ def show_mask(
     ax.spines[:].set_visible(False)
 
 
-def attention_over_image(
-    ax: Axes,
-    image: Image.Image,
-    weights: torch.Tensor | np.ndarray,  # (N,) or (rows, columns), not negative
-    grid: tuple[int, int],
-) -> AxesImage:
+def attention_over_image(ax: Axes, image: Image.Image, weights: torch.Tensor | np.ndarray, grid: tuple[int, int]) -> AxesImage:
     """Lay the attention on the N image tokens, N = rows · columns, over the picture as the encoder saw it (after the
-    crop). The strongest token is brightest whatever its weight: compare maps by their numbers, not by their colours.
-    Returns the heat map, for a colour bar in units of the weights."""
+    crop): one colour for each token, since inside a patch nothing is known. weights: (N,) or (rows, columns), not negative.
+    The strongest token is brightest whatever its weight: compare maps by their numbers, not by their colours. Returns
+    the heat map, for a colour bar in units of the weights."""
     rows, columns = grid
     heat = _array(weights).astype(np.float32)
     if heat.size != rows * columns:
         raise UserError(f"{heat.size} weights do not fill {rows} x {columns} cells: leave out class tokens and text.")
-    heat = heat.reshape(rows, columns)
     picture = image.convert("RGB")
-    smooth = np.asarray(Image.fromarray(heat).resize(picture.size, Image.Resampling.BILINEAR))  # (height, width)
+    cells = np.asarray(Image.fromarray(heat.reshape(grid)).resize(picture.size, Image.Resampling.NEAREST))  # (height, width)
     peak = float(heat.max()) or 1.0
     ax.imshow(np.asarray(picture) // 2)  # darkened: what is not looked at stays recognisable and does not shine
-    overlay = ax.imshow(smooth, cmap="inferno", vmin=0, vmax=peak, alpha=0.75 * np.clip(smooth / peak, 0, 1))
+    overlay = ax.imshow(cells, cmap="inferno", vmin=0, vmax=peak, alpha=0.75 * np.clip(cells / peak, 0, 1), interpolation="nearest")
+    for draw, parts, length in ((ax.axhline, rows, picture.height), (ax.axvline, columns, picture.width)):
+        for i in range(1, parts):
+            draw(i * length / parts - 0.5, color="white", lw=0.6, alpha=0.4)
     ax.set_axis_off()
     return overlay
 
@@ -327,22 +313,9 @@ def _array(values: torch.Tensor | np.ndarray) -> np.ndarray:
     return values.detach().float().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
 
 
-def _quiet(ax: Axes) -> None:
-    ax.grid(axis="y", color="white", lw=0.8)
-    ax.set_axisbelow(True)
-    ax.tick_params(labelsize=7.5, colors=MUTED, length=2)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.spines[["left", "bottom"]].set_color("#c5cdd5")
-
-
-def _save(figure: Figure, path: str | os.PathLike) -> None:
-    path = Path(path)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+def _save(figure: Figure, path: str | Path) -> None:
     try:
-        figure.savefig(beside, format="png")
-        os.replace(beside, path)
+        with replacing(path) as beside:
+            figure.savefig(beside, format="png")
     except OSError as error:
         raise UserError(f"{path}: the picture cannot be written ({error.strerror}).") from error
-    finally:
-        if beside.exists():
-            beside.unlink()

@@ -8,10 +8,11 @@ import torch
 from PIL import Image
 from training_fakes import VOCAB, FakeScenes
 
-from nanovlm import chat, evaluate, recipes
+from nanovlm import chat, recipes
 from nanovlm.chat import Dialogue, load_run, main
-from nanovlm.data.sample import Turn
+from nanovlm.data.sample import Sample, Turn
 from nanovlm.errors import UserError
+from nanovlm.evaluate.pupil import Pupil
 from nanovlm.papers.llava import LLaVA
 from nanovlm.runs import checkpoint, folder
 from nanovlm.tiling import hd_tiling
@@ -28,7 +29,7 @@ def run(tmp_path):
     path, recipe = tmp_path / "run", recipes.get("llava/tiny")
     path.mkdir()
     folder.write_json(path / "config.json", {"what": folder.OURS, "recipe": {"name": recipe.name}})
-    checkpoint.save(path / "tune.pt", recipe.build("tune").state_dict())
+    checkpoint.save(path / "tune.pt", recipe.build(recipe.stages[-1]).state_dict())
     checkpoint.save(path / "last.pt", {"tokenizer": TOKENIZER.to_dict()})
     return path
 
@@ -45,49 +46,47 @@ def said(dialogue: Dialogue, question: str) -> str:
 
 def test_an_answer_is_what_generate_gives(run):
     """In pieces, and the same with the turn and the picture before."""
-    examinee, limit = load_run(run)
-    assert limit == recipes.get("llava/tiny").stages[-1].max_length == 256
-    dialogue = Dialogue(examinee, [RED], limit, room=12)
+    pupil = load_run(run)
+    assert pupil.stage.max_length == 256
+    dialogue = Dialogue(pupil, [RED], 256, room=12)
     pieces = list(dialogue.ask("what is it?"))
     assert len(pieces) > 1 and "".join(pieces).strip() == dialogue.turns[0].answer
     dialogue.waiting.append(BLUE)
     second = said(dialogue, "and now <image>?")
     assert dialogue.turns[1].question == "<image>\nand now ?", "a mark that a person writes is no picture"
     assert dialogue.images == [RED, BLUE] and dialogue.waiting == []
-    sample = evaluate.Sample("x", (RED, BLUE), turns=(*dialogue.turns[:1], Turn("<image>\nand now ?", " ")))
-    (images, ids, mask), _ = examinee.inputs([sample])
-    with torch.no_grad():
-        got = examinee.model.generate(images, ids, mask, 12, [TOKENIZER.eos_id])
-    assert examinee.text(got[0].tolist(), [TOKENIZER.eos_id]) == second.strip() != ""
+    sample = Sample("x", (RED, BLUE), turns=(*dialogue.turns[:1], Turn("<image>\nand now ?", " ")))
+    got = pupil.model.generate(pupil.read([sample]), 12, [TOKENIZER.eos_id])
+    assert pupil.text(got[0].tolist()) == second.strip() != ""
     dialogue.begin()
     assert (dialogue.turns, dialogue.images, dialogue.waiting) == ([], [], [RED])
 
 
 def test_pieces_end_at_whole_characters(run, monkeypatch):
     """A letter of two bytes may be two tokens: nothing is printed in between."""
-    examinee, _ = load_run(run)
+    pupil = load_run(run)
     letters = [*TOKENIZER.encode("a"), *TOKENIZER.encode("é"), *TOKENIZER.encode("b")]
     assert len(letters) == 4
     monkeypatch.setattr(chat.generation, "stream", lambda *_, **__: (torch.tensor([letters[:n]]) for n in range(1, 5)))
-    assert list(Dialogue(examinee).ask("x")) == ["a", "é", "b", ""]
+    assert list(Dialogue(pupil).ask("x")) == ["a", "é", "b", ""]
 
 
 def test_silence_is_no_turn(run, monkeypatch):
-    examinee, _ = load_run(run)
+    pupil = load_run(run)
     monkeypatch.setattr(chat.generation, "stream", lambda *_, **__: iter([torch.tensor([[TOKENIZER.eos_id]])]))
-    dialogue = Dialogue(examinee, [RED])
+    dialogue = Dialogue(pupil, [RED])
     assert said(dialogue, "x") == "" and dialogue.turns == [] and dialogue.waiting == [RED]
 
 
 def test_a_conversation_that_is_too_long(run):
-    examinee, _ = load_run(run)
+    pupil = load_run(run)
     with pytest.raises(UserError, match=r"is \d+ tokens long, the model was trained on 20 at most: begin a new one"):
-        said(Dialogue(examinee, [RED], limit=20), "word " * 30)
+        said(Dialogue(pupil, [RED], limit=20), "word " * 30)
 
 
 def test_temperature_draws_and_a_seed_repeats(run):
-    examinee, _ = load_run(run)
-    texts = [said(Dialogue(examinee, [RED], temperature=2.0, seed=seed, room=20), "x") for seed in (1, 1, 2)]
+    pupil = load_run(run)
+    texts = [said(Dialogue(pupil, [RED], temperature=2.0, seed=seed, room=20), "x") for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
 
 
@@ -126,14 +125,67 @@ def test_what_cannot_be_talked_to(run, photo, tmp_path, capsys):
     assert f"--recipe llava/tiny --out {run} --resume" in complaint(str(run))
     recipe = recipes.get("clip/tiny")
     (run / "config.json").write_text(json.dumps({"what": folder.OURS, "recipe": {"name": recipe.name}}))
-    checkpoint.save(run / "clip.pt", recipe.build("clip").state_dict())
+    checkpoint.save(run / "clip.pt", recipe.build(recipe.stages[-1]).state_dict())
     assert "holds a CLIP, which was never trained to converse" in complaint(str(run))
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (("--max-new-tokens", "0"), "--max-new-tokens 0"), (("--temperature", "nan"), "--temperature nan"),
+    (("--temperature", "-1"), "--temperature -1.0"), (("--temperature", "inf"), "--temperature inf")])
+def test_options_that_make_no_answer(run, capsys, arguments, words):
+    assert main([str(run), "--ask", "x", *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_commands(run, monkeypatch, capsys):
+    lines = iter(["/help", "/picture a.png", "/image", "/new", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    assert main([str(run)]) == 0
+    out, err = capsys.readouterr()
+    assert all(command in out for command in ("/image", "/new", "/help", "Ctrl-C"))
+    assert [line.split(" is no command")[0] for line in err.splitlines()] == ["/picture", "/image"]
+
+
+def test_an_answer_has_no_more_room_than_the_model_was_trained_on(run, monkeypatch):
+    pupil, rooms = load_run(run), []
+    monkeypatch.setattr(chat.generation, "stream", lambda prefill, step, room, *_, **__: rooms.append(room) or iter(()))
+    said(Dialogue(pupil, [RED], limit=100, room=5), "x")
+    said(Dialogue(pupil, [RED], limit=40, room=50), "x")
+    length = pupil.model.prefill(pupil.read([Sample("x", (RED,), turns=(Turn("<image>\nx", " "),))]))[1].mask.shape[1]
+    assert rooms == [5, 40 - length]
+
+
+def test_ctrl_c_ends_an_answer_and_then_the_conversation(run, monkeypatch, capsys):
+    lines = iter(["what?", KeyboardInterrupt])
+
+    def typed(prompt):
+        line = next(lines)
+        return line if isinstance(line, str) else (_ for _ in ()).throw(line)
+
+    monkeypatch.setattr("builtins.input", typed)
+    monkeypatch.setattr(Dialogue, "ask", lambda self, question: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main([str(run)]) == 0
+    assert main([str(run), "--ask", "what?"]) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["blip2/tiny", "blip2/tiny-t5", "lm/tiny"])
+def test_whoever_answers_can_be_asked(tmp_path, photo, capsys, name):
+    """BLIP-2 about one picture, a language model about none."""
+    recipe = recipes.get(name)
+    path = tmp_path / "other"
+    path.mkdir()
+    folder.write_json(path / "config.json", {"what": folder.OURS, "recipe": {"name": recipe.name}})
+    checkpoint.save(path / f"{recipe.stages[-1].name}.pt", recipe.build(recipe.stages[-1]).state_dict())
+    checkpoint.save(path / "last.pt", {"tokenizer": TOKENIZER.to_dict()})
+    code = main([str(path), "--image", photo, "--ask", "what is it?", "--max-new-tokens", "3"])
+    assert (code, "reads no pictures" in capsys.readouterr().err) == ((2, True) if name == "lm/tiny" else (0, False))
 
 
 def test_a_tiled_picture(run):
     """Its size goes along with the views."""
-    examinee, _ = load_run(run)
-    examinee.model = LLaVA(replace(examinee.model.config, tiling=hd_tiling(48))).eval()
-    examinee.transform = replace(examinee.transform, tiling=hd_tiling(48))
-    dialogue = Dialogue(examinee, [Image.new("RGB", (100, 60), "red")])
+    pupil = load_run(run)
+    tiled = LLaVA(replace(pupil.model.config, tiling=hd_tiling(48)))
+    pupil = Pupil(tiled, recipes.get("llava/tiny"), pupil.stage, TOKENIZER, "cpu")
+    dialogue = Dialogue(pupil, [Image.new("RGB", (100, 60), "red")])
     assert said(dialogue, "x") == dialogue.turns[0].answer != ""

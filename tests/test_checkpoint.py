@@ -104,15 +104,15 @@ def test_a_finished_run_can_be_resumed_and_only_evaluates(world, monkeypatch):
 
 def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_again(world, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(run.Run, "train", lambda self, job: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr(run, "train", lambda *job: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             run.run("fake/tiny", Options(out=str(world / "a")))
     assert len(run.run("fake/tiny", Options(out=str(world / "a"), resume=True))["stages"]) == 3
 
 
 @pytest.mark.parametrize(("changes", "field", "values"), [
-    ({"seed": 4}, "seed", ("0", "4")),
-    ({"steps": 7}, "stages.see.steps", ("5", "7")),
+    ({"seed": 4}, "--seed", ("0", "4")),
+    ({"steps": 7}, "--steps", ("None", "7")),
 ])
 def test_resume_with_another_configuration_names_the_field_and_both_values(world, changes, field, values):
     run.run("fake/tiny", Options(out=str(world / "a")))

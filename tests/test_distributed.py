@@ -10,6 +10,7 @@ import torch.multiprocessing as mp
 import training_fakes as fakes
 from test_training import CPU, TOKENIZER, fresh
 
+from nanovlm.contract import Reads, alone
 from nanovlm.runs.run import Options, run
 from nanovlm.training import distributed
 from nanovlm.training.batches import MicroBatches, make_collate
@@ -27,19 +28,20 @@ class TextOnOddRanks(fakes.FakeScenes):
 class Contrast(torch.nn.Module):
     """Each row against all rows of all ranks, as contrastive losses have it."""
 
-    needs_whole_batch = True
+    reads = Reads("pairs")
+    whole_batch = True
+    unheard = ()
 
     def __init__(self):
         super().__init__()
         self.image, self.text = torch.nn.Linear(3, 5), torch.nn.Embedding(fakes.VOCAB, 5)
-        self.gather = lambda rows: rows
 
-    def losses(self, batch):
+    def losses(self, batch, gather=alone):
         image = self.image(batch["images"].mean((2, 3)))  # (B, 5)
         # Words only. Not the padding, which depends on the batch; and not <s>, which all texts share: its gradient is
         # rounding noise around 0, and Adam makes a full step of any noise.
         text = (self.text(batch["input_ids"]) * (batch["input_ids"] > 3)[:, :, None]).sum(1)  # (B, 5)
-        own, everyone = self.gather(batch["text_group"]), self.gather(text)
+        own, everyone = gather(batch["text_group"]), gather(text)
         target = (batch["text_group"][:, None] == own).float()
         target = target / target.sum(1, keepdim=True)
         loss = torch.nn.functional.cross_entropy(image @ everyone.T, target, reduction="sum")
@@ -60,7 +62,7 @@ def train(case: str) -> tuple[dict, list[tuple[float, float]]]:
     torch.manual_seed(3)
     model = build() if build else fresh()
     freeze(model, stage.trains)
-    batches = MicroBatches(source(), stage, 0, make_collate(fakes.recipe(), stage, TOKENIZER, model))
+    batches = MicroBatches(source(), stage, 0, make_collate(fakes.recipe(), stage, TOKENIZER, model.reads))
     stream = (batches[n] for n in range(len(batches)))
     reports = list(train_stage(model, stage, stream, make_optimiser(model, stage), CPU))
     return model.state_dict(), [(next(iter(r.losses.values())), r.grad_norm) for r in reports]
@@ -111,7 +113,7 @@ def test_two_processes_equal_one(two, case):
 def test_the_ranks_shares_are_uneven():
     """Otherwise a mean of the ranks' means would pass, too."""
     stage, source, _ = CASES["text only on one rank"]
-    collate = make_collate(fakes.recipe(), stage, TOKENIZER, fresh())
+    collate = make_collate(fakes.recipe(), stage, TOKENIZER, fresh().reads)
     counts = []
     for rank in (0, 1):
         batches = MicroBatches(source(), stage, 0, collate)

@@ -4,9 +4,15 @@ import pytest
 import torch
 
 from nanovlm import recipes
-from nanovlm.data.collate import collate_texts
+from nanovlm.contract import Reads
+from nanovlm.data.collate import Collate
 from nanovlm.data.conversation import answer_ids, template_texts
-from nanovlm.evaluate import examples, retrieve
+from nanovlm.data.sample import Sample, Turn
+from nanovlm.data.source import Exam
+from nanovlm.data.transforms import Transform
+from nanovlm.evaluate import judges
+from nanovlm.evaluate.pupil import Pupil
+from nanovlm.evaluate.retrieval import retrieve
 from nanovlm.metrics import recall_at_k
 from nanovlm.tokenizer import Tokenizer
 from nanovlm.world.ask import DESCRIBE
@@ -33,7 +39,7 @@ def test_a_contrastive_model_chooses_among_captions(tokenizer, monkeypatch):
         return torch.tensor([[float(text == s.caption) for text in seen[0]] for s in samples])
 
     monkeypatch.setattr(model, "score", score)
-    rows = examples(model, recipe, recipe.stages[0], SOURCE, tokenizer, "cpu", n=5)
+    rows = Pupil(model, recipe, recipe.stages[0], tokenizer, "cpu").examples(SOURCE, n=5)
     assert seen[0] == list(dict.fromkeys(text for s in samples for text in (s.caption, *s.negatives)))
     assert [(row[0].tobytes(), *row[1:]) for row in rows] == [
         (s.images[0].tobytes(), f"which of {len(seen[0])} captions?", s.caption, s.caption) for s in samples]
@@ -44,18 +50,17 @@ def test_a_model_that_speaks_is_asked_and_its_answer_is_cut_at_the_stop(tokenize
     recipe = recipes.get(name)
     stage, model, calls = recipe.stages[-1], recipes.build(name, "cpu"), []
 
-    def generate(*inputs_and_limits):
-        *inputs, _, stop = inputs_and_limits
-        calls.append(inputs)
+    def generate(batch, room, stop):
+        calls.append(batch)
         answer = answer_ids("top left", tokenizer, stage.format)
-        return torch.tensor([answer + [tokenizer.pad_id] * 3] * len(inputs[-1]))
+        return torch.tensor([answer + [tokenizer.pad_id] * 3] * len(batch["input_ids"]))
 
     monkeypatch.setattr(model, "generate", generate)
-    rows = examples(model, recipe, stage, SOURCE, tokenizer, "cpu", n=6)
-    *images, ids, mask = calls[0]
+    rows = Pupil(model, recipe, stage, tokenizer, "cpu").examples(SOURCE, n=6)
+    images, ids, mask = (calls[0][name] for name in ("images", "input_ids", "attention_mask"))
     assert mask[:, 0 if "t5" in name else -1].all()  # padded where the answer does not begin
     assert len(rows) == len(ids) == 6 and {prediction for *_, prediction in rows} == {"top left"}
-    assert [tuple(image.shape) for image in images] == ([] if "lm/" in name else [(6, 3, 48, 48)])
+    assert images.shape == ((0 if "lm/" in name else 6), 3, 48, 48)
     assert [row[0] is None for row in rows] == ["lm/" in name] * 6
     for (_, question, truth, _), row, real in zip(rows, ids, mask):
         asked = question.split("\n")[-1].split(". ")[-1]
@@ -86,7 +91,7 @@ def test_retrieval_before_and_after_reranking(tokenizer):
     """i2t: the right text is ninth by contrast, first after matching; what is not among the best stays behind."""
     n = 40
     gallery = SOURCE.galleries(n)[0]
-    ids, _ = collate_texts([s.caption for s in gallery], tokenizer, 64)
+    ids = Collate(tokenizer, "plain", Transform(48), Reads("pairs")).texts([s.caption for s in gallery])["input_ids"]
     model = FakeRetriever(ids)
     found = retrieve(model, torch.zeros(n, 3, 2, 2), ids, ids != tokenizer.pad_id)
     right = torch.eye(n).bool()
@@ -104,3 +109,61 @@ def test_a_gallery_has_different_scenes_with_held_out_pairs():
     [gallery] = SOURCE.galleries(60)
     assert len({s.references for s in gallery}) == len({s.caption for s in gallery}) == 60
     assert all(any(f"{colour} {shape}" in s.caption for colour, shape in HELD_OUT) for s in gallery)
+
+
+# ---- judges
+
+
+class Parrot:
+    """Says what it is told to: one answer with the right pictures, another with those that belong to others."""
+
+    def __init__(self, right: list[str], wrong: list[str]):
+        self.answers = {False: right, True: wrong}
+
+    def answer(self, samples, room, among):
+        return self.answers[[s.images[0] for s in samples] != sorted(s.images[0] for s in samples)]
+
+
+def exam(answers: list[str], judges: tuple[str, ...], **more) -> Exam:
+    samples = [Sample(str(i), (i,), turns=(Turn("<image>?", answer),), **{k: v[i] for k, v in more.items()})
+               for i, answer in enumerate(answers)]
+    return Exam("kind", samples, judges)
+
+
+@pytest.mark.parametrize(("judge", "truths", "said", "blind", "value", "chance", "shuffled"), [
+    ("answer", ["two", "red", "2", "no"], ["2", "a red.", "three", "no"], ["x"] * 4, 0.75, 0.5, 0),
+    ("letter", ["x. The answer is A.", "y. The answer is B.", "z. The answer is A."], ["The answer is A."] * 3, ["?"] * 3, 2 / 3, 2 / 3, 0),
+    ("box", ["[0.10, 0.10, 0.50, 0.50]", "[0.60, 0.60, 0.90, 0.90]"], ["[0.10, 0.10, 0.50, 0.48]", "none"], ["[0.60, 0.60, 0.90, 0.90]"] * 2,
+     0.5, 0.5, 0.5),
+    ("class", ["hat", "shoes", "hat"], ["hat", "hat", "hat"], ["shoes"] * 3, 2 / 3, 2 / 3, 1 / 3),
+])
+def test_each_judge_by_hand(judge, truths, said, blind, value, chance, shuffled):
+    """value, beside chance (the most common answer, as the judge compares them) and the answers to exchanged pictures."""
+    [(name, figure)] = judges.measure(Parrot(said, blind), exam(truths, (judge,))).items()
+    assert name == "vqa_accuracy/kind" and figure["n"] == len(truths)
+    assert [figure[k] for k in ("value", "chance", "shuffled")] == pytest.approx([value, chance, shuffled])
+
+
+def test_captions_are_judged_against_all_that_count_as_right():
+    references = [("a hat", "a red hat"), ("a shoe",), ("a hat",)]
+    of_captions = exam(["a hat", "a shoe", "a hat"], ("exact", "cider"), references=references)
+    figures = judges.measure(Parrot(["A red hat.", "a hat", "a shoe"], ["a hat"] * 3), of_captions)
+    assert figures["caption_exact/kind"] == pytest.approx({"value": 1 / 3, "n": 3, "chance": 2 / 3, "shuffled": 2 / 3})
+    assert figures["caption_cider/kind"]["value"] < figures["caption_cider/kind"]["shuffled"]
+
+
+def test_the_mean_over_all_questions_leaves_out_those_without_a_picture():
+    class Source:
+        def exams(self, names):
+            blind = [Sample(str(i), turns=(Turn("?", "no"),)) for i in range(3)]
+            return [exam(["two", "red"], ("answer",)), Exam("chat", blind)]
+
+    class Pupil(Parrot):
+        stage = recipes.get("llava/tiny").stages[1]
+
+        def answer(self, samples, room, among):
+            return ["yes"] * 3 if not samples[0].images else super().answer(samples, room, among)
+
+    figures = judges.evaluate(Pupil(["two", "red"], ["red", "two"]), Source())
+    assert figures["vqa_accuracy"] == {"value": 1, "n": 2, "chance": 0.5, "shuffled": 0}
+    assert figures["vqa_accuracy/chat"]["value"] == 0 and figures["vqa_accuracy/kind"]["value"] == 1

@@ -10,11 +10,13 @@ from data_files import draw, write
 from training_fakes import FakeScenes
 
 from nanovlm import recipes
+from nanovlm.data import formats
 from nanovlm.data.records import Records
 from nanovlm.data.sample import Sample, Turn
-from nanovlm.runs.run import Options, Run
+from nanovlm.recipes.stage import resolve
+from nanovlm.runs.setting import Job, MixedText, Setting, plan
 from nanovlm.tokenizer import Tokenizer
-from nanovlm.training.batches import MicroBatches, MixedText, dealt, make_collate
+from nanovlm.training.batches import MicroBatches, dealt, make_collate
 from nanovlm.training.loop import train_stage
 from nanovlm.training.optim import make_optimiser
 from nanovlm.world.datasets import Scenes
@@ -136,8 +138,8 @@ def test_what_a_step_learns_from_long_and_short_rows_is_the_same_together_and_ap
     for changes in ({"group": False, "accumulate": 1}, {}):
         stage = replace(recipe.stages[0], steps=3000, **changes)
         torch.manual_seed(0)
-        model = recipe.build(stage.name)
-        stream = MicroBatches(world, stage, 0, make_collate(recipe, stage, tokenizer, model))
+        model = recipe.build(stage)
+        stream = MicroBatches(world, stage, 0, make_collate(recipe, stage, tokenizer, model.reads))
         first = step * stage.accumulate
         batches = [stream[n] for n in range(first, first + stage.accumulate)]
         next(train_stage(model, stage, iter(batches), make_optimiser(model, stage), torch.device("cpu"), step))
@@ -176,6 +178,8 @@ def test_a_language_model_reads_a_persons_texts_and_the_worlds(tmp_path):
     draw(tmp_path / "own", "a.png", "b.png", "c.png")
     lines = [json.dumps({"image": f"own/{name}.png", "caption": f"letter {name}"}) for name in "abc"]
     write(tmp_path / "own.jsonl", "\n".join(lines))
-    jobs = Run("llava15/tiny", Options(data=str(tmp_path / "own.jsonl"), out=str(tmp_path / "run")), torch.device("cpu"))
-    mixed = {job.stage.name: isinstance(jobs.data_for(job), MixedText) for job in jobs.jobs}
+    recipe = resolve(recipes.get("llava15/tiny"), real=True)
+    setting = Setting(recipe, 0, torch.device("cpu"), formats.read(tmp_path / "own.jsonl"), Tokenizer([]))
+    jobs = plan(Job(recipe, recipe.stages[-1]), setting)
+    mixed = {job.stage.name: isinstance(setting.training_data_for(job), MixedText) for job in jobs}
     assert mixed == {"clip": False, "lm-told": True, "align": False, "tune": False}

@@ -9,14 +9,16 @@ import torch
 import training_fakes as fakes
 from torch import nn
 
-from nanovlm import evaluate, recipes
+from nanovlm import recipes
 from nanovlm.errors import UserError
 from nanovlm.recipes.stage import Stage, resolve
 from nanovlm.runs import cache, checkpoint
-from nanovlm.runs.run import Options, Run, run, trained_model
+from nanovlm.runs import run as runs
+from nanovlm.runs.run import Options, run, trained_model
+from nanovlm.runs.setting import MixedText
 from nanovlm.tokenizer import Tokenizer
 from nanovlm.training import randomness, vitals, weights
-from nanovlm.training.batches import MicroBatches, MixedText, make_collate, stream
+from nanovlm.training.batches import MicroBatches, make_collate, stream
 from nanovlm.training.loop import TrainingFailed, freeze, train_stage
 from nanovlm.training.optim import lr_at, make_optimiser
 
@@ -25,7 +27,7 @@ TOKENIZER = Tokenizer.train(fakes.FakeScenes().texts(), fakes.VOCAB)
 
 
 def micro_batches(stage: Stage, model: nn.Module, source=None) -> list[dict]:
-    collate = make_collate(fakes.recipe(), stage, TOKENIZER, model)
+    collate = make_collate(fakes.recipe(), stage, TOKENIZER, model.reads)
     batches = MicroBatches(source or fakes.FakeScenes(), stage, 0, collate)
     return [batches[n] for n in range(len(batches))]
 
@@ -115,12 +117,12 @@ def test_the_gradient_is_clipped_to_its_global_norm():
 
 def test_accumulation_is_refused_where_it_would_change_the_loss():
     model = fresh()
-    model.needs_whole_batch = True
+    model.whole_batch = True
     with pytest.raises(UserError, match="accumulate=2.*whole batch"):
         train(fakes.stage(accumulate=2), model)
     model = fresh()
     losses = model.losses
-    model.losses = lambda batch: {**losses(batch), "other": losses(batch)["lm"]}
+    model.losses = lambda batch, gather: {**losses(batch), "other": losses(batch)["lm"]}
     with pytest.raises(UserError, match="accumulate=2.*'lm', 'other'"):
         train(fakes.stage(accumulate=2), model)
 
@@ -128,7 +130,7 @@ def test_accumulation_is_refused_where_it_would_change_the_loss():
 def test_several_losses_are_each_divided_by_their_own_count():
     model = fresh()
     losses = model.losses
-    model.losses = lambda batch: {**losses(batch), "four": (model.bridge.bias.sum() * 0 + 20.0, torch.tensor(5))}
+    model.losses = lambda batch, gather: {**losses(batch), "four": (model.bridge.bias.sum() * 0 + 20.0, torch.tensor(5))}
     [report] = train(fakes.stage(steps=1), model)
     assert report.losses["four"] == pytest.approx(4.0)
 
@@ -180,7 +182,7 @@ def test_every_epoch_shows_every_sample_once_in_another_order():
 
 def test_a_batch_depends_on_its_step_alone():
     s, model = replace(fakes.stage(accumulate=3, steps=4), augment=True), fresh()
-    collate = make_collate(fakes.recipe(), s, TOKENIZER, model)
+    collate = make_collate(fakes.recipe(), s, TOKENIZER, model.reads)
     straight = [MicroBatches(fakes.FakeScenes(), s, 0, collate)[n] for n in range(12)]
     again = MicroBatches(fakes.FakeScenes(), s, 0, collate)[7]
     assert all(torch.equal(again[key], straight[7][key]) for key in again)
@@ -199,7 +201,7 @@ def test_ranks_and_micro_batches_share_the_global_batch_without_overlap():
 
 def test_the_stream_starts_at_any_step_and_draws_no_random_numbers_of_ours():
     s, model = fakes.stage(accumulate=2, steps=4), fresh()
-    batches = MicroBatches(fakes.FakeScenes(), s, 0, make_collate(fakes.recipe(), s, TOKENIZER, model))
+    batches = MicroBatches(fakes.FakeScenes(), s, 0, make_collate(fakes.recipe(), s, TOKENIZER, model.reads))
     before = torch.get_rng_state()
     late = list(stream(batches, 3, CPU))
     assert torch.equal(before, torch.get_rng_state())
@@ -229,12 +231,12 @@ def test_half_of_the_texts_are_the_worlds():
 
 
 def test_steps_on_the_command_line_and_changes_for_real_data():
-    recipe = fakes.recipe(stages=(fakes.stage(steps=50, on_data=(("augment", True), ("steps", 80))),))
-    assert resolve(recipe, real=False).stages[0] == replace(recipe.stages[0], on_data=())
+    recipe = fakes.recipe(stages=(fakes.stage(steps=50, on_data={"augment": True, "steps": 80}),))
+    assert resolve(recipe, real=False).stages[0] == replace(recipe.stages[0], on_data={})
     real = resolve(recipe, real=True).stages[0]
     assert (real.augment, real.steps) == (True, 80)
     assert [resolve(recipe, True, steps).stages[0].steps for steps in (0.25, 1, 7, 0.001)] == [20, 80, 7, 1]
-    for wrong in (0, -3, 2.5):
+    for wrong in (0, -3, 2.5, math.nan, math.inf):
         with pytest.raises(UserError, match="--steps"):
             resolve(recipe, False, wrong)
 
@@ -252,7 +254,17 @@ def test_a_backbone_may_have_more_than_the_model_but_not_less(world):
 def test_published_weights_that_are_not_there_are_asked_for(monkeypatch):
     monkeypatch.delenv("NANOVLM_WEIGHTS", raising=False)
     with pytest.raises(UserError, match="org/name.*NANOVLM_WEIGHTS"):
-        weights.load_published(fresh(), "eyes", "org/name")
+        weights.load_published(fresh(), "eyes", "published", "org/name")
+
+
+def test_published_weights_are_asked_for_before_anything_is_allocated(world, monkeypatch):
+    monkeypatch.delenv("NANOVLM_WEIGHTS", raising=False)
+    whole = fakes.recipe(stages=(fakes.stage(init=(("eyes", "published:org/name"),)),))
+    monkeypatch.setitem(recipes.RECIPES, "fake/tiny", whole)
+    monkeypatch.setattr(fakes.FakeVLM, "__init__", lambda self, config: pytest.fail("a model was made"))
+    with pytest.raises(UserError, match="org/name.*NANOVLM_WEIGHTS"):
+        run("fake/tiny", Options(out=str(world / "a")))
+    assert not (world / "a").exists()
 
 
 # ---- vital signs
@@ -291,7 +303,7 @@ def test_a_frozen_part_that_changed_is_a_warning():
 
 
 def test_looking_at_the_model_leaves_no_trace():
-    model = fakes.FakeVLM(dropout=0.5)
+    model = fakes.FakeVLM(fakes.FakeConfig(dropout=0.5))
     freeze(model, ("language",))
     torch.manual_seed(1)
     expected = torch.rand(3)
@@ -383,15 +395,14 @@ def test_each_stage_is_judged_by_its_own_model(world, monkeypatch):
     whole = fakes.recipe()
     stages = tuple(replace(stage, evaluate=("answers",)) for stage in whole.stages)
     monkeypatch.setitem(recipes.RECIPES, "fake/tiny", replace(whole, stages=stages))
-    monkeypatch.setattr(evaluate, "examples", lambda *inputs: [])
     judged = {}
 
-    def judge(model, recipe, stage, *rest):
-        judged[stage.name] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        assert not model.training
-        return {stage.name: {"value": 0.5, "n": 1, "chance": 0.1, "shuffled": 0.1}}
+    def judge(pupil, source):
+        judged[pupil.stage.name] = {name: tensor.clone() for name, tensor in pupil.model.state_dict().items()}
+        assert not pupil.model.training
+        return {pupil.stage.name: {"value": 0.5, "n": 1, "chance": 0.1, "shuffled": 0.1}}
 
-    monkeypatch.setattr(evaluate, "evaluate", judge)
+    monkeypatch.setattr(runs, "evaluate", judge)
     summary = run("fake/tiny", Options(out=str(world / "a")))
     assert list(summary["eval"]) == list(judged) == ["align", "tune"]
     for name, found in judged.items():
@@ -402,7 +413,7 @@ def test_each_stage_is_judged_by_its_own_model(world, monkeypatch):
 
 def test_a_trained_model_takes_any_stage_of_a_run_from_the_cache(world, monkeypatch):
     run("fake/tiny", Options(out=str(world / "a")))
-    monkeypatch.setattr(Run, "train", lambda self, job: pytest.fail(f"{job.stage.name} was trained again"))
+    monkeypatch.setattr(runs, "train", lambda job, *rest: pytest.fail(f"{job.stage.name} was trained again"))
     for stage in ("align", "tune"):
         model, tokenizer = trained_model("fake/tiny", stage)
         kept = checkpoint.load(world / f"a/{stage}.pt")
@@ -410,6 +421,15 @@ def test_a_trained_model_takes_any_stage_of_a_run_from_the_cache(world, monkeypa
         assert all(torch.equal(tensor, kept[name]) for name, tensor in model.state_dict().items())
     with pytest.raises(UserError, match="fake/tiny has no stage 'see'"):
         trained_model("fake/tiny", "see")
+
+
+def test_a_model_trained_for_the_cache_is_that_of_a_run_and_leaves_no_folder(world, monkeypatch):
+    monkeypatch.chdir(world)
+    model, _ = trained_model("fake/tiny")
+    assert [path.name for path in world.iterdir()] == ["cache"]
+    run("fake/tiny", Options(out=str(world / "a"), cache=False))
+    kept = checkpoint.load(world / "a/tune.pt")
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in model.state_dict().items())
 
 
 def test_the_key_covers_imports_of_imports(monkeypatch, tmp_path):

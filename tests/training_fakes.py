@@ -6,7 +6,7 @@ random states matter), uneven token counts, batches without images, and a backbo
 
 import os
 import sys
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
@@ -18,44 +18,59 @@ from torch import nn
 from torch.nn import functional as F
 
 from nanovlm import recipes
+from nanovlm.contract import Reads, alone
 from nanovlm.data.sample import Sample, Turn
+from nanovlm.data.source import Exam
 from nanovlm.recipes.stage import Recipe, Stage
-from nanovlm.runs import checkpoint, run, watch
-from nanovlm.training import batches
+from nanovlm.runs import checkpoint, setting, watch
 
 VOCAB = 270
 WORDS = ("red", "green", "blue", "big", "small", "square", "circle")
 
 
+@dataclass(frozen=True)
+class FakeConfig:
+    dropout: float = 0.0
+
+
 class FakeVLM(nn.Module):
     """eyes: mean colour → 5; bridge: 5 → 7; language: embeddings plus picture → logits."""
 
-    image_tokens = 1
+    reads = Reads("conversations", image_tokens=1)
+    whole_batch = False
+    unheard = ()
 
-    def __init__(self, dropout: float = 0.0):
+    def __init__(self, config: FakeConfig = FakeConfig()):
         super().__init__()
+        dropout = config.dropout
         self.eyes = nn.Linear(3, 5)
         self.bridge = nn.Linear(5, 7)
         self.language = nn.ModuleDict({"embedding": nn.Embedding(VOCAB, 7), "norm": nn.LayerNorm(7),
                                        "dropout": nn.Dropout(dropout), "head": nn.Linear(7, VOCAB)})
 
-    def losses(self, batch):
-        ids, labels = batch["input_ids"], batch["labels"]
+    def logits(self, batch):
+        ids = batch["input_ids"]
         hidden = self.language["embedding"](ids.clamp(max=VOCAB - 1))  # (B, T, 7)
         images = batch.get("images", torch.zeros(0, 3, 2, 2))
         seen = self.bridge(self.eyes(images.mean((2, 3))))  # (n, 7)
         rows = torch.arange(len(ids)).repeat_interleave((ids == 3).sum(1))
         hidden = hidden + torch.zeros(len(ids), 7).index_add(0, rows, seen)[:, None]
-        logits = self.language["head"](self.language["dropout"](self.language["norm"](hidden)))
-        targets = labels[:, 1:].reshape(-1)
+        return self.language["head"](self.language["dropout"](self.language["norm"](hidden)))
+
+    def losses(self, batch, gather=alone):
+        logits, targets = self.logits(batch), batch["labels"][:, 1:].reshape(-1)
         total = F.cross_entropy(logits[:, :-1].reshape(-1, VOCAB), targets, ignore_index=-100, reduction="sum")
         return {"lm": (total, (targets != -100).sum())}
+
+    def generate(self, batch, room, stop, **how):
+        return self.logits(batch)[:, -1:].argmax(-1)
 
 
 class FakeScenes:
     """Pictures of one colour; a third of the conversations has no picture, and answers have 1 to 6 words."""
 
     name = "scenes"
+    skipped = ()
 
     def __init__(self, seed=0, size=4, small_print=False, count=1_000_000):
         self.seed, self.image_size, self.count = seed, size, count
@@ -74,23 +89,22 @@ class FakeScenes:
             return Sample(f"{view}/{index}", (), answer, turns=(Turn("what?", answer),))
         return Sample(f"{view}/{index}", (picture,), answer, turns=(Turn("<image>\nwhat?", answer),))
 
-    def references(self, sample):
-        return (sample.caption,)
+    def exams(self, names, n=0):
+        return [Exam(name, [self.sample("instruct", "val", i) for i in range(n or 4)]) for name in names]
 
-
-def build(dropout: float, stage: str) -> FakeVLM:
-    return FakeVLM(dropout)
+    def notes(self, figures):
+        return []
 
 
 def stage(name="tune", trains=("bridge", "language"), view="instruct", format="tiny", steps=20, batch_size=6, lr=1e-2,
           **more):
-    return Stage(name, trains, view, steps, batch_size, lr, format=format, **more)
+    return Stage(name, trains, view, format=format, steps=steps, batch_size=batch_size, lr=lr, **more)
 
 
 def recipe(name="fake/tiny", stages=None, dropout=0.1):
     align = stage("align", ("bridge",), "captions", "plain", steps=4, init=(("eyes", "eyes/tiny:eyes"),))
     stages = stages or (align, stage())
-    return Recipe(name, partial(build, dropout), stages, image_size=4, vocab=VOCAB)
+    return Recipe(name, FakeVLM, FakeConfig(dropout), stages, image_size=4, vocab=VOCAB)
 
 
 EYES = recipe("eyes/tiny", (stage("see", ("eyes", "language"), "captions", "plain", steps=5),))
@@ -99,8 +113,8 @@ EYES = recipe("eyes/tiny", (stage("see", ("eyes", "language"), "captions", "plai
 def install(patch=setattr):
     """Put the fakes where a run looks for the real ones; `patch` may be a monkeypatch's setattr."""
     patch(recipes, "RECIPES", {**recipes.RECIPES, "eyes/tiny": EYES, "fake/tiny": recipe()})
-    patch(batches, "Scenes", FakeScenes)
-    patch(run, "template_texts", list)  # they would take all of so small a vocabulary
+    patch(setting, "Scenes", FakeScenes)
+    patch(setting, "template_texts", list)  # they would take all of so small a vocabulary
     patch(watch, "save_curves", lambda *paths: None)  # drawing takes longer than all else here
 
 

@@ -72,8 +72,9 @@ class Stage:
     on_data: dict[str, object] = field(default_factory=dict)  # fields replaced with --data: few real pictures need augmentation
 
     def __post_init__(self):
-        if self.schedule not in SCHEDULES or not set(self.evaluate) <= set(EVALUATIONS):
-            raise ValueError(f"Stage {self.name}: schedule is one of {SCHEDULES}, evaluate of {EVALUATIONS}.")
+        for field_name, values, known in (("schedule", (self.schedule,), SCHEDULES), ("evaluate", self.evaluate, EVALUATIONS)):
+            if not set(values) <= set(known):
+                raise ValueError(f"Stage {self.name}: {field_name} is {values}, but there are only {known}.")
 
 
 @dataclass(frozen=True)
