@@ -45,7 +45,7 @@ def test_jsonl_by_folder_and_by_file(tmp_path, name):
         panda, shorts = source.sample("pairs", "train", 0), source.sample("pairs", "val", 0)
         assert (panda.id, panda.caption, panda.label) == (f"{name} line 1", "panda", "")
         assert (shorts.id, shorts.caption, shorts.label) == (f"{name} line 3", "a photo of a pair of shorts", "shorts")
-        assert source.references(panda) == ("panda",)
+        assert panda.captions == ("panda",)
         assert panda.images[0].mode == "RGB" and not panda.turns
 
 
@@ -79,7 +79,7 @@ def test_coco_captions_wherever_its_pictures_usually_lie(tmp_path, where):
         "captions_val2014.json image 60623": ("A young girl inhales with the intent of blowing out a candle.",),
     }
     for sample in everything(source, "captions"):
-        assert source.references(sample) == texts[sample.id]
+        assert sample.captions == texts[sample.id]
         assert sample.turns == (Turn("<image>", sample.caption, "caption"),)
     # on the train side every caption is met once an epoch; a held-out picture is asked about once
     for split in ("train", "val"):

@@ -28,7 +28,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from nanovlm.data.prompts import CAPTION, SHORT, prompted
-from nanovlm.data.sample import IMAGE, TALKS, TEXTS, VIEWS, Sample, Turn
+from nanovlm.data.sample import IMAGE, TALKS, TEXTS, VIEWS, Sample, Turn, unmarked
 from nanovlm.data.source import Exam, caption_exam, exam_of
 from nanovlm.data.transforms import load_image
 from nanovlm.errors import UserError
@@ -211,7 +211,7 @@ def as_view(record: Sample, caption: str, view: str, rng: Random) -> Sample:
     if view in ("mixture", "told"):
         turns = prompted(turns, CAPTION if not record.turns else SHORT if record.form == "short" else "")
     if view in TEXTS:
-        turns = tuple(replace(turn, question=turn.question.replace(IMAGE, caption)) for turn in turns)
+        turns = tuple(replace(turn, question=turn.question.replace(IMAGE, unmarked(caption))) for turn in turns)
     return replace(record, caption=caption, turns=turns)
 
 
