@@ -80,6 +80,18 @@ class Collate:
         layout = self.format if find_format(self.format).separate else sample.format or self.format
         return encode(sample.turns, self.tokenizer, layout, self.max_length or None, counts, sample.id)
 
+    def problem(self, sample: Sample) -> str | None:
+        """Why this stage cannot learn from the sample; None where it can. Captions of pairs are cut, and always fit."""
+        if self.reads.kind == "pairs":
+            return None
+        try:
+            if self.reads.kind == "conversations" and find_format(self.format).image_first and len(sample.images) != 1:
+                raise UserError(f"it has {len(sample.images)} pictures, and this model reads one before each text")
+            self.encode(sample)
+        except UserError as error:
+            return str(error)
+        return None
+
     def ask(self, samples: Sequence[Sample]) -> Batch:
         """images, input_ids and attention_mask (B, T) up to where the last answer would begin: there every row ends."""
         prompts = [prompt(sample.turns, self.tokenizer, self.format, name=sample.id) for sample in samples]

@@ -3,6 +3,7 @@
     llava/tiny ──► jobs:  clip (clip/tiny) ──► lm (lm/tiny) ──► align ──► tune
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from nanovlm.data.sample import TEXTS, Sample
 from nanovlm.data.source import Source
 from nanovlm.recipes.stage import Recipe, Stage, resolve
 from nanovlm.tokenizer import Tokenizer
+from nanovlm.training.batches import make_collate
 from nanovlm.training.weights import needed_stages
 from nanovlm.world.datasets import Scenes
 
@@ -99,6 +101,14 @@ def plan(job: Job, setting: Setting) -> list[Job]:
     if len(set(names)) < len(names):
         raise ValueError(f"Two stages of one run have the same name, which their checkpoints bear: {', '.join(names)}.")
     return found
+
+
+def leave_out_unfit(jobs: Sequence[Job], setting: Setting) -> None:
+    """Of a person's records those that a stage cannot learn from are left out of it and counted, before any stage begins."""
+    for job in jobs:
+        with torch.device("meta"):
+            reads = job.recipe.build(job.stage).reads
+        setting.source.leave_out(job.stage.view, make_collate(job.recipe, job.stage, setting.tokenizer, reads).problem)
 
 
 class MixedText:
