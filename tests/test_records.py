@@ -11,7 +11,6 @@ from nanovlm.data import records
 from nanovlm.data.collate import Collate
 from nanovlm.data.formats import read
 from nanovlm.data.prompts import SHORT
-from nanovlm.data.records import why_not
 from nanovlm.data.sample import TEXTS, VIEWS, Sample, Turn
 from nanovlm.data.transforms import Transform
 from nanovlm.errors import UserError
@@ -199,10 +198,10 @@ def test_what_is_too_long_is_left_out_and_counted_before_it_is_met(long_texts):
     """Both sides, in the view that it is too long for; a caption is cut where it is told and where it is learned."""
     for view in ("pairs", "captions"):
         before = [long_texts.size(view, split) for split in ("train", "val")]
-        long_texts.leave_out(view, why_not(COLLATE.encode) if view == "captions" else lambda sample: None)
+        long_texts.leave_out(view, COLLATE.problem if view == "captions" else lambda sample: None)
         assert [long_texts.size(view, split) for split in ("train", "val")] == before and long_texts.skipped == []
     for view in ("text", "instruct", "text"):
-        long_texts.leave_out(view, why_not(COLLATE.encode))
+        long_texts.leave_out(view, COLLATE.problem)
         samples = everything(long_texts, view)
         assert {sample.id for sample in samples} == {f"a.jsonl line {i + 1}" for i in range(30) if i not in (1, 11, 21)}
         for index, sample in enumerate(samples):
@@ -223,7 +222,7 @@ def test_no_question_of_those_that_may_be_asked_makes_it_too_long(tmp_path):
     rows = [{"image": f"{i}.png", "caption": f"{i:02} " + "x" * (47 + i // 2)} for i in range(40)]
     source = read(write(tmp_path / "a.jsonl", "\n".join(json.dumps(row) for row in rows)))
     tight = Collate(COLLATE.tokenizer, "tiny", Transform(8), Reads(), max_length=105)
-    source.leave_out("text", why_not(tight.encode))
+    source.leave_out("text", tight.problem)
     assert len({sample.caption for sample in everything(source, "text")}) > 20
     for index in range(source.size("text", "train") * 5):
         tight.encode(source.sample("text", "train", index))

@@ -25,13 +25,13 @@ from tqdm import tqdm
 from nanovlm import recipes
 from nanovlm.data.collate import Collate
 from nanovlm.data.formats import Found, scan
-from nanovlm.data.records import Records, why_not
+from nanovlm.data.records import Records
 from nanovlm.data.sample import TEXTS, Sample
 from nanovlm.data.transforms import load_image
 from nanovlm.errors import UserError
 from nanovlm.lm_loss import IGNORE
 from nanovlm.recipes.stage import Recipe, resolve
-from nanovlm.runs.setting import Job, Setting, make_tokenizer, plan
+from nanovlm.runs.setting import Job, Setting, leave_out_unfit, make_tokenizer, plan
 from nanovlm.training.batches import MicroBatches, make_collate
 
 LISTED, SHOWN, BAR = 20, 3, 40  # problems listed, samples shown of a stage, characters of the longest bar
@@ -155,10 +155,9 @@ def go_through_stages(records: Records, recipe: Recipe) -> list[str]:
     for job in plan(Job(recipe, recipe.stages[-1]), setting):
         stage, reads = job.stage, recipes.build(job.recipe.name, stage=job.stage.name).reads
         collate = make_collate(job.recipe, stage, setting.tokenizer, reads)
+        shown += [(stage, collate)] if reads.kind != "pairs" else []  # pairs are a picture and its caption, with nothing around it
         try:
-            if reads.kind != "pairs":  # there a long text is cut
-                records.leave_out(stage.view, why_not(collate.encode))
-                shown.append((stage, collate))
+            leave_out_unfit([job], setting)
             MicroBatches(setting.training_data_for(job), stage, setting.seed, collate)
         except UserError as error:
             problems.append(str(error))

@@ -97,7 +97,7 @@ class Records:
         raise UserError(f"{self.name}: no usable record of split {split} fits the view {view}.")
 
     def leave_out(self, view: str, why: Callable[[Sample], str | None]) -> None:
-        """Drop from a view what `why` has a reason against, see `why_not`; `.skipped` says which records, and why.
+        """Drop from a view what `why` has a reason against, as Collate.problem has; `.skipped` says which records, and why.
 
         A caption that is told in its picture's place is halved until it fits.
         """
@@ -111,7 +111,7 @@ class Records:
                         kept.append((record, shorter))
                         break
                 else:
-                    noted.append((record.id, reason))
+                    noted.append((record.id, reason.removeprefix(f"{record.id}: ")))
             self._note_skipped(noted)
             if noted and not kept and split == "train":
                 raise UserError(f"{self.name}: no record can be used (view {view}); {noted[0][0]}: {noted[0][1]}")
@@ -231,17 +231,6 @@ def as_view(record: Sample, caption: str, view: str, rng: Random) -> Sample:
     if view in TEXTS:
         turns = tuple(replace(turn, question=turn.question.replace(IMAGE, unmarked(caption))) for turn in turns)
     return replace(record, caption=caption, turns=turns)
-
-
-def why_not(encode: Callable[[Sample], object]) -> Callable[[Sample], str | None]:
-    """What `leave_out` asks: the UserError that encoding a sample as a stage reads it ends in, if it does."""
-    def why(sample: Sample) -> str | None:
-        try:
-            encode(sample)
-        except UserError as error:
-            return str(error).removeprefix(f"{sample.id}: ")
-        return None
-    return why
 
 
 class _Longest(Random):
