@@ -1,6 +1,7 @@
 """`python -m nanovlm.data.check`: it finds all that is wrong at once, shows what is trained, and exits as promised."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -41,7 +42,7 @@ def sick(tmp_path):
 
 
 def test_all_problems_are_listed_each_with_its_record(sick, capsys):
-    assert main([str(sick), "--format", "v0"]) == 1
+    assert main([str(sick), "--model", "llava/7b"]) == 1  # its second stage is in format v0
     printed = capsys.readouterr().out
     listed = printed[printed.index("\nproblems: ") :]
     for line, said in {
@@ -81,25 +82,94 @@ def test_a_healthy_set_is_described(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("format", "line"),
+    ("model", "line"),
     [
-        ("tiny", "<s>USER: <image>\\nwhat is it? ASSISTANT:⟦ a hat</s>⟧USER: and <image>? ASSISTANT:⟦ a shoe</s>⟧"),
-        ("v0", "\\n### Assistant:⟦ a hat\\n###⟧ Human: and <image>?\\n### Assistant:⟦ a shoe\\n###⟧"),
-        ("llama_2", "<image>\\nwhat is it? [/INST]⟦ a hat </s>⟧<s>[INST] and <image>? [/INST]⟦ a shoe </s>⟧"),
-        ("plain", "<s><image>⟦a beautiful painting of chernobyl by nekro.\\n⟧"),
+        ("llava", "<s>USER: <image>\\nwhat is it? ASSISTANT:⟦ a hat</s>⟧USER: and <image>? ASSISTANT:⟦ a shoe</s>⟧"),
+        ("llava/7b", "\\n### Assistant:⟦ a hat\\n###⟧ Human: and <image>?\\n### Assistant:⟦ a shoe\\n###⟧"),
+        ("llava", "<s>USER: a hat\\nwhat is it? ASSISTANT:⟦ a hat</s>⟧USER: and a hat? ASSISTANT:⟦ a shoe</s>⟧"),
+        ("llava", "<s><image>⟦a shoe\\n⟧"),
+        ("blip2", "<s>⟦ a shoe\\n⟧"),
     ],
 )
-def test_the_first_samples_show_what_is_trained(tmp_path, capsys, format, line):
-    assert main([str(llava_set(tmp_path)), "--format", format]) == 0
+def test_the_first_samples_show_what_is_trained(tmp_path, capsys, model, line):
+    file = llava_set(tmp_path)
+    rows = json.loads(file.read_text())
+    write(file, [{**row, "split": "val" if row["id"] == "text" else "train"} for row in rows])
+    main([str(file), "--model", model])
     assert line in capsys.readouterr().out
 
 
 def test_what_is_unusable_exits_with_2_and_one_sentence(tmp_path, capsys):
-    with pytest.raises(SystemExit) as left:
-        main([str(tmp_path), "--format", "v9"])
-    assert left.value.code == 2 and "invalid choice: 'v9'" in capsys.readouterr().err
+    assert main([str(tmp_path), "--model", "lava"]) == 2
+    assert "There is no recipe 'lava/tiny'; the recipes are" in capsys.readouterr().err
     assert main([str(tmp_path)]) == 2
     assert "the folder holds no pictures with texts" in capsys.readouterr().err
+
+
+# ---- what a stage cannot read is a problem before it trains
+
+def talk(i, *values, **fields):
+    said = [{"from": ("human", "gpt")[n % 2], "value": value} for n, value in enumerate(values)]
+    return {"image": f"{i}.png", "conversations": said} | fields
+
+
+LONG = " ".join(f"word{n}" for n in range(880))
+WRONG = {  # one record among eight, whose stages are to read it, and what is said
+    "a long question": (talk(3, f"<image>\n{LONG}", "yes"), "llava", "record 3: cut to 256 tokens, no answer is left"),
+    "a picture after long talk": (talk(3, "hi", LONG, "<image>?", "yes"), "llava", "record 3: cutting it to 256 tokens would cut"),
+    "a video": ({"video": "a.mp4", "conversations": talk(3, "<video>\nwhat?", "yes")["conversations"]}, "llava",
+                'record 3: field "video": videos are not read'),
+    "half a character": (talk(3, "<image>?", "a smile \ud83d"), "llava", r"record 3: it holds half of a character ('\ud83d')"),
+    "a stop in an answer": (talk(3, "<image>?", "all ### of it"), "llava/7b", "record 3: the answer of turn 1 holds '###'"),
+    "an address": (talk(3, "<image>?", "yes", image="https://example.org/a.png"), "llava", "record 3: field \"image\" holds a"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_a_stage_cannot_read_is_listed(tmp_path, capsys, case):
+    row, model, said = WRONG[case]
+    draw(tmp_path, *(f"{i}.png" for i in range(8)))
+    rows = [talk(i, "<image>\nwhat is it?", f"thing {i}") for i in range(8)]
+    file = write(tmp_path / "chat.json", [*rows[:3], row, *rows[4:]])
+    assert main([str(file), "--model", model]) == 1
+    listed = capsys.readouterr().out.split("\nproblems: ")[1]
+    assert listed.startswith("1\n") and said in listed
+
+
+def test_what_every_stage_can_read_is_no_problem(tmp_path, capsys):
+    """Tags and long captions are text; a long caption is cut where it is told."""
+    draw(tmp_path, *(f"{i}.png" for i in range(8)))
+    captions = [f"thing {i}" for i in range(6)] + ["the tag <image> ends with </s>", LONG]
+    write(tmp_path / "captions.jsonl", "\n".join(json.dumps({"image": f"{i}.png", "caption": c}) for i, c in enumerate(captions)))
+    for model in ("llava", "blip2", "blip2/tiny-t5", "llava15"):
+        assert main([str(tmp_path), "--model", model]) == 0, model
+        assert "problems: none" in capsys.readouterr().out
+
+
+def test_nothing_to_train_on_or_to_judge_by_is_said(tmp_path, capsys):
+    draw(tmp_path, *(f"{i}.png" for i in range(8)))
+    two = talk(0, "<image><image>\nwhat are they?", "things", image=["0.png", "1.png"])
+    rows = [talk(i, "<image>\nwhat is it?", f"thing {i}", split="train") for i in range(2, 8)]
+    assert main([str(write(tmp_path / "chat.json", [two | {"split": "val"}, *rows]))]) == 0
+    printed = capsys.readouterr().out
+    assert "clip      pairs     6 to train on, 0 held out; with none held out it will not be judged" in printed
+    assert "tune      instruct  6 to train on, 1 held out\n" in printed
+    assert main([str(write(tmp_path / "two.json", [two, two]))]) == 1
+    assert "all records share one picture" in capsys.readouterr().out
+    other = {**two, "image": ["2.png", "3.png"]}
+    assert main([str(write(tmp_path / "twos.json", [two, other]))]) == 1
+    assert "twos has nothing to train stage clip on (view 'pairs')" in capsys.readouterr().out
+
+
+def test_a_console_that_knows_only_ascii(tmp_path):
+    draw(tmp_path, "a.png", "b.png", "c.png")
+    for name in "abc":
+        write(tmp_path / f"{name}.txt", f"熊猫 {name}")
+    command = [sys.executable, "-m", "nanovlm.data.check", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT,
+                          env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and done.stderr == ""
+    assert "4-7        3 ########" in done.stdout and r"ASSISTANT:[ \u718a\u732b c</s>]" in done.stdout
 
 
 def test_the_command_itself(sick):

@@ -1,15 +1,22 @@
 """Readers on literal records in each format's documented shape, on all that can be wrong, and on the real sets."""
 
 import json
+import os
+import re
 from pathlib import Path
+from unicodedata import normalize
 
 import pytest
 from data_files import LLAVA, draw, everything, llava_set, write
 from PIL import Image
 
+from nanovlm.contract import Reads
+from nanovlm.data.collate import Collate
 from nanovlm.data.formats import read, scan
-from nanovlm.data.sample import Turn
+from nanovlm.data.sample import TEXTS, VIEWS, Turn
+from nanovlm.data.transforms import Transform
 from nanovlm.errors import UserError
+from nanovlm.tokenizer import Tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -45,7 +52,7 @@ def test_jsonl_by_folder_and_by_file(tmp_path, name):
         panda, shorts = source.sample("pairs", "train", 0), source.sample("pairs", "val", 0)
         assert (panda.id, panda.caption, panda.label) == (f"{name} line 1", "panda", "")
         assert (shorts.id, shorts.caption, shorts.label) == (f"{name} line 3", "a photo of a pair of shorts", "shorts")
-        assert source.references(panda) == ("panda",)
+        assert panda.captions == ("panda",)
         assert panda.images[0].mode == "RGB" and not panda.turns
 
 
@@ -79,7 +86,7 @@ def test_coco_captions_wherever_its_pictures_usually_lie(tmp_path, where):
         "captions_val2014.json image 60623": ("A young girl inhales with the intent of blowing out a candle.",),
     }
     for sample in everything(source, "captions"):
-        assert source.references(sample) == texts[sample.id]
+        assert sample.captions == texts[sample.id]
         assert sample.turns == (Turn("<image>", sample.caption, "caption"),)
     # on the train side every caption is met once an epoch; a held-out picture is asked about once
     for split in ("train", "val"):
@@ -108,12 +115,148 @@ def test_llava_conversations(tmp_path):
     assert not any("<image>" in turn.question for sample in everything(source, "text") for turn in sample.turns)
 
 
-# ---- what is wrong with one record
-
-
 def conversation(*values, first="human"):
     speakers = ["human", "gpt"] if first == "human" else ["gpt", "human"]
     return [{"from": speakers[i % 2], "value": value} for i, value in enumerate(values)]
+
+
+@pytest.mark.parametrize(("turns", "caption"), [
+    (("Hello!", "Hello.", "<image>\nWhat is this?", "Thing 3. It is old."), "Thing 3."),
+    (("<image>\nWhat is this?", "Thing 3.", "And this? <image>", "Thing 4."), "Thing 3."),
+    (("Hello!", "Hello.", "And you?", "Fine."), "Hello."),
+])
+def test_a_caption_is_said_of_the_first_picture(tmp_path, turns, caption):
+    draw(tmp_path, "a.png", "b.png")
+    images = ["a.png", "b.png"][:sum(turn.count("<image>") for turn in turns)]
+    file = write(tmp_path / "chat.json", [{"image": images, "conversations": conversation(*turns)}])
+    assert scan(file).samples[0].caption == caption
+
+
+TAG = "the tag <image> ends with </s>, [DEC] and ###"
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "folder", "coco", "answers", "several"])
+def test_tags_in_captions_and_answers_are_text(tmp_path, kind):
+    """In every view there are as many marks as pictures and no other special id; what is learned is as it was written."""
+    draw(tmp_path, *(f"{i}.png" for i in range(12)))
+    if kind == "folder":
+        for i in range(12):
+            write(tmp_path / f"{i}.txt", f"{i} {TAG}")
+    elif kind == "coco":
+        write(tmp_path / "captions.json", {"images": [{"id": i, "file_name": f"{i}.png"} for i in range(12)],
+                                           "annotations": [{"image_id": i, "caption": f"{i} {TAG}"} for i in range(12)]})
+    else:
+        rows = [{"image": f"{i}.png"} | ({"conversations": conversation("<image>\nwhat?", f"{i} {TAG}")} if kind == "answers"
+                                         else {"caption": [f"{i} {TAG}", TAG] if kind == "several" else f"{i} {TAG}"})
+                for i in range(12)]
+        write(tmp_path / "captions.jsonl", "\n".join(map(json.dumps, rows)))
+    source, tokenizer = read(tmp_path), Tokenizer.train([], 261)
+    collate = Collate(tokenizer, "tiny", Transform(8), Reads())
+    for view in VIEWS:
+        samples = everything(source, view)
+        assert len(samples) >= 12 and all(TAG in sample.caption for sample in samples)
+        for sample in samples if view != "pairs" else ():
+            ids, labels = collate.encode(sample)
+            assert ids.count(tokenizer.image_id) == len(sample.images) == (view not in TEXTS)
+            assert [i for i in ids if i < len(tokenizer.specials) and i != tokenizer.image_id] == [tokenizer.bos_id, tokenizer.eos_id]
+            assert f" {sample.caption}</s>" == tokenizer.decode([i for i in labels if i >= 0], specials=True)
+
+
+def test_several_captions_are_references_of_one_another(tmp_path):
+    draw(tmp_path, "a.png", "b.png")
+    rows = [{"image": "a.png", "caption": ["a hat", " a red\nhat"]},
+            {"image": "b.png", "caption": ["a shoe", "footwear"], "conversations": conversation("<image>?", "yes")}]
+    hat, shoe = scan(write(tmp_path / "c.jsonl", "\n".join(map(json.dumps, rows)))).samples
+    assert (hat.caption, hat.references) == ("a hat", ("a hat", "a red hat"))
+    assert (shoe.caption, shoe.references) == ("a shoe", ("a shoe", "footwear"))
+
+
+# ---- names and endings that promise something else
+
+def captioned(names):
+    return [{"image": name, "caption": f"thing {i}"} for i, name in enumerate(names)]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_content_says_what_a_table_is_not_its_ending(tmp_path, rows):
+    """JSON lines in a .json, a JSON list in a .jsonl, COCO in a .jsonl; a .jsonl of one line stays one."""
+    names = [f"{i}.png" for i in range(rows)]
+    draw(tmp_path, *names, *(image["file_name"] for image in COCO["images"]))
+    lines = "\n".join(map(json.dumps, captioned(names)))
+    assert [s.caption for s in scan(write(tmp_path / "a.jsonl", lines)).samples] == [f"thing {i}" for i in range(rows)]
+    assert scan(write(tmp_path / "a.jsonl", json.dumps(captioned(names), indent=1))).samples[0].id == "a.jsonl record 0"
+    assert len(scan(write(tmp_path / "c.jsonl", json.dumps(COCO, indent=1))).samples) == 2
+    if rows > 1:
+        found = scan(write(tmp_path / "b.json", lines + '\n{"image": '))
+        assert [sample.id for sample in found.samples] == [f"b.json line {i + 1}" for i in range(rows)]
+        assert str(found.problems[0]).startswith("b.json line 4: this is no JSON")
+
+
+@pytest.mark.parametrize(("written", "on_disk"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_letters_with_accents_are_found_however_they_are_written(tmp_path, written, on_disk):
+    written, on_disk = normalize(written, "café"), normalize(on_disk, "café")
+    draw(tmp_path, f"{on_disk}.png", f"f/{on_disk}.png")
+    found = scan(write(tmp_path / "a.jsonl", json.dumps(captioned([f"{written}.png"])[0])))
+    assert found.samples[0].images[0].is_file() and not found.problems
+    write(tmp_path / "f" / f"{written}.txt", "a café")
+    found = scan(tmp_path / "f")
+    assert [sample.caption for sample in found.samples] == ["a café"] and not found.problems
+
+
+NO_PICTURE = {  # name → what is said of it
+    "photos/../x.png": "the picture photos/../x.png is missing$",
+    "below.png": "the picture below.png is missing; write photos/below.png, where one lies$",
+    "https://example.org/a.png": r"holds a picture's data or address \(https://example.org/a.png\), not its path",
+    "data:image/png;base64," + 5000 * "iVBO": r"holds a picture's data or address \(data:image/png;base64,(iVBO){4}iV\), not its path",
+    5000 * "x": "the picture x{80} is missing$",
+    "a\0.png": "is missing$",
+}
+
+
+@pytest.mark.parametrize("name", NO_PICTURE, ids=range(len(NO_PICTURE)))
+def test_what_is_no_path_of_a_picture_is_said_and_skipped(tmp_path, name):
+    draw(tmp_path, "a.png", "b.png", "photos/below.png")
+    file = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, captioned(["a.png", name, "b.png"]))))
+    with pytest.raises(UserError, match="a.jsonl line 2: "):
+        read(file)
+    source = read(file, on_missing="skip")
+    ((record, reason),) = source.skipped
+    assert record == "a.jsonl line 2" and re.search(NO_PICTURE[name], reason) and len(everything(source, "pairs")) == 2
+
+
+def test_videos_are_no_letters(tmp_path):
+    """Refused, or skipped and counted; talk about the tag itself is talk."""
+    draw(tmp_path, "a.png", "b.png")
+    rows = [*captioned(["a.png", "b.png"]), {"video": "a.mp4", "conversations": conversation("what happens?", "a clip")},
+            {"video": "a.mp4", "caption": "a clip"}, {"conversations": conversation("<video>\nwhat happens?", "a clip")},
+            {"conversations": conversation("hi", "hello", "and here?\n<video>", "a clip")},
+            {"conversations": conversation("is <video> right?", "yes", "<video>\n<source>\n</video>\nand this?", "no")}]
+    file = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match=r'a.jsonl line 3: field "video": videos are not read.*3 more'):
+        read(file)
+    source = read(file, on_missing="skip")
+    assert [record for record, _ in source.skipped] == [f"a.jsonl line {i}" for i in (3, 4, 5, 6)]
+    assert {sample.id for sample in everything(source, "instruct")} == {f"a.jsonl line {i}" for i in (1, 2, 7)}
+
+
+def test_half_a_character_is_said_with_its_record(tmp_path):
+    """JSON can write it, and names of files may hold bytes that are no text."""
+    draw(tmp_path, "a.png", "f/b.png")
+    said = r"half of a character \('\\ud83d'\); mend or remove it"
+    file = write(tmp_path / "a.jsonl", '{"image": "a.png", "caption": "\\ud83d\\ude00"}\n{"image": "a.png", "caption": "\\ud83d"}')
+    with pytest.raises(UserError, match=f"a.jsonl line 2: it holds {said}"):
+        read(file)
+    coco = {"images": [{"id": 1, "file_name": "a.png"}], "annotations": [{"image_id": 1, "caption": "a smile \ud83d"}]}
+    with pytest.raises(UserError, match=f"c.json image 1: it holds {said}"):
+        read(write(tmp_path / "c.json", coco))
+    if os.name == "posix":
+        for ending, content in ((b".png", (tmp_path / "a.png").read_bytes()), (b".txt", b"text")):
+            with open(os.fsencode(tmp_path / "f") + b"/\xff" + ending, "wb") as odd:
+                odd.write(content)
+        assert "half of a character" in scan(tmp_path / "f").problems[-1].reason
+
+
+# ---- what is wrong with one record
 
 
 GOOD = {"image": "a.png", "caption": "fine"}
@@ -144,6 +287,10 @@ BAD_RECORDS = {
     "too many marks": (
         {"conversations": conversation("<image>?", "a")}, 'line 2: 1 "<image>" marks .* but 0 pictures'
     ),
+    "image a number": ({"image": 3, "caption": "x"}, 'field "image" must be the path of one picture'),
+    "image a list": ({"image": ["a.png"], "caption": "x"}, 'field "image" must be the path of one picture'),
+    "captions empty": ({"image": "a.png", "caption": []}, 'field "caption" is empty or no text'),
+    "one caption empty": ({"image": "a.png", "caption": ["x", " "]}, 'field "caption" is empty or no text'),
     "image no path": ({"image": 3, "conversations": conversation("<image>?", "a")}, 'field "image" must be a path'),
 }
 
@@ -196,7 +343,8 @@ def test_unusable_paths(tmp_path):
     write(tmp_path / "odd.json", {"images": 3})
     write(tmp_path / "broken.json", "[{")
     write(tmp_path / "empty.jsonl", "")
-    draw(tmp_path, "textless/a.png", "alone/a.png")
+    draw(tmp_path, "textless/a.png", "alone/a.png", "above/photos/a.png")
+    write(tmp_path / "above" / "a.txt", "a hat")
     write(tmp_path / "alone" / "a.txt", "only one")
     write(tmp_path / "bytes" / "captions.jsonl", "")
     (tmp_path / "bytes" / "captions.jsonl").write_bytes(b'{"caption": "\xff"}')
@@ -208,6 +356,7 @@ def test_unusable_paths(tmp_path):
         "absent": "there is no such file or folder",
         "nothing": "the folder holds no pictures with texts",
         "several": "it holds 2 tables",
+        "above": r"its pictures lie in a subfolder \(photos/a.png\); give the path of .*photos, with a .txt beside each",
         "textless": r"it holds pictures \(a.png\) but no text for any",
         "notes.md": "neither a folder nor a .json or .jsonl file",
         "odd.json": 'neither a list of records nor an object with "images" and "annotations"',

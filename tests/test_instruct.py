@@ -73,6 +73,35 @@ def test_a_reply_of_the_wrong_form(kind, reply, why):
         turns(kind, reply, Random(0))
 
 
+ODD = ("Cars in view: [0.10, 0.20, 0.30, 0.40]", "class: a hat; of: a hat; a shoe", "a page says <image> and .5, [.5, .25]")
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_a_caption_may_look_like_a_box_or_a_class_or_a_mark(tmp_path, odd):
+    """The rules take it for a caption, and a reply may say what stands in it; what stands in another is refused still."""
+    told = replace(TOLD, captions=(odd, "a dog on grass."))
+    again = from_text(told.as_text())
+    assert (again.captions, again.boxes, again.label) == (told.captions, told.boxes, "")
+    assert from_text(replace(CLASS, captions=(odd,)).as_text()).labels == CLASS.labels
+    (first, *_), detail = (turns(kind, rules(messages(kind, told)), Random(0), told.captions) for kind in ("conversation", "detail"))
+    assert first[1].lower().startswith(odd.lower()) and odd.lower() in detail[0][1].lower()
+    others = [other for other in ODD if other != odd and not other.startswith("class")]
+    for other in others:
+        with pytest.raises(ValueError, match="gives away"):
+            turns("detail", f"The board says {other}.", Random(0), told.captions)
+    told = [replace(told, id=str(i), image=tmp_path / "a.png") for i in range(4)]
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "a.png")
+    reply = f"Question:\nWhere is {odd}?\n===\nAnswer:\n{odd}"
+    for name, teacher in (("rules", rules), ("quotes", lambda said: reply)):
+        seen = synthesise(told, teacher, ["conversation", "brief"], tmp_path / f"{name}.json", SETTINGS)
+        assert seen["made"] == 8 and not formats.scan(tmp_path / f"{name}.json").problems
+
+
+def test_half_a_character_is_no_reply():
+    with pytest.raises(ValueError, match="surrogates not allowed"):
+        turns("detail", "a dog with a smile \ud83d runs", Random(0))
+
+
 def test_rules_say_what_is_true():
     """Of pictures that the world knows all of: every number, place and comparison is looked up in the boxes."""
     met = Counter()
@@ -310,6 +339,16 @@ def test_what_cannot_be_made(arguments, complaint, tmp_path, capsys):
     assert main([*arguments, "--out", str(tmp_path / "made.json")]) == 2
     assert complaint in capsys.readouterr().err
     assert not (tmp_path / "made.json").exists()
+
+
+def test_a_disk_that_is_full_is_said(tmp_path, capsys, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    assert main(["scenes:2", "--out", str(tmp_path / "made.json")]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["made.json.part", "made_pictures"]  # what was said is kept
 
 
 def test_nothing_is_written_over(tmp_path, capsys):

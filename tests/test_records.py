@@ -6,11 +6,15 @@ import pytest
 from data_files import draw, everything, llava_set, write
 from PIL import Image
 
+from nanovlm.contract import Reads
 from nanovlm.data import records
+from nanovlm.data.collate import Collate
 from nanovlm.data.formats import read
 from nanovlm.data.prompts import SHORT
-from nanovlm.data.sample import Sample
+from nanovlm.data.sample import TEXTS, VIEWS, Sample, Turn
+from nanovlm.data.transforms import Transform
 from nanovlm.errors import UserError
+from nanovlm.tokenizer import Tokenizer
 
 
 @pytest.fixture
@@ -169,3 +173,85 @@ def test_what_is_read_before_is_told_in_the_picture_s_place(tmp_path):
     plain, told = (source.sample(view, "train", 0) for view in ("text", "told"))
     assert not plain.images and not told.images and plain.turns[0].question == f"{plain.caption}\nwhat is it?"
     assert told.turns[0].question == f"{plain.turns[0].question}\n{SHORT}" and told.turns[0].answer == "a hat"
+
+
+# ---- what a stage cannot read
+
+LONG = " ".join(f"word{i}" for i in range(480))
+LIMIT = 200
+COLLATE = Collate(Tokenizer.train([], 261), "tiny", Transform(8), Reads(image_tokens=16), LIMIT)  # a byte is a token
+
+
+@pytest.fixture(params=["in memory", "on disk"])
+def long_texts(tmp_path, request, monkeypatch):
+    """Thirty pictures; the captions of every fifth, the questions of 1, 11 and 21 are long."""
+    if request.param == "on disk":
+        monkeypatch.setattr(records, "KEPT_PICTURES", 3)
+    draw(tmp_path, *(f"{i}.png" for i in range(30)))
+    rows = [{"image": f"{i}.png", "caption": f"{i} {LONG}" if i % 5 == 0 else f"thing {i}"} for i in range(30)]
+    for i in (1, 11, 21):
+        rows[i]["conversations"] = [{"from": "human", "value": f"<image>\n{LONG}"}, {"from": "gpt", "value": "yes"}]
+    return read(write(tmp_path / "a.jsonl", "\n".join(json.dumps(row) for row in rows)))
+
+
+def test_what_is_too_long_is_left_out_and_counted_before_it_is_met(long_texts):
+    """Both sides, in the view that it is too long for; a caption is cut where it is told and where it is learned."""
+    for view in ("pairs", "captions"):
+        before = [long_texts.size(view, split) for split in ("train", "val")]
+        long_texts.leave_out(view, COLLATE.problem if view == "captions" else lambda sample: None)
+        assert [long_texts.size(view, split) for split in ("train", "val")] == before and long_texts.skipped == []
+    for view in ("text", "instruct", "text"):
+        long_texts.leave_out(view, COLLATE.problem)
+        samples = everything(long_texts, view)
+        assert {sample.id for sample in samples} == {f"a.jsonl line {i + 1}" for i in range(30) if i not in (1, 11, 21)}
+        for index, sample in enumerate(samples):
+            ids, labels = COLLATE.encode(sample)
+            assert sum(label >= 0 for label in labels) > 1 and len(ids) <= LIMIT
+            if view in TEXTS:  # what is told and what is learned is the same, and of a long caption its beginning
+                assert sample.turns[0].question.startswith(f"{sample.caption}\n")
+                assert len(sample.caption) > 40 or "thing" in sample.caption, index
+                assert sample.turns[0].answer == sample.caption and (sample.caption + " ") in f"{sample.references[0]} "
+    reason = "cut to 200 tokens, no answer is left to learn from; raise the maximum length or shorten the question."
+    assert sorted(long_texts.skipped) == sorted((f"a.jsonl line {i}", reason) for i in (2, 12, 22))  # once each
+    assert long_texts.size("mixture", "train") + long_texts.size("mixture", "val") == 30
+
+
+def test_no_question_of_those_that_may_be_asked_makes_it_too_long(tmp_path):
+    """Which question is asked depends on the place; what fits must fit with the longest of them."""
+    draw(tmp_path, *(f"{i}.png" for i in range(40)))
+    rows = [{"image": f"{i}.png", "caption": f"{i:02} " + "x" * (47 + i // 2)} for i in range(40)]
+    source = read(write(tmp_path / "a.jsonl", "\n".join(json.dumps(row) for row in rows)))
+    tight = Collate(COLLATE.tokenizer, "tiny", Transform(8), Reads(), max_length=105)
+    source.leave_out("text", tight.problem)
+    assert len({sample.caption for sample in everything(source, "text")}) > 20
+    for index in range(source.size("text", "train") * 5):
+        tight.encode(source.sample("text", "train", index))
+
+
+def test_where_nothing_is_left_it_is_said(long_texts):
+    with pytest.raises(UserError, match=r"^a: no record can be used \(view instruct\); a.jsonl line \d+: too green$"):
+        long_texts.leave_out("instruct", lambda sample: "too green")
+    long_texts.leave_out("captions", lambda sample: None if "thing" in sample.caption else "no thing")
+    assert all("thing" in sample.caption for sample in everything(long_texts, "captions"))
+    assert ("a.jsonl line 1", "no thing") in long_texts.skipped
+
+
+@pytest.mark.parametrize("held_out", ["text only", "two pictures"])
+def test_without_a_picture_to_judge_by_there_are_no_exams_of_pictures(tmp_path, held_out):
+    draw(tmp_path, *(f"{i}.png" for i in range(10)))
+    turns = [{"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": "a hat"}]
+    rows = [{"image": f"{i}.png", "conversations": turns, "split": "train"} for i in range(8)]
+    if held_out == "text only":
+        rows.append({"conversations": [{"from": "human", "value": "2 + 2?"}, turns[1]], "split": "val"})
+    else:
+        two = {"from": "human", "value": "<image><image>\nwhat are they?"}
+        rows.append({"image": ["8.png", "9.png"], "conversations": [two, turns[1]], "split": "val"})
+    source = read(write(tmp_path / "chat.json", rows))
+    for view in ("pairs", "captions", "described"):
+        assert source.size(view, "val") == 0 and source.exam(view=view) == []
+        with pytest.raises(UserError, match=f"chat: no usable record of split val fits the view {view}"):
+            source.sample(view, "val", 0)
+    assert source.galleries() == [] and source.exams(("captions", "classes")) == []
+    assert all(source.size(view, "val") == 1 for view in VIEWS if view not in ("pairs", "captions", "described"))
+    assert [exam.samples[0].turns[-1] for exam in source.exams(("answers",))] == [
+        Turn({"text only": "2 + 2?"}.get(held_out, "<image><image>\nwhat are they?"), "a hat")]

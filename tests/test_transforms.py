@@ -1,5 +1,6 @@
 """Pictures become tensors as the published encoders expect them; each kind of file is read right or refused by name."""
 
+import struct
 from random import Random
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from nanovlm.data.transforms import CLIP_MEAN, CLIP_STD, Transform, load_image, to_rgb
@@ -136,6 +137,30 @@ def test_exif_orientation_is_followed(tmp_path):
     assert red[0] > 200 and red[1] < 60 and min(white) > 200
 
 
+@pytest.mark.parametrize("orientation", range(10))
+def test_every_orientation_is_pillows(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    noise(16, 24).save(tmp_path / "turned.png", exif=exif)
+    with Image.open(tmp_path / "turned.png") as image:
+        expected = ImageOps.exif_transpose(image)
+    assert load_image(tmp_path / "turned.png").tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize(("kind", "count", "value"), [(2, 4, b"abc\0"), (5, 3, b"\xff\xff\xff\xff"), (99, 1, b"abcd")])
+def test_a_tag_of_a_wrong_type_beside_the_orientation(tmp_path, kind, count, value):
+    """GPS latitude (tag 2 of the block 0x8825) as text, as numbers that are not there, as nothing known."""
+    tags = struct.pack("<HHHII", 2, 0x0112, 3, 1, 6) + struct.pack("<HHIII", 0x8825, 4, 1, 38, 0)
+    gps = struct.pack("<HHHI", 1, 2, kind, count) + value + struct.pack("<I", 0)
+    noise(16, 24).save(tmp_path / "turned.jpg", exif=b"Exif\0\0II*\0" + struct.pack("<I", 8) + tags + gps)
+    assert load_image(tmp_path / "turned.jpg").size == (24, 16)
+
+
+def test_tags_that_cannot_be_read_say_nothing(tmp_path):
+    noise(16, 24).save(tmp_path / "odd.jpg", exif=b"Exif\0\0no tags")
+    assert load_image(tmp_path / "odd.jpg").size == (16, 24)
+
+
 def test_side_makes_the_shorter_side_small_and_keeps_the_proportions(tmp_path):
     ramp(400, 200).save(tmp_path / "wide.jpg", quality=95)
     small = load_image(tmp_path / "wide.jpg", side=40)
@@ -158,10 +183,13 @@ def broken_files(folder):
     for name in ("jpg", "png"):
         content = (folder / f"whole.{name}").read_bytes()
         (folder / f"cut.{name}").write_bytes(content[: len(content) // 2])
+    (folder / "photo.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100))
+    (folder / "clip.png").write_bytes(b"\0\0\0\x20ftypisom\0\0\2\0isomiso2avc1mp41" + bytes(100))
     (folder / "folder.png").mkdir()
     return {
         "text.jpg": "no known picture format", "empty.png": "it is empty", "cut.jpg": "cannot be read",
         "cut.png": "cannot be read", "folder.png": "cannot be read", "absent.png": "missing",
+        "photo.heic": "it is a HEIC photo, .* convert it, as with `magick photo.heic photo.jpg`", "clip.png": "it is a video",
     }
 
 

@@ -1,12 +1,12 @@
-"""Look at a data set before an hour is spent on it: `python -m nanovlm.data.check PATH [--format v1]`.
+"""Look at a data set before an hour is spent on it: `python -m nanovlm.data.check PATH [--model llava]`.
 
 Idea: everything that a training run would stumble over is found now, and all of it at once; and what the model will be
 trained on is shown as it will be, token for token, with the trained part marked.
 
-    PATH ─► scan (formats.py) ─► records ─► every picture opened ─► every conversation encoded ─► report
-                 └─ problems ─────────────────── + ───────────────────── + ──────────────────────────┘
+    PATH ─► scan (formats.py) ─► records ─► every picture opened ─► every stage: each record encoded as it reads it ─► report
+                 └─ problems ─────────────────── + ─────────────────────────── + ───────────────────────────────────────┘
 
-The tokens of the report are those of a small tokenizer trained on the set itself, as a tiny recipe does it.
+Tokenizer, stages, formats and limits are those of a run of `--model`, made by the same code.
 Exit codes: 0 fine; 1 problems were found, and are listed; 2 the path as a whole is unusable.
 """
 
@@ -17,40 +17,44 @@ from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from io import BytesIO
 from pathlib import Path
-from random import Random
 
+import torch
 from PIL import Image
 from tqdm import tqdm
 
-from nanovlm.data.conversation import FORMATS, encode, find_format
+from nanovlm import recipes
+from nanovlm.data.collate import Collate
 from nanovlm.data.formats import Found, scan
-from nanovlm.data.records import Records, as_view
-from nanovlm.data.sample import IMAGE, Sample, Turn
+from nanovlm.data.records import Records
+from nanovlm.data.sample import TEXTS, Sample
 from nanovlm.data.transforms import load_image
 from nanovlm.errors import UserError
 from nanovlm.lm_loss import IGNORE
-from nanovlm.tokenizer import Tokenizer
+from nanovlm.recipes.stage import Recipe, resolve
+from nanovlm.runs.setting import Job, Setting, leave_out_unfit, make_tokenizer, plan
+from nanovlm.training.batches import MicroBatches, make_collate
 
-LISTED, SHOWN, BAR = 20, 5, 40  # problems listed, samples shown, characters of the longest bar
-VOCAB_SIZE = 512
+LISTED, SHOWN, BAR = 20, 3, 40  # problems listed, samples shown of a stage, characters of the longest bar
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m nanovlm.data.check", description="Say what a data set holds and what is broken in it.",
-        epilog="example: python -m nanovlm.data.check my_pictures --format plain",
+        epilog="example: python -m nanovlm.data.check my_pictures --model blip2",
     )
     parser.add_argument("path", help="a folder of pictures with a .txt beside each, a .jsonl, or a .json (COCO, LLaVA)")
-    parser.add_argument("--format", default="v1", choices=list(FORMATS), help="conversation format (default: v1)")
+    parser.add_argument("--model", default="llava", help="whose stages are to read it (default: llava), or a recipe such as llava/7b")
     options = parser.parse_args(argv)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a console may know no Chinese
     try:
-        return report(scan(options.path), options.format)
+        recipe = resolve(recipes.get(options.model if "/" in options.model else f"{options.model}/tiny"), real=True)
+        return report(scan(options.path), recipe)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
 
 
-def report(found: Found, format: str) -> int:
+def report(found: Found, recipe: Recipe) -> int:
     problems = [str(problem) for problem in found.problems]
     copies, wrong_names, unreadable = look_at_pictures(found.samples)
     problems += wrong_names + [f"{record}: {reason}" for record, reason in unreadable.items()]
@@ -58,13 +62,14 @@ def report(found: Found, format: str) -> int:
     samples = [sample for sample, _ in usable]
     print(f"{found.name}: {found.kind}")
     describe_records(samples, copies)
-    try:
-        describe_views(Records(found.name, samples, [split for _, split in usable], on_missing="skip"))
-    except UserError as error:
-        problems.append(str(error))
     if samples:
         describe_lengths(samples)
-        problems += show_masks(samples, format)
+    try:
+        records = Records(found.name, samples, [split for _, split in usable], on_missing="skip",
+                          cache_side=recipes.shorter_side(recipe.name) * 4 // 3)
+        problems += go_through_stages(records, recipe)
+    except UserError as error:
+        problems.append(str(error))
     print(f"\nproblems: {len(problems) or 'none'}")
     for problem in problems[:LISTED]:
         print(f"  {problem}")
@@ -108,16 +113,6 @@ def describe_records(samples: Sequence[Sample], copies: Counter) -> None:
         print(f"            most frequent, {times:,} times: {text[:80]!r}")
 
 
-def describe_views(records: Records) -> None:
-    for view in ("pairs", "captions", "instruct"):
-        train, val = (f"{records.size(view, split):,}" for split in ("train", "val"))
-        print(f"  {view:<9} {train} to train on, {val} held out")
-    if records.labels:
-        print(f"  classes   {len(records.labels)}: {', '.join(records.labels)}")
-    if records.few:
-        print("  note      these are too few to judge a model by: the figures will be luck as much as learning")
-
-
 def describe_lengths(samples: Sequence[Sample]) -> None:
     texts = list(texts_of(samples).elements())
     print("\nlength of captions and answers in words")
@@ -137,41 +132,63 @@ def print_histogram(values: Iterable[int]) -> None:
     counts = Counter(max(1, value.bit_length()) for value in values)
     for bits in range(min(counts), max(counts) + 1):
         low, high = (1 << bits - 1 if bits > 1 else 0), (1 << bits) - 1
-        bar = "█" * round(BAR * counts[bits] / max(counts.values()))
+        bar = printable("█", "#") * round(BAR * counts[bits] / max(counts.values()))
         print(f"  {f'{low}-{high}':>9} {counts[bits]:>8,} {bar}".rstrip())
 
 
-def show_masks(samples: Sequence[Sample], format: str) -> list[str]:
-    """Encode every record as it will be trained, print the first few, return what cannot be encoded."""
-    view = "captions" if find_format(format).marks_only else "instruct"
-    shown = [as_view(sample, sample.caption, view, Random(i)) for i, sample in enumerate(samples)]
-    if view == "captions":
-        shown = [sample for sample in shown if len(sample.images) == 1]  # plain is one picture and its caption
-    texts = (text for s in shown for turn in s.turns for text in (turn.question.replace(IMAGE, ""), turn.answer))
-    tokenizer = Tokenizer.train(texts, VOCAB_SIZE)
-    marks = "green" if sys.stdout.isatty() else "⟦ ⟧"
-    print(f"\nthe first samples in format {format}; what is trained stands in {marks}")
-    problems = []
-    for i, sample in enumerate(tqdm(shown, desc="encoding", unit=" samples", leave=False, disable=None)):
+def printable(text: str, plain: str) -> str:
+    """The text, or a plainer one where the console cannot print it."""
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return plain
+    return text
+
+
+# ---- as a run would read it
+
+def go_through_stages(records: Records, recipe: Recipe) -> list[str]:
+    """What each stage has to train on, and its first samples; returns what no stage could read."""
+    setting = Setting(recipe, 0, torch.device("cpu"), records, make_tokenizer(recipe, records, seed=0))
+    problems, shown = [], []
+    print(f"\nthe stages of {recipe.name}")
+    for job in plan(Job(recipe, recipe.stages[-1]), setting):
+        stage, reads = job.stage, recipes.build(job.recipe.name, stage=job.stage.name).reads
+        collate = make_collate(job.recipe, stage, setting.tokenizer, reads)
+        shown += [(stage, collate)] if reads.kind != "pairs" else []  # pairs are a picture and its caption, with nothing around it
         try:
-            line = marked(sample.turns, tokenizer, format, sample.id)
+            leave_out_unfit([job], setting)
+            MicroBatches(setting.training_data_for(job), stage, setting.seed, collate)
         except UserError as error:
             problems.append(str(error))
-            continue
-        if i < SHOWN:
-            print(f"  {sample.id}\n    {line}")
-    return problems
+        train, val = (records.size(stage.view, split) for split in ("train", "val"))
+        judged = "" if val or stage.view in TEXTS else "; with none held out it will not be judged"
+        print(f"  {stage.name:<9} {stage.view:<9} {train:,} to train on, {val:,} held out{judged}")
+    if records.labels:
+        print(f"  classes   {len(records.labels)}: {', '.join(records.labels)}")
+    if records.few:
+        print("  note      these are too few to judge a model by: the figures will be luck as much as learning")
+    for stage, collate in shown:
+        print(f"\nthe first samples as stage {stage.name} reads them, in format {stage.format}; what is trained stands in "
+              f"{'green' if sys.stdout.isatty() else ' '.join(marks())}")
+        for i in range(min(SHOWN, records.size(stage.view, "train"))):
+            sample = records.sample(stage.view, "train", i)
+            print(f"  {sample.id}\n    {marked(sample, collate)}")
+    return problems + [f"{record}: {reason}" for record, reason in records.skipped]
 
 
-def marked(turns: Sequence[Turn], tokenizer: Tokenizer, format: str, name: str) -> str:
+def marks() -> tuple[str, str]:
+    return ("\033[1;32m", "\033[0m") if sys.stdout.isatty() else tuple(printable("⟦⟧", "[]"))
+
+
+def marked(sample: Sample, collate: Collate) -> str:
     """One line of the tokens' text, the trained runs between marks."""
-    ids, labels = encode(turns, tokenizer, format, name=name)
-    before, after = ("\033[1;32m", "\033[0m") if sys.stdout.isatty() else ("⟦", "⟧")
-    line, start = "", 0
+    ids, labels = collate.encode(sample)
+    (before, after), line, start = marks(), "", 0
     for end in range(1, len(ids) + 1):
         trained = labels[start] != IGNORE
         if end == len(ids) or (labels[end] != IGNORE) != trained:
-            text = tokenizer.decode(ids[start:end], specials=True).replace("\n", "\\n")
+            text = collate.tokenizer.decode(ids[start:end], specials=True).replace("\n", "\\n")
             line += f"{before}{text}{after}" if trained else text
             start = end
     return line

@@ -179,7 +179,7 @@ def _pieces(turns: Sequence[Turn], tokenizer: Tokenizer, layout: Format, name: s
     pieces = []
     if layout.image_first:
         told, turns = _told_first(turns, name)
-        pieces = _split(told, {IMAGE: tokenizer.image_id})
+        pieces.append((told, False))
     pieces += _template(layout.begin, tokenizer)
     if layout.system:
         pieces += [(layout.around[0], False), (layout.system, False), (layout.around[1], False)]

@@ -1,44 +1,52 @@
 """Somebody's own pictures and texts: find out what a path holds, and hand it out in the views that training asks for.
 
-Idea: each format is read into the same records, and whatever is wrong with one is noted instead of raised, so that
-`read` can stop at it in one sentence and `nanovlm.data.check` can list all of it. Formats: COCO captions
-(arXiv:1504.00325); LLaVA conversations (arXiv:2304.08485, and docs/Finetune_Custom_Data.md of its code).
+Idea: each format is read into the same rows, a row into a record, and whatever is wrong with one is noted instead of raised,
+so that `read` can stop at it in one sentence and `nanovlm.data.check` can list all of it. LLaVA conversations are those of
+arXiv:2304.08485 and of docs/Finetune_Custom_Data.md of its code.
 
-    PATH ─► scan ─► Found: records with image paths, problems
+    PATH ─► scan: (record, row), … ─► Found: records with image paths, problems
                       │ read: stop at a problem, or (on_missing "skip") leave out pictures that are missing or broken
                       ▼
                     Records (records.py): splits, pictures, views
 
     a.jpg + a.txt, ...            one caption beside each picture, same name
     captions.jsonl / any .jsonl   {"image": "images/a.jpg", "caption": "a hat", "label": "hat", "split": "train"}
-    COCO .json                    {"images": [{"id": 7, "file_name": "a.jpg"}, ..],
-                                   "annotations": [{"image_id": 7, "caption": "a hat"}, ..]}
-    VQAv2, ScienceQA .json        see benchmarks.py
+    COCO, VQAv2, ScienceQA .json  see benchmarks.py
     LLaVA .json                   [{"id": "7", "image": "a.jpg", "conversations": [
                                     {"from": "human", "value": "<image>\\nhat?"}, {"from": "gpt", "value": "yes"}]}, ..]
                                    (what making/instruct.py makes also tells a "caption", and the "kind" of an answer)
+
+A "caption" may be a list: all of them count as right. Whether a table is one JSON value or one on each line, its content says.
+"<image>" means a picture in the questions of conversations only, elsewhere it is text like any other.
 """
 
 import json
+import os
 import re
-from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from unicodedata import normalize
 
 from PIL import Image
 
-from nanovlm.data import benchmarks
+from nanovlm.data.benchmarks import Noting, Row, published_reader
 from nanovlm.data.records import Records
 from nanovlm.data.sample import IMAGE, Sample, Turn
 from nanovlm.errors import UserError
 
-PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif"}
 PICTURE_FOLDERS = ("", "images", "train2014", "val2014", "train2017", "val2017")  # where a JSON's pictures usually lie
 WANTED = (
     'give a folder of pictures with a .txt beside each, a .jsonl of {"image", "caption"}, COCO captions JSON, '
     "LLaVA conversations JSON, VQAv2's questions or ScienceQA's problems.json"
 )
+VIDEO = re.compile(r"\A<video>(?!.*</video>)|\n<video>\Z", re.DOTALL)  # at the edge of a question; inside it is talk about HTML
 
+
+class Missing(UserError):
+    """There is no picture that could be read: a record to leave out where --on-missing is "skip"."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,24 @@ class Found:
     splits: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
+    @contextmanager
+    def noting(self, record: str) -> Iterator[None]:
+        """A UserError inside becomes a problem of this record, and reading goes on."""
+        try:
+            yield
+        except UserError as error:
+            self.problems.append(Problem(record, str(error), isinstance(error, Missing)))
+
+    def take(self, rows: Iterable[Row], folder: Path) -> "Found":
+        """Make a sample of each row; `folder` is where they were read."""
+        places = Places(folder)
+        for record, row in rows:
+            with self.noting(record):
+                sample, split = _sample(record, row, places)
+                self.samples.append(sample)
+                self.splits.append(split)
+        return self
+
 
 def read(path: str | Path, on_missing: str = "error", cache_side: int = 64) -> Records:
     """What `path` holds, ready to train on.
@@ -84,39 +110,41 @@ def read(path: str | Path, on_missing: str = "error", cache_side: int = 64) -> R
 def scan(path: str | Path) -> Found:
     """Read everything but the pictures. Raises only where the path as a whole is unusable."""
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         return _scan_folder(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{path}: there is no such file or folder; {WANTED}.")
     if path.suffix.lower() not in (".json", ".jsonl"):
         raise UserError(f"{path}: this is neither a folder nor a .json or .jsonl file; {WANTED}.")
-    rows = _read_jsonl(path) if path.suffix.lower() == ".jsonl" else _read_json(path)
-    name = path.parent.resolve().name if path.name == "captions.jsonl" else path.stem
-    if benchmarks.is_vqav2(rows):
-        rows = benchmarks.vqav2(path, rows)
-    elif benchmarks.is_science_qa(rows):
-        rows = benchmarks.science_qa(path, rows)
-    if isinstance(rows, dict):
-        return _scan_coco(path, name, rows)
-    found, roots = Found("captions", name), _picture_roots(path)
-    for record, row in rows:
-        _add(found, record, row, roots)
+    found = Found("captions", path.parent.resolve().name if path.name == "captions.jsonl" else path.stem)
+    text = _read_text(path, f"{path}: it")
+    table = _whole_table(path, text)
+    if table is None:
+        rows = _lines(path, text, found.noting)
+    elif isinstance(table, list):
+        rows = ((f"{path.name} record {i}", row) for i, row in enumerate(table))
+    else:
+        rows = published_reader(table)(path, table, found.noting)
+    found.take(rows, path.parent)
     if any(sample.turns for sample in found.samples):
         found.kind = "conversations"
     return found
 
+
+# ---- what a path holds, row by row
 
 def _scan_folder(folder: Path) -> Found:
     if (folder / "captions.jsonl").is_file():
         return scan(folder / "captions.jsonl")
     files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
     tables = [file for file in files if file.suffix.lower() in (".json", ".jsonl")]
-    texts = {file.stem: file for file in files if file.suffix.lower() == ".txt"}
+    texts = {_stem(file): file for file in files if file.suffix.lower() == ".txt"}
     # A name like a picture's is a promise, to be checked later; under any other name the content decides.
     pictures = [file for file in files if file.suffix.lower() in PICTURE_SUFFIXES
-                or (file.stem in texts and file.suffix.lower() != ".txt" and _is_picture(file))]
-    if any(picture.stem in texts for picture in pictures):
-        return _scan_pictures_with_texts(folder, pictures, texts)
+                or (_stem(file) in texts and file.suffix.lower() != ".txt" and _is_picture(file))]
+    if any(_stem(picture) in texts for picture in pictures):
+        found = Found("folder of pictures with texts", folder.resolve().name)
+        return found.take(_pairs(pictures, texts, found.noting), folder)
     if len(tables) == 1:
         return scan(tables[0])
     if tables:
@@ -125,86 +153,88 @@ def _scan_folder(folder: Path) -> Found:
     if pictures:
         raise UserError(f"{folder}: it holds pictures ({pictures[0].name}) but no text for any; "
                         f"put a .txt of the same name beside each ({pictures[0].stem}.txt).")
+    if below := next((file for file in folder.rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES), None):
+        raise UserError(f"{folder}: its pictures lie in a subfolder ({below.relative_to(folder)}); give the path of "
+                        f"{below.parent}, with a .txt beside each picture.")
     raise UserError(f"{folder}: the folder holds no pictures with texts; {WANTED}.")
 
 
-def _scan_pictures_with_texts(folder: Path, pictures: list[Path], texts: dict[str, Path]) -> Found:
-    found = Found("folder of pictures with texts", folder.resolve().name)
+def _pairs(pictures: list[Path], texts: dict[str, Path], noting: Noting) -> Iterator[Row]:
     for picture in pictures:
-        if picture.stem not in texts:
-            found.problems.append(Problem(picture.name, f"no text {picture.stem}.txt beside it; write one", True))
-            continue
-        try:
-            caption = _one_line(texts[picture.stem].read_text(encoding="utf-8-sig"))
-        except (OSError, UnicodeDecodeError) as error:
-            found.problems.append(Problem(texts[picture.stem].name, f"cannot be read as UTF-8 text ({error})"))
-            continue
-        if not caption:
-            found.problems.append(Problem(texts[picture.stem].name, "the text is empty; write what the picture shows"))
-            continue
-        found.samples.append(Sample(picture.name, (picture,), caption, (caption,)))
-        found.splits.append("")
-    for stem in sorted(texts.keys() - {picture.stem for picture in pictures}):
-        found.problems.append(Problem(texts[stem].name, "no picture of the same name beside it", True))
-    return found
+        text = texts.get(_stem(picture))
+        with noting(text.name if text else picture.name):
+            if text is None:
+                raise Missing(f"no text {picture.stem}.txt beside it; write one")
+            caption = _read_text(text, "it")
+            if not caption.strip():
+                raise UserError("the text is empty; write what the picture shows")
+            yield picture.name, {"image": picture.name, "caption": caption}
+    for stem in sorted(texts.keys() - set(map(_stem, pictures))):
+        with noting(texts[stem].name):
+            raise Missing("no picture of the same name beside it")
 
 
-def _scan_coco(file: Path, name: str, table: dict) -> Found:
-    """One record per picture; its several captions are references of one another."""
-    found, captions, roots = Found("COCO captions", name), defaultdict(list), _picture_roots(file)
-    for i, note in enumerate(table["annotations"]):
-        caption = note.get("caption") if isinstance(note, dict) else None
-        if not isinstance(caption, str) or not caption.strip() or "image_id" not in note:
-            missing = "image_id" if isinstance(caption, str) and caption.strip() else "caption"
-            found.problems.append(Problem(f"{file.name} annotations[{i}]", f'field "{missing}" is missing or empty'))
-            continue
-        captions[str(note["image_id"])].append(_one_line(caption))
-    for i, image in enumerate(table["images"]):
-        if not isinstance(image, dict) or "id" not in image or not isinstance(image.get("file_name"), str):
-            found.problems.append(Problem(f"{file.name} images[{i}]", 'field "id" or "file_name" is missing'))
-            continue
-        texts = tuple(captions.pop(str(image["id"]), ()))
-        if texts:
-            row = {"image": image["file_name"], "caption": texts[0]}
-            _add(found, f"{file.name} image {image['id']}", row, roots, references=texts)
-    for image_id in captions:
-        found.problems.append(Problem(file.name, f'field "image_id" is {image_id}, which "images" does not list'))
-    return found
-
-
-def _add(found: Found, record: str, row: object, roots: list[Path], references: tuple[str, ...] = ()) -> None:
-    """One row becomes a sample or a problem."""
+def _whole_table(file: Path, text: str) -> dict | list | None:
+    """The table, or None if each line is JSON of its own; which of them it is, the content says and not the file's ending."""
     try:
-        if isinstance(row, UserError):
-            raise row
-        if isinstance(row, ValueError):
-            raise UserError(f"this is no JSON ({row}); write one object per line")
-        make = _conversation if isinstance(row, dict) and "conversations" in row else _captioned
-        sample, split = make(record, row), row.get("split") or ""
-        if split not in ("", "train", "val"):
-            raise UserError(f'field "split" is {split!r}; it must be "train" or "val"')
-    except UserError as error:
-        found.problems.append(Problem(record, str(error)))
-        return
-    paths = [_find_picture(name, roots) for name in sample.images]
-    if None in paths:
-        missing = sample.images[paths.index(None)]
-        found.problems.append(Problem(record, f'field "image": the picture {missing} is missing', True))
-        return
-    found.samples.append(replace(sample, images=tuple(paths), references=references or sample.references))
-    found.splits.append(split)
+        table = json.loads(text)
+    except ValueError as error:
+        if file.suffix.lower() == ".jsonl" or str(error).startswith("Extra data"):  # behind a first line that is whole
+            return None
+        raise UserError(f"{file}: it cannot be read as JSON ({error}).") from error
+    if isinstance(table, list) or published_reader(table):
+        return table
+    if file.suffix.lower() == ".jsonl":  # of one line
+        return None
+    raise UserError(f'{file}: it is neither a list of records nor an object with "images" and "annotations"; {WANTED}.')
 
 
-def _captioned(record: str, row: object) -> Sample:
+def _lines(file: Path, text: str, noting: Noting) -> Iterator[Row]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        record = f"{file.name} line {number}"
+        with noting(record):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise UserError(f"this is no JSON ({error}); write one object per line") from error
+                yield record, row
+
+
+# ---- a row becomes a sample
+
+def _sample(record: str, row: object, places: "Places") -> tuple[Sample, str]:
+    """The sample, with paths for images, and its split."""
     if not isinstance(row, dict):
         raise UserError('the record is no JSON object; write {"image": ..., "caption": ...}')
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:  # JSON can write it, "\ud83d", but no text can hold it
+        raise UserError(f"it holds half of a character ({error.object[error.start]!a}); mend or remove it") from error
+    if row.get("video") or row.get("videos"):
+        raise Missing('field "video": videos are not read, only pictures are; give some of its frames as pictures')
+    sample = _conversation(record, row) if "conversations" in row else _captioned(record, row)
+    split = row.get("split") or ""
+    if split not in ("", "train", "val"):
+        raise UserError(f'field "split" is {split!r}; it must be "train" or "val"')
+    return replace(sample, images=tuple(map(places.find, sample.images))), split
+
+
+def _captioned(record: str, row: dict) -> Sample:
     for key in ("image", "caption"):
         if key not in row:
             raise UserError(f'field "{key}" is missing; every record needs "image" and "caption" (or "conversations")')
-        if not isinstance(row[key], str) or not row[key].strip():
-            raise UserError(f'field "{key}" is empty or no text; write one or remove the record')
-    caption = _one_line(row["caption"])
-    return Sample(record, (row["image"],), caption, (caption,), label=str(row.get("label") or ""))
+    if not isinstance(row["image"], str) or not row["image"].strip():
+        raise UserError('field "image" must be the path of one picture')
+    captions = _captions(row["caption"])
+    return Sample(record, (row["image"],), captions[0], captions, label=str(row.get("label") or ""))
+
+
+def _captions(value: object) -> tuple[str, ...]:
+    texts = value if isinstance(value, list) else [value]
+    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise UserError('field "caption" is empty or no text; write one or remove the record')
+    return tuple(map(_one_line, texts))
 
 
 def _conversation(record: str, row: dict) -> Sample:
@@ -219,10 +249,11 @@ def _conversation(record: str, row: dict) -> Sample:
     if marks != len(images):
         raise UserError(f'{marks} "{IMAGE}" marks in field "conversations" but {len(images)} pictures in field '
                         '"image"; there must be one mark for each picture')
-    # A long answer names the picture best in its first sentence; 40 words are what a pair can hold.
-    first_sentence = re.split(r"(?<=[.!?])\s", _one_line(turns[0].answer), maxsplit=1)[0]
-    caption = _one_line(str(row.get("caption") or "")) or " ".join(first_sentence.split()[:40])
-    return Sample(record, tuple(images), caption, (caption,), turns=turns, form=str(row.get("form") or ""))
+    # The answer to the question with the picture; of a long one the first sentence names it best, 40 words at most.
+    shown = next((turn for turn in turns if IMAGE in turn.question), turns[0])
+    first_sentence = re.split(r"(?<=[.!?])\s", _one_line(shown.answer), maxsplit=1)[0]
+    captions = _captions(row["caption"]) if row.get("caption") else (" ".join(first_sentence.split()[:40]),)
+    return Sample(record, tuple(images), captions[0], captions, turns=turns, form=str(row.get("form") or ""))
 
 
 def _turns(messages: object) -> tuple[Turn, ...]:
@@ -237,6 +268,8 @@ def _turns(messages: object) -> tuple[Turn, ...]:
             start = "the conversation starts with the assistant: " if i == 0 and message["from"] == "gpt" else ""
             raise UserError(f'{start}{where} is from "{message["from"]}" but must be from "{speaker}"; '
                             "human and gpt take turns, human first")
+        if speaker == "human" and VIDEO.search(message["value"].strip()):
+            raise Missing(f"{where}: <video>: videos are not read, only pictures are; give some of its frames as pictures")
         if speaker == "gpt" and not message["value"].strip():
             raise UserError(f"{where}: the answer is empty; write one or remove the turn")
     if len(messages) % 2:
@@ -245,44 +278,32 @@ def _turns(messages: object) -> tuple[Turn, ...]:
                  for asked, said in zip(messages[::2], messages[1::2]))
 
 
-def _read_json(file: Path) -> dict | list[tuple[str, object]]:
-    try:
-        table = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: it cannot be read as JSON ({error}).") from error
-    if isinstance(table, dict) and isinstance(table.get("images"), list) and isinstance(table.get("annotations"), list):
-        return table
-    if benchmarks.is_vqav2(table) or benchmarks.is_science_qa(table):
-        return table
-    if isinstance(table, list):
-        return [(f"{file.name} record {i}", row) for i, row in enumerate(table)]
-    raise UserError(f'{file}: it is neither a list of records nor an object with "images" and "annotations"; {WANTED}.')
+class Places:
+    """Where the pictures of a table may lie: beside it, and beside its parent, as COCO keeps annotations/ next to train2017/."""
+
+    def __init__(self, folder: Path):
+        named = [base / name for base in (folder, folder.resolve().parent) for name in PICTURE_FOLDERS]
+        self.roots = [root for root in named if root.is_dir()]
+        self.others = sorted(Path(entry) for entry in os.scandir(folder) if entry.is_dir())
+
+    def find(self, name: str) -> Path:
+        if name.startswith("data:") or "://" in name:
+            raise Missing(f'field "image" holds a picture\'s data or address ({name[:40]}), not its path; save it as a file '
+                          "beside the table and give that")
+        # The same letters may be written in two ways: é as one character, or as e with an accent behind it.
+        for form in dict.fromkeys((name, normalize("NFC", name), normalize("NFD", name))):
+            for root in self.roots:
+                if os.path.isfile(root / form):
+                    return root / form
+        other = next((f"; write {root.name}/{name}, where one lies" for root in self.others if os.path.isfile(root / name)), "")
+        raise Missing(f'field "image": the picture {name[:80]} is missing{other}')
 
 
-def _read_jsonl(file: Path) -> list[tuple[str, object]]:
-    rows = []
+def _read_text(file: Path, it: str) -> str:
     try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
+        return file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: it cannot be read as UTF-8 text ({error}).") from error
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                row = error  # noted with the other problems of the file
-            rows.append((f"{file.name} line {number}", row))
-    return rows
-
-
-def _picture_roots(table: Path) -> list[Path]:
-    """The folders beside the table, and beside its parent: COCO keeps annotations/ next to train2017/."""
-    roots = [base / name for base in (table.parent, table.parent.resolve().parent) for name in PICTURE_FOLDERS]
-    return [root for root in roots if root.is_dir()]
-
-
-def _find_picture(name: str, roots: list[Path]) -> Path | None:
-    return next((root / name for root in roots if (root / name).is_file()), None)
+        raise UserError(f"{it} cannot be read as UTF-8 text ({error})") from error
 
 
 def _is_picture(file: Path) -> bool:
@@ -291,6 +312,10 @@ def _is_picture(file: Path) -> bool:
     except (OSError, ValueError, SyntaxError):
         return False
     return True
+
+
+def _stem(file: Path) -> str:
+    return normalize("NFC", file.stem)
 
 
 def _one_line(text: str) -> str:

@@ -1,24 +1,25 @@
 """Records that were read from files, in the views that training asks for.
 
 Idea: whatever the files looked like, a record is some images, a caption with its references, perhaps a conversation.
-The interface is that of `scenes.Scenes`, so the loop does not know whether the world is real.
+The interface is that of the embedded world (source.py), so the loop does not know whether the world is real.
 
                                    images        text
     pairs      for contrast        one           the caption
     captions   for alignment       one           "<image>" → the caption
     described  the same            one           the same: there is nothing here to vary
     instruct   for instruction     any number    the conversation, or "<image>\\nwhat is in the picture?" → the caption
-    mixture    the same            any number    the same, and how to answer, see mixture.py
+    mixture    the same            any number    the same, and how to answer, see prompts.py
     text       for the LM          none          the same, with the caption where the image would stand
 
     records ─► train │ val ─► entries of each view ─► sample(view, split, index)
-                 no "split" given: a tenth is held out, chosen by a hash; records that share a picture stay on one side
+       │                           └─ leave_out: what a stage cannot read, too long for instance, before it trains
+       └─ no "split" given: a tenth is held out, chosen by a hash; records that share a picture stay on one side
 
 Pictures of a small set are decoded once, made small and kept; those of a large set are decoded whenever asked for.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
@@ -28,7 +29,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from nanovlm.data.prompts import CAPTION, SHORT, prompted
-from nanovlm.data.sample import IMAGE, TALKS, TEXTS, VIEWS, Sample, Turn
+from nanovlm.data.sample import IMAGE, TALKS, TEXTS, VIEWS, Sample, Turn, unmarked
 from nanovlm.data.source import Exam, caption_exam, exam_of
 from nanovlm.data.transforms import load_image
 from nanovlm.errors import UserError
@@ -50,6 +51,7 @@ class Records:
         self._skip = on_missing == "skip"
         self._side = cache_side
         self._pictures: dict[Path, Image.Image] = {}
+        self._blank = Image.new("RGB", (cache_side, cache_side))  # stands for a picture that is not in memory
         paths = list(dict.fromkeys(path for sample in samples for path in sample.images))
         self.in_memory = len(paths) <= KEPT_PICTURES and len(paths) * 3 * cache_side**2 <= KEPT_BYTES
         if self.in_memory:
@@ -89,10 +91,31 @@ class Records:
             except UserError as error:
                 if not self._skip:
                     raise UserError(f"{record.id}: {error}") from error
-                self._note_skipped(record.id, str(error))
+                self._note_skipped([(record.id, str(error))])
                 continue
             return as_view(replace(record, images=images), caption, view, Random(index))
         raise UserError(f"{self.name}: no usable record of split {split} fits the view {view}.")
+
+    def leave_out(self, view: str, why: Callable[[Sample], str | None]) -> None:
+        """Drop from a view what `why` has a reason against, as Collate.problem has; `.skipped` says which records, and why.
+
+        A caption that is told in its picture's place is halved until it fits.
+        """
+        for split in SPLITS:
+            kept, noted = [], []
+            for record, caption in self._entries[view, split]:
+                images = () if view in TEXTS else tuple(self._pictures.get(path, self._blank) for path in record.images)
+                for shorter in _ever_shorter(caption) if view in TEXTS else (caption,):
+                    reason = why(as_view(replace(record, images=images), shorter, view, _Longest()))
+                    if reason is None:
+                        kept.append((record, shorter))
+                        break
+                else:
+                    noted.append((record.id, reason.removeprefix(f"{record.id}: ")))
+            self._note_skipped(noted)
+            if noted and not kept and split == "train":
+                raise UserError(f"{self.name}: no record can be used (view {view}); {noted[0][0]}: {noted[0][1]}")
+            self._entries[view, split] = kept
 
     def lengths(self, view: str) -> list[int]:
         """Words of each training sample, below zero where there is no picture: what LLaVA-1.5 groups its batches by."""
@@ -167,21 +190,16 @@ class Records:
                 if not self._skip:
                     raise
                 broken[path] = str(error)
-        kept = []
-        for sample, split in zip(samples, splits):
-            reasons = [broken[path] for path in sample.images if path in broken]
-            if reasons:
-                self._note_skipped(sample.id, reasons[0])
-            else:
-                kept.append((sample, split))
-        return [sample for sample, _ in kept], [split for _, split in kept]
+        why = [next((broken[path] for path in sample.images if path in broken), None) for sample in samples]
+        self._note_skipped([(sample.id, reason) for sample, reason in zip(samples, why) if reason])
+        return ([sample for sample, reason in zip(samples, why) if not reason],
+                [split for split, reason in zip(splits, why) if not reason])
 
     def _picture(self, path: Path) -> Image.Image:
         return self._pictures[path] if path in self._pictures else load_image(path, self._side)
 
-    def _note_skipped(self, record: str, reason: str) -> None:
-        if (record, reason) not in self.skipped:
-            self.skipped.append((record, reason))
+    def _note_skipped(self, records: Sequence[tuple[str, str]]) -> None:
+        self.skipped = list(dict.fromkeys([*self.skipped, *records]))  # each once, however often it is met
 
     def _same_picture(self) -> dict[Path, str]:
         """A name for the content of each picture in memory: copies of one picture under two names count as one."""
@@ -211,8 +229,23 @@ def as_view(record: Sample, caption: str, view: str, rng: Random) -> Sample:
     if view in ("mixture", "told"):
         turns = prompted(turns, CAPTION if not record.turns else SHORT if record.form == "short" else "")
     if view in TEXTS:
-        turns = tuple(replace(turn, question=turn.question.replace(IMAGE, caption)) for turn in turns)
+        turns = tuple(replace(turn, question=turn.question.replace(IMAGE, unmarked(caption))) for turn in turns)
     return replace(record, caption=caption, turns=turns)
+
+
+class _Longest(Random):
+    """Of several questions about a picture the longest, so that what fits now fits whatever is asked later."""
+
+    def choice(self, options: Sequence[str]) -> str:
+        return max(options, key=len)
+
+
+def _ever_shorter(text: str) -> Iterator[str]:
+    """The text, half of it, a quarter, …, cut between words where it has several."""
+    while text:
+        yield text
+        half = text[:len(text) // 2]
+        text = half.rpartition(" ")[0] or half
 
 
 def _classes(samples: Sequence[Sample]) -> tuple[str, ...]:

@@ -14,6 +14,11 @@ TALKS = ("instruct", "mixture", "science")  # the views whose samples are conver
 TEXTS = ("text", "told")  # the views without pictures, which a language model reads before it sees
 
 
+def unmarked(text: str) -> str:
+    """A text to be put into a question: an "<image>" that somebody wrote in it stands for no picture."""
+    return text.replace(IMAGE, "< image>")
+
+
 @dataclass(frozen=True)
 class Turn:
     """One question and its answer; `question` may hold "<image>" marks, `kind` names the kind of question."""

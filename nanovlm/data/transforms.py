@@ -17,6 +17,7 @@ Papers: Radford et al. 2021, CLIP (arXiv:2103.00020), the released preprocessing
 A picture that is tiled (see tiling.py) becomes several such views.
 """
 
+import struct
 from dataclasses import dataclass
 from functools import cache
 from math import isqrt
@@ -25,7 +26,7 @@ from random import Random
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from nanovlm.errors import UserError
@@ -34,6 +35,10 @@ from nanovlm.tiling import Tiling
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 FITS = ("crop", "pad", "stretch")
+# how a camera was held (EXIF's orientation) → what makes the picture upright
+UPRIGHT = dict(zip(range(2, 9), (Image.Transpose[name] for name in (
+    "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"))))
+HEIC = (b"ftyphei", b"ftyphev", b"ftypmif1", b"ftypmsf1")  # how such a file begins, behind 4 bytes
 
 
 @dataclass(frozen=True)
@@ -172,21 +177,35 @@ def load_image(path: str | Path, side: int | None = None) -> Image.Image:
             if side is not None:
                 image.draft("RGB", (2 * side, 2 * side))  # a JPEG decoder can skip what would be thrown away
             image.load()
-            picture = to_rgb(ImageOps.exif_transpose(image))
+            picture = to_rgb(upright(image))
     except FileNotFoundError as error:
         raise UserError(f"{path}: the picture is missing.") from error
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        reason = "it is empty" if Path(path).is_file() and Path(path).stat().st_size == 0 else _reason(error)
-        raise UserError(f"{path}: the picture cannot be read ({reason}); replace or remove it.") from error
+        raise UserError(f"{path}: the picture cannot be read ({_reason(path, error)}); replace or remove it.") from error
     if side is not None and min(picture.size) > side:
         scale = side / min(picture.size)
         picture = resize(picture, (max(side, round(picture.width * scale)), max(side, round(picture.height * scale))))
     return picture
 
 
-def _reason(error: Exception) -> str:
+def upright(image: Image.Image) -> Image.Image:
+    """Turned as its camera was held. (ImageOps.exif_transpose also writes the tags anew, and stops at one of a wrong type.)"""
+    try:
+        turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    except (OSError, ValueError, TypeError, SyntaxError, LookupError, struct.error):  # tags that cannot be read say nothing
+        turn = None
+    return image.copy() if turn is None else image.transpose(turn)  # a copy lets go of the file
+
+
+def _reason(path: str | Path, error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
-        return "its content is no known picture format"
+        with open(path, "rb") as file:
+            start = file.read(32)
+        if not start:
+            return "it is empty"
+        if start[4:].startswith(HEIC):
+            return f"it is a HEIC photo, which is not supported: convert it, as with `magick {Path(path).name} photo.jpg`"
+        return "it is a video" if start[4:8] == b"ftyp" else "its content is no known picture format"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error) or type(error).__name__

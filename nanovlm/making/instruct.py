@@ -31,7 +31,9 @@ from random import Random
 
 from tqdm import tqdm
 
+from nanovlm.data.sample import unmarked
 from nanovlm.errors import UserError
+from nanovlm.files import replacing
 from nanovlm.making import symbols
 from nanovlm.making.symbols import Symbols
 from nanovlm.making.teachers import Endpoint, Teacher, rules
@@ -114,12 +116,18 @@ def messages(kind: str, told: Symbols) -> list[dict[str, str]]:
     return [*said, {"role": "user", "content": told.as_text()}]
 
 
-def turns(kind: str, reply: str, rng: Random) -> list[tuple[str, str]]:
-    """A reply as questions and answers; ValueError says what is wrong with it."""
+def turns(kind: str, reply: str, rng: Random, captions: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """A reply as questions and answers; ValueError says what is wrong with it.
+
+    captions: of the picture. What looks like a mark or a box may be written in the picture, and then it stands in these too.
+    """
     reply = reply.strip()
     if not reply:
         raise ValueError("it is empty")
-    if found := re.search(r"<image>|\b(captions?|bounding box(es)?|coordinates?)\b|\[0?\.\d", reply, re.IGNORECASE):
+    reply.encode()  # half of a character is a ValueError too
+    found = [word[0] for word in re.finditer(r"\b(captions?|bounding box(es)?|coordinates?)\b", reply, re.IGNORECASE)]
+    found += [mark for mark in re.findall(r"<image>|\[0?\.\d", reply) if mark not in " ".join(captions)]
+    if found:
         raise ValueError(f"it says {found[0]!r}, which gives away that nobody looked at a picture")
     if kind == "detail":
         if "===" in reply or len(reply.split()) < 3:
@@ -142,6 +150,7 @@ def as_record(told: Symbols, kind: str, pairs: Sequence[tuple[str, str]], base: 
     """LLaVA's JSON. "kind", "caption" and "split" are further fields, which our reader knows and others pass over."""
     conversation, short = [], all(answer in ("yes", "no", *told.labels) for _, answer in pairs)
     for number, (question, answer) in enumerate(pairs):
+        question = unmarked(question)
         if number == 0:
             question = f"<image>\n{question}" if first or rng.random() < 0.5 else f"{question}\n<image>"
         said = {"from": "gpt", "value": answer}
@@ -180,9 +189,8 @@ def synthesise(told: Sequence[Symbols], teacher: Teacher, kinds: Sequence[str], 
     records = [done[key] for s in told for kind in kinds if done.get(key := f"{s.id}/{kind}")]
     if not records:
         raise UserError(f"The teacher's replies were of no use, all {seen['left out']} of them; of the last: {why}.")
-    beside = out.with_name(out.name + ".tmp")
-    beside.write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(beside, out)
+    with replacing(out) as beside:
+        beside.write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     part.unlink()
     return seen
 
@@ -201,7 +209,7 @@ def ask(teacher: Teacher, told: Symbols, kind: str, rng: Random) -> tuple[list[t
     for failed in range(tries):
         reply = teacher(asked)
         try:
-            return turns(kind, reply, rng), failed, why
+            return turns(kind, reply, rng, told.captions), failed, why
         except ValueError as error:
             why = str(error)
     return [], tries, why
@@ -222,9 +230,10 @@ def read_part(part: Path, settings: dict) -> dict[str, dict | None]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = make_parser().parse_args(argv)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a console may know no Chinese
     try:
         return make(options)
-    except UserError as error:
+    except (UserError, OSError) as error:  # a full disk, a folder that is read-only
         print(error, file=sys.stderr)
         return 2
 

@@ -52,16 +52,15 @@ class Symbols:
 
 
 def from_text(text: str) -> Symbols:
-    """The other way round: `as_text` without the names of record and picture."""
-    told, found, label, labels = [], [], "", ()
-    for line in text.split("\n"):
+    """The other way round: `as_text` without the names of record and picture. A caption may look like any of the other lines."""
+    told, *blocks = text.split("\n\n")
+    found, label, labels = [], "", ()
+    for line in "\n".join(blocks).split("\n"):
         if box := re.fullmatch(r"(.+): \[([\d.]+), ([\d.]+), ([\d.]+), ([\d.]+)\]", line):
             found.append((box[1], tuple(float(x) for x in box.groups()[1:])))
         elif named := re.fullmatch(r"class: (.+?); of: (.+)", line):
             label, labels = named[1], tuple(named[2].split("; "))
-        elif line:
-            told.append(line)
-    return Symbols("", Path(), tuple(told), tuple(found), label, labels)
+    return Symbols("", Path(), tuple(told.split("\n")), tuple(found), label, labels)
 
 
 def read(source: str, instances: str | None = None, pictures: Path | None = None, seed: int = 0) -> list[Symbols]:
