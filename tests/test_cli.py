@@ -38,6 +38,8 @@ def test_an_unknown_value_is_answered_with_the_valid_ones(world, capsys):
     sentence = fails(capsys, 2, "--model", "lava")
     assert "'lava'" in sentence and all(f"'{name}'" in sentence for name in train_tiny.MODELS)
     assert "llava" in train_tiny.MODELS and "clip" not in train_tiny.MODELS
+    sentence = fails(capsys, 2, "--model", "blip")
+    assert "is not built yet" in sentence and "'llava'" in sentence
     sentence = fails(capsys, 2, "--recipe", "llava/huge")
     assert "'llava/huge'" in sentence and "'llava/tiny'" in sentence
     assert "'skip'" in fails(capsys, 2, "--model", "llava", "--on-missing", "ignore")
@@ -103,15 +105,15 @@ def test_the_table_at_the_end_has_the_controls(world, capsys, monkeypatch):
     monkeypatch.setattr(recipes, "RECIPES", {**recipes.RECIPES, "fake/tiny": replace(
         asked, stages=(*asked.stages[:-1], last))})
     rows = [(None, "what colour?", "red", "blue")]
-    monkeypatch.setattr(run.evaluate, "examples", lambda *arguments: rows)
-    monkeypatch.setattr(run.evaluate, "evaluate", lambda *arguments: {
+    monkeypatch.setattr(run.Pupil, "examples", lambda *arguments: rows)
+    monkeypatch.setattr(run, "evaluate", lambda *arguments: {
         "vqa_accuracy": {"value": 0.875, "chance": 0.25, "shuffled": 0.3125, "n": 617}})
-    monkeypatch.setattr(run.evaluate, "notes", lambda *arguments: ["Twenty pictures are too few to judge by."])
+    monkeypatch.setattr(fakes.FakeScenes, "notes", lambda self, figures: [f"{len(figures)} figure is too few to judge by."])
     assert train_tiny.main(["--recipe", "fake/tiny", "--out", "a"]) == 0
     out = capsys.readouterr().out
     [line] = [line for line in out.splitlines() if line.startswith("vqa_accuracy")]
     assert line.split()[1:] == ["0.875", "0.250", "0.312", "617"]
-    assert "too few to judge by" in out and "'what colour?'  truth: 'red'  model: 'blue'" in out
+    assert "1 figure is too few to judge by." in out and "'what colour?'  truth: 'red'  model: 'blue'" in out
     assert (world / "a/samples.png").stat().st_size > 1000
 
 
@@ -119,9 +121,9 @@ def test_a_loss_that_is_no_number_exits_with_1_and_keeps_the_batch(world, capsys
     losses = fakes.FakeVLM.losses
     calls = []
 
-    def broken(self, batch):
+    def broken(self, batch, *gather):
         calls.extend([batch] * torch.is_grad_enabled())  # the vital signs look without gradient
-        [(total, count)] = losses(self, batch).values()
+        [(total, count)] = losses(self, batch, *gather).values()
         return {"lm": (total * float("nan") if len(calls) == 4 else total, count)}
 
     monkeypatch.setattr(fakes.FakeVLM, "losses", broken)
