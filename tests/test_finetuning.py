@@ -10,10 +10,16 @@ from oracles import QUERIES, hf_instructblip
 from tools import close, pad_mask, randn, random_ids
 from torch import nn
 
-from nanovlm import evaluate, hub, recipes
-from nanovlm.data.collate import collate_questions
+from nanovlm import hub, recipes
+from nanovlm.attention import KVCache
+from nanovlm.contract import Reads
+from nanovlm.data.collate import Collate
 from nanovlm.data.sample import Sample, Turn
+from nanovlm.data.transforms import Transform
 from nanovlm.errors import UserError
+from nanovlm.evaluate import judges
+from nanovlm.evaluate.pupil import Pupil
+from nanovlm.generation import score_candidates
 from nanovlm.hub import configs, names
 from nanovlm.papers.blip2 import BLIP2, BLIP2Stage1
 from nanovlm.recipes.stage import Recipe
@@ -190,8 +196,9 @@ def test_whoever_answers_has_heard_the_question(asking):
         close(total / count, logits.loss)
         assert (model(images, ids, mask, ids, **other).loss - logits.loss).abs() > 1e-3
         last = logits.logits[:, -1].log_softmax(dim=-1)
-    close(model.score(images, ids, mask, [[7], [9]], **asked), last[:, [7, 9]])
-    assert model.generate(images, ids, mask, 1, [], **asked)[:, 0].tolist() == last.argmax(dim=-1).tolist()
+    batch = {"images": images, "input_ids": ids, "attention_mask": mask, **asked}
+    close(score_candidates(lambda: model.prefill(batch), model.step, [[7], [9]]), last[:, [7, 9]])
+    assert model.generate(batch, 1, [])[:, 0].tolist() == last.argmax(dim=-1).tolist()
     with pytest.raises(UserError, match="reads the question too: give qformer_input_ids"):
         model.image_prefix(images)
     pruned = recipes.build("blip2/tiny", "cpu")
@@ -203,7 +210,7 @@ def test_all_questions_of_a_conversation_are_read_and_of_too_many_the_last():
     tokenizer = Tokenizer.train(["what colour is it? sure? and the other?"] * 9, 300)
     talk = (Turn("<image>\nwhat colour is it?", "red"), Turn("sure?", "yes"))
     samples = [Sample("a", turns=talk), Sample("b", turns=talk[1:]), Sample("c", turns=(talk[0], *talk[1:] * 200))]
-    asked = collate_questions(samples, tokenizer)
+    asked = Collate(tokenizer, "blip2", Transform(48), Reads(question=True)).questions(samples)
     texts = [tokenizer.decode(ids[mask].tolist(), specials=True)
              for ids, mask in zip(asked["qformer_input_ids"], asked["qformer_attention_mask"])]
     assert texts[:2] == ["<s>what colour is it? sure?</s>", "<s>sure?</s>"]
@@ -216,29 +223,29 @@ class Listener(nn.Module):
 
     def __init__(self, asks: bool):
         super().__init__()
-        self.asks, self.heard = asks, []
+        self.reads, self.heard = Reads("conversations", question=asks), []
 
-    def encode_image(self, images):
-        return images
+    def generate(self, batch, room, stop):
+        self.heard.append(batch)
+        return batch["input_ids"][:, :1]
 
-    def generate(self, images, ids, mask, new, stop, **asked):
-        self.heard.append(asked)
-        return ids[:, :1]
+    def prefill(self, batch):
+        self.heard.append(batch)
+        return torch.zeros(len(batch["input_ids"]), 500), KVCache()
 
-    def score(self, images, ids, mask, candidates, **asked):
-        self.heard.append(asked)
-        return torch.zeros(len(ids), len(candidates))
+    def step(self, ids, cache):
+        return torch.zeros(*ids.shape, 500), cache
 
 
 @pytest.mark.parametrize("asks", [True, False])
 def test_in_training_and_in_an_exam_only_a_model_that_asks_is_told(asks):
     recipe, tokenizer, model = recipes.get("blip2/tiny-vqa"), Tokenizer.train(Scenes().texts()[:200], 500), Listener(asks)
     samples = [Scenes().sample("instruct", "val", i) for i in range(3)]
-    batch = make_collate(recipe, recipe.stages[0], tokenizer, model)(samples, None)
-    examinee = evaluate.Examinee(model, recipe, recipe.stages[0], tokenizer, "cpu")
-    examinee.answer(samples)
-    examinee.choose(samples, ["red"])
-    want = collate_questions(samples, tokenizer)
+    batch = make_collate(recipe, replace(recipe.stages[0], augment=False), tokenizer, model.reads)(samples, None)
+    pupil = Pupil(model, recipe, recipe.stages[0], tokenizer, "cpu")
+    pupil.answer(samples)
+    pupil.answer(samples, among=["red"])
+    want = Collate(tokenizer, "blip2", Transform(48), Reads(question=True)).questions(samples)
     for told in (batch, *model.heard):
         assert {name for name in told if name.startswith("qformer")} == (set(want) if asks else set())
         assert all(torch.equal(told[name], want[name]) for name in want if asks)
@@ -248,23 +255,20 @@ def test_in_training_and_in_an_exam_only_a_model_that_asks_is_told(asks):
 
 def test_stage_2_cannot_retrieve():
     model, recipe = recipes.build("blip2/tiny", "cpu"), recipes.get("blip2/tiny")
-    ids = torch.ones(2, 3, dtype=torch.long)
-    with pytest.raises(UserError, match="so give candidates.*asked of stage 1"):
-        model.score(randn(2, 3, 48, 48), ids, ids.bool())
     stage = replace(recipe.stages[1], evaluate=("retrieval",))
     with pytest.raises(UserError, match="cannot be judged by retrieval.*only stage 1"):
-        evaluate.evaluate(model, recipe, stage, Scenes(), Tokenizer.train(["a"], 270), "cpu")
+        judges.evaluate(Pupil(model, recipe, stage, Tokenizer.train(["a"], 270), "cpu"), Scenes())
 
 
 def test_a_published_retrieval_model_cannot_be_trained():
-    config = replace(recipes.blip2.TINY_CONFIG, trains=False)
+    config = replace(recipes.blip2.TINY.config, trains=False)
     model, ids = BLIP2Stage1(config), torch.ones(2, 3, dtype=torch.long)
     batch = {"images": randn(2, 3, 48, 48), "input_ids": ids, "attention_mask": ids.bool(), "text_group": ids[:, 0],
              "image_group": ids[:, 0]}
     with pytest.raises(UserError, match="no word head and no temperature.*to be trained"):
         model.losses(batch)
     with pytest.raises(UserError, match="no word head and no temperature.*to describe a picture"):
-        model.generate(batch["images"], 5, [])
+        model.generate(batch, 5, [])
 
 
 # --- the recipes ---
@@ -294,7 +298,6 @@ def short(name: str, runs: Path, monkeypatch) -> tuple[dict, dict]:
     exam, galleries = Scenes.exam, Scenes.galleries
     monkeypatch.setattr(Scenes, "exam", lambda self, n=1, **kinds: exam(self, 1, **kinds))
     monkeypatch.setattr(Scenes, "galleries", lambda self: galleries(self, 20))
-    monkeypatch.setattr(evaluate, "MAX_NEW_TOKENS", 3)
     out = runs / name.replace("/", "-")
     summary = run(name, Options(out=str(out), steps=2))
     return summary, {stage["name"]: checkpoint.load(out / f"{stage['name']}.pt") for stage in summary["stages"]}
