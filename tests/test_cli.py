@@ -1,5 +1,6 @@
 """The command line: every wrong call is one sentence on stderr and exit code 2; Ctrl-C is 130; nothing is destroyed."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from test_checkpoint import FAKES, stop_after
 
 import train_tiny
 from nanovlm import recipes
-from nanovlm.runs import checkpoint, run
+from nanovlm.runs import checkpoint, folder, run
 
 
 @pytest.fixture
@@ -92,11 +93,23 @@ def test_runs_are_numbered_and_filled_folders_are_safe(world, capsys):
     assert "does not look like a run" in fails(capsys, 2, *quick, "--out", "mine", "--overwrite")
     assert "no run" in fails(capsys, 2, *quick, "--out", "mine", "--resume")
     assert "is a file" in fails(capsys, 2, *quick, "--out", "mine/thesis.txt")
+    assert "cannot be written to (Not a directory)" in fails(capsys, 2, *quick, "--out", "mine/thesis.txt/run")
     assert os.listdir("mine") == ["thesis.txt"]
 
     (world / "runs/fake/old.txt").write_text("x")
     assert train_tiny.main([*quick, "--steps", "2", "--out", "runs/fake", "--overwrite"]) == 0
     assert not (world / "runs/fake/old.txt").exists()
+
+
+def test_a_folder_that_cannot_be_written_to_is_said_before_anything_is_made(world, capsys, monkeypatch):
+    """As on a disk that is mounted read-only, where making the folder may succeed because it is there."""
+    def read_only(**where):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    os.mkdir("there")
+    monkeypatch.setattr(folder, "TemporaryFile", read_only)
+    monkeypatch.setattr(run, "make_tokenizer", lambda *inputs: pytest.fail("it goes on"))
+    assert "--out there cannot be written to (Read-only file system)" in fails(capsys, 2, "--recipe", "fake/tiny", "--out", "there")
 
 
 def test_the_table_at_the_end_has_the_controls(world, capsys, monkeypatch):

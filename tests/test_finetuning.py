@@ -24,7 +24,9 @@ from nanovlm.hub import configs, names
 from nanovlm.papers.blip2 import BLIP2, BLIP2Stage1
 from nanovlm.recipes.stage import Recipe
 from nanovlm.runs import checkpoint, watch
-from nanovlm.runs.run import Options, Run, plan, run
+from nanovlm.runs.cache import Cache
+from nanovlm.runs.run import Options, run
+from nanovlm.runs.setting import Job, Setting, plan
 from nanovlm.tokenizer import Tokenizer
 from nanovlm.training import weights
 from nanovlm.training.batches import make_collate
@@ -50,6 +52,12 @@ def world(monkeypatch, tmp_path):
 
 # --- where weights come from ---
 
+def jobs_of(recipe: Recipe) -> tuple[list[Job], Setting]:
+    """All stages of a run, and what they share."""
+    setting = Setting(recipe, 0, torch.device("cpu"), fakes.FakeScenes(size=recipe.image_size), Tokenizer([]))
+    return plan(Job(recipe, recipe.stages[-1]), setting), setting
+
+
 @pytest.mark.parametrize(("init", "want"), [
     ((MIDDLE,), ["see", "align", "more"]),
     ((END,), ["see", "align", "tune", "more"]),
@@ -57,15 +65,16 @@ def world(monkeypatch, tmp_path):
     ((END, MIDDLE), ["see", "align", "tune", "more"]),
     ((("eyes", "eyes/tiny:eyes"), MIDDLE), ["see", "align", "more"])])
 def test_only_what_is_needed_is_trained_and_once(world, init, want):
-    assert [job.stage.name for job in plan(more(*init), False, None)] == want
-    assert [job.final for job in plan(more(*init), False, None)] == [False] * (len(want) - 1) + [True]
+    jobs, setting = jobs_of(more(*init))
+    assert [job.stage.name for job in jobs] == want
+    assert [setting.final(job) for job in jobs] == [False] * (len(want) - 1) + [True]
 
 
 def test_stages_that_are_not_there_or_not_told_apart_are_refused(world):
     with pytest.raises(UserError, match="fake/tiny has no stage 'algin'; its stages are align, tune"):
-        plan(more(("", "fake/tiny@algin")), False, None)
+        jobs_of(more(("", "fake/tiny@algin")))
     with pytest.raises(ValueError, match="same name.*see, align, align"):
-        plan(more(MIDDLE, name="align"), False, None)
+        jobs_of(more(MIDDLE, name="align"))
 
 
 def test_entries_are_laid_over_each_other_tensor_by_tensor(world):
@@ -99,8 +108,8 @@ def test_a_stage_in_the_middle_is_shared_with_the_whole_run(world):
 
 def test_what_made_a_stage_is_in_its_key(world, monkeypatch):
     def key(stage: str) -> str:
-        jobs = Run("more/tiny", Options(out=str(world / "key"), overwrite=True), torch.device("cpu"))
-        return jobs.cache_key(next(job for job in jobs.jobs if job.stage.name == stage))
+        jobs, setting = jobs_of(recipes.get("more/tiny"))
+        return Cache(setting).key(next(job for job in jobs if job.stage.name == stage))
 
     before = {name: key(name) for name in ("align", "more")}
     align, tune = fakes.recipe().stages
@@ -111,8 +120,8 @@ def test_what_made_a_stage_is_in_its_key(world, monkeypatch):
 
 def test_every_recipe_of_a_run_sees_pictures_of_its_own_size(world):
     """Fine-tuning looks closer than what it starts from; the backbones are those of any other run all the same."""
-    jobs = Run("more/tiny", Options(out=str(world / "size")), torch.device("cpu"))
-    assert [(job.stage.name, jobs.data_for(job).image_size) for job in jobs.jobs] == [("see", 4), ("align", 4), ("more", 6)]
+    jobs, setting = jobs_of(recipes.get("more/tiny"))
+    assert [(job.stage.name, setting.data_for(job).image_size) for job in jobs] == [("see", 4), ("align", 4), ("more", 6)]
 
 
 # --- layers that learn slower ---

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import training_fakes as fakes
+from data_files import draw, write
 from test_checkpoint import stop_after
 
 from nanovlm import recipes
@@ -24,7 +25,7 @@ def world(monkeypatch, tmp_path):
     return tmp_path
 
 
-def test_a_run_leaves_what_the_design_promises(world):
+def test_a_run_leaves_what_the_design_promises(world, capsys):
     summary = run("fake/tiny", Options(out=str(world / "a")))
     written = json.loads((world / "a/summary.json").read_text())
     assert written == summary
@@ -40,6 +41,8 @@ def test_a_run_leaves_what_the_design_promises(world):
     assert [(e["stage"], e["step"]) for e in lines] == [
         ("see", 1), ("see", 5), ("align", 1), ("align", 4), ("tune", 1), ("tune", 10), ("tune", 20)]
     assert set(lines[0]) == {"stage", "step", "loss/lm", "lr", "grad_norm", "samples_per_s"}
+    first = [line for line in capsys.readouterr().out.splitlines() if "first loss" in line]
+    assert first == [f"see: first loss lm {lines[0]['loss/lm']:.3f}; a blind guess has 5.598"], "ln 270, of random weights only"
 
 
 def test_a_cached_backbone_gives_the_same_bits(world):
@@ -88,6 +91,29 @@ def test_a_broken_cache_entry_is_trained_anew(world, capsys):
     assert "broken" in capsys.readouterr().err
     assert not second["stages"][0]["cached"] and second["stages"][0]["trained"] == first["stages"][0]["trained"]
     assert checkpoint.load(entries[0])["model"]
+
+
+def test_a_cache_that_cannot_be_written_costs_time_and_not_the_run(world, monkeypatch, capsys):
+    (world / "file").write_text("x")
+    monkeypatch.setenv("NANOVLM_CACHE", str(world / "file"))
+    summary = run("fake/tiny", Options(out=str(world / "a")))
+    assert [stage["cached"] for stage in summary["stages"]] == [False] * 3
+    assert [line.split(":")[0] for line in capsys.readouterr().err.splitlines() if "not cached" in line] == [
+        f"The weights of stage {name} were not cached" for name in ("see", "align", "tune")]
+
+
+def test_of_a_persons_own_data_only_the_backbones_are_cached(world):
+    """What was trained on them stays in the run's folder; other data make another backbone."""
+    for folder, names in (("own", "abcdefgh"), ("other", "abcdefgi")):
+        draw(world / folder, *(f"{name}.png" for name in names))
+        for name in names:
+            write(world / folder / f"{name}.txt", f"red {name}")
+    own = [run("fake/tiny", Options(data=str(world / "own"), out=str(world / out))) for out in "ab"]
+    assert len(list((world / "cache").iterdir())) == 1 and own[0]["data"] == "own"
+    assert [[stage["cached"] for stage in summary["stages"]] for summary in own] == [[False] * 3, [True, False, False]]
+    assert own[0]["stages"][2]["trained"] == own[1]["stages"][2]["trained"]
+    other = run("fake/tiny", Options(data=str(world / "other"), out=str(world / "c")))
+    assert not other["stages"][0]["cached"]
 
 
 def test_each_stage_is_judged_by_its_own_model(world, monkeypatch):
