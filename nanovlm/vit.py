@@ -105,7 +105,7 @@ class ViT(nn.Module):
 
     def forward(self, images: Tensor, depth: int | None = None, maps: list | None = None) -> Tensor:
         """Tokens after `depth` blocks (all unless told), without the final norm. maps receives each block's weights."""
-        patches = self.patch_embedding(images)  # (B, D, h / patch, w / patch)
+        patches = self.patch_embedding(images.to(self.patch_embedding.weight.dtype))  # (B, D, h / patch, w / patch)
         B, D, rows, columns = patches.shape
         tokens = patches.flatten(2).transpose(1, 2)  # (B, N, D), row-major
         tokens = torch.cat([self.class_token.expand(B, 1, D), tokens], dim=1)  # (B, 1 + N, D)
