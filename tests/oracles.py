@@ -67,10 +67,21 @@ def hf_t5_first(seed: int, **changes) -> nn.Module:
     return hf_t5(seed, **{"feed_forward_proj": "relu", "tie_word_embeddings": True, **changes})
 
 
-def hf_llava(seed: int, **changes) -> nn.Module:
+def hf_llava(seed: int, text: dict | None = None, **changes) -> nn.Module:
+    """text: changes of the language model's config."""
+    language = transformers.LlamaConfig(**{**LLAMA, **(text or {})})
     config = transformers.LlavaConfig(vision_config=transformers.CLIPVisionConfig(**CLIP), image_token_index=IMAGE_ID,
-                                      text_config=transformers.LlamaConfig(**LLAMA), image_seq_length=16, **changes)
+                                      text_config=language, image_seq_length=16, **changes)
     return bite(transformers.LlavaForConditionalGeneration(config), seed)
+
+
+def hf_next(seed: int, text: dict | None = None, **changes) -> nn.Module:
+    """LLaVA 1.6 on views of 20 × 20 pixels."""
+    pinpoints = [[20 * rows, 20 * columns] for rows, columns in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]
+    language = transformers.LlamaConfig(**{**LLAMA, "max_position_embeddings": 400, **(text or {})})
+    config = transformers.LlavaNextConfig(vision_config=transformers.CLIPVisionConfig(**CLIP), image_token_index=IMAGE_ID,
+                                          text_config=language, **{"image_grid_pinpoints": pinpoints, **changes})
+    return bite(transformers.LlavaNextForConditionalGeneration(config), seed)
 
 
 def hf_clip(seed: int) -> nn.Module:
@@ -96,9 +107,9 @@ def hf_blip2(seed: int) -> nn.Module:
     return without_key_bias(bite(transformers.Blip2ForConditionalGeneration(config), seed))
 
 
-def hf_blip2_t5(seed: int) -> nn.Module:
+def hf_blip2_t5(seed: int, **changes) -> nn.Module:
     """On an encoder-decoder with the exact GELU, as BLIP-2's checkpoints have it, and a head of its own."""
-    config = blip2_config({"model_type": "t5", **T5, "dense_act_fn": "gelu"})
+    config = blip2_config({"model_type": "t5", **T5, **(changes or {"dense_act_fn": "gelu"})})
     config.image_token_index = IMAGE_ID
     hf = transformers.Blip2ForConditionalGeneration(config)
     hf.language_model.lm_head.weight = nn.Parameter(torch.empty_like(hf.language_model.lm_head.weight))
@@ -126,10 +137,48 @@ def without_key_bias(hf: nn.Module) -> nn.Module:
     return hf
 
 
+def parts(hf: nn.Module) -> tuple[dict, dict]:
+    """config.json as save_pretrained writes it, and the tensors."""
+    return {**hf.config.to_dict(), "architectures": [type(hf).__name__]}, dict(hf.state_dict())
+
+
 def ours(hf: nn.Module) -> nn.Module:
-    """Our model with the same weights, by the door that published checkpoints come through."""
-    config = {**hf.config.to_dict(), "architectures": [type(hf).__name__]}  # as save_pretrained writes it
-    return from_hf(config, {name: tensor.clone() for name, tensor in hf.state_dict().items()}).eval()
+    """Our model with the same weights, by the loader that published checkpoints take."""
+    config, state = parts(hf)
+    return from_hf(config, {name: tensor.clone() for name, tensor in state.items()})
+
+
+def same(a: nn.Module, b: nn.Module) -> None:
+    """The same class, sizes and weights."""
+    assert type(a) is type(b)
+    one, other = a.state_dict(), b.state_dict()
+    assert list(one) == list(other)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def renamed(state: dict, *pairs: tuple[str, str]) -> dict:
+    """Prefixes exchanged."""
+    for old, new in pairs:
+        state = {(new + name.removeprefix(old) if name.startswith(old) else name): t for name, t in state.items()}
+    return state
+
+
+def original_llava(layers: int) -> tuple[dict, dict, dict, dict]:
+    """hf_llava(4) as the original code names it: (config, tensors, the tower's config, the tower's tensors)."""
+    hf = hf_llava(4)
+    state = dict(hf.state_dict())
+    eyes = {name.removeprefix("model.vision_tower."): t for name, t in state.items() if "vision_tower" in name}
+    state = {name: t for name, t in state.items() if "vision_tower" not in name}
+    state = renamed(state, ("model.language_model.", "model."),
+                    ("model.multi_modal_projector.linear_1", "model.mm_projector.0"),
+                    ("model.multi_modal_projector.linear_2", "model.mm_projector.2"))
+    if layers == 1:
+        state = {name: t for name, t in renamed(state, ("model.mm_projector.0", "model.mm_projector")).items()
+                 if "mm_projector.2" not in name}
+    config = {**hf.config.to_dict()["text_config"], "model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"],
+              "mm_hidden_size": 24, "mm_vision_select_layer": -2, "mm_vision_tower": "somebody/tiny-tower",
+              "mm_projector_type": {1: "linear", 2: "mlp2x_gelu"}[layers]}
+    return config, state, hf.config.to_dict()["vision_config"], eyes
 
 
 def scores(model: nn.Module, batch: Batch, candidates: Sequence[Sequence[int]]) -> Tensor:

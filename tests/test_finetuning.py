@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import training_fakes as fakes
-from oracles import QUERIES, hf_instructblip
+from oracles import OPT, QUERIES, blip2_config, hf_instructblip
 from tools import close, pad_mask, randn, random_ids
 from torch import nn
 
@@ -165,13 +165,12 @@ B, T_Q = 4, 6
 def asking() -> tuple:
     """InstructBLIP's model of transformers, and ours with its weights."""
     hf = hf_instructblip(1)
-    config = configs.blip2(hf.config.to_dict(), retrieval=False)
+    config = configs.blip2(blip2_config({"model_type": "opt", **OPT}).to_dict())
     model = BLIP2(replace(config, asks=True, qformer=replace(config.qformer, reads=True)))
-    layout = {**names.BLIP2_EYES, "qformer.embeddings.word_embeddings": "qformer.embeddings.words",
-              "qformer.embeddings.position_embeddings": "qformer.embeddings.positions",
-              "qformer.embeddings.layernorm": "qformer.norm", "language_projection": "projection",
-              "language_model.lm_head": "language.head", **names.under("language_model.model.decoder.", "language.", names.OPT)}
-    assert hub.fill(model, hub.as_ours("blip-2", hf.state_dict()), (layout,)) == []
+    table = {**names.BLIP2, "qformer.embeddings.word_embeddings": "qformer.embeddings.words",
+             "qformer.embeddings.position_embeddings": "qformer.embeddings.positions",
+             "qformer.embeddings.layernorm": "qformer.norm"}
+    assert hub.fill(model, hub.as_ours(hf.state_dict()), table, {}) == []
     return hf, model.eval()
 
 

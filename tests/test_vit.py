@@ -81,7 +81,7 @@ def test_eva_clip_every_hidden_state(size):
         else:
             state[name] = tensor[0] if "position" in name else tensor.flatten() if "class" in name else tensor
     model = ViT(EVA)
-    assert fill(model, state, (EVA_NAMES,)) == []
+    assert fill(model, state, EVA_NAMES, {}) == []
     images = randn(2, 3, *size)
     with torch.no_grad():
         want = hf(images, output_hidden_states=True, interpolate_pos_encoding=True)
@@ -117,7 +117,7 @@ def test_imagenet_vit_every_hidden_state(size):
     for name in ("embeddings.cls_token", "embeddings.position_embeddings"):
         state[name] = state[name][0, 0] if "cls" in name else state[name][0]
     model = ViT(config)
-    assert fill(model, state, (IMAGENET_NAMES,)) == []
+    assert fill(model, state, IMAGENET_NAMES, {}) == []
     images = randn(2, 3, *size)
     with torch.no_grad():
         want = hf(images, output_hidden_states=True, interpolate_pos_encoding=True)

@@ -1,222 +1,282 @@
 """What a published config.json says, as our configs: sizes, activations, positions.
 
+    config.json                    the table of its class             ours
+    {"hidden_size": 1024,    ──►   "hidden_size": 768          ──►    ViTConfig(width=1024,
+     "hidden_act": "gelu"}         "hidden_act": (…, …)                         activation="gelu",
+                                   "patch_size": 32                             patch=32, …)
+
 A config.json may leave out what equals the default of its class (LLaVA's often do), so each table gives every field
-that is read and its default. What our code cannot do is refused by name: read past, it would give a model that talks
-nonsense.
+that is read with its default: a single value, or the values that our code can do, of which the first is the default.
+A function gives the default that follows from the fields above it.
+
+All other fields are refused by name unless they are known to change nothing (HARMLESS): a field that is read past
+would give a model that talks, but not as it should.
 """
 
 from dataclasses import replace
 
 from nanovlm.bert import BertConfig
-from nanovlm.decoder import DecoderConfig, llama, opt
+from nanovlm.decoder import DecoderConfig, opt
 from nanovlm.errors import UserError
 from nanovlm.papers.blip2 import BLIP2Config
 from nanovlm.papers.clip import CLIPConfig
 from nanovlm.papers.llava import LLaVAConfig
 from nanovlm.qformer import QFormerConfig
 from nanovlm.t5 import T5Config
-from nanovlm.tiling import NEXT_GRIDS, llava_next_tiling
+from nanovlm.tiling import NEXT_GRIDS, Tiling, llava_next_tiling
 from nanovlm.vit import CLIP_L_14, CLIP_L_14_336, ViTConfig
 
-# field: default
-CLIP_VISION = {"image_size": 224, "patch_size": 32, "num_channels": 3, "hidden_size": 768, "intermediate_size": 3072,
-               "num_hidden_layers": 12, "num_attention_heads": 12, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
-CLIP_TEXT = {"vocab_size": 49408, "max_position_embeddings": 77, "hidden_size": 512, "intermediate_size": 2048,
-             "num_hidden_layers": 12, "num_attention_heads": 8, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
-LLAMA = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-         "num_attention_heads": 32, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
-         "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False}
-OPT = {"vocab_size": 50272, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "ffn_dim": 3072,
-       "max_position_embeddings": 2048, "activation_function": "relu", "do_layer_norm_before": True,
-       "_remove_final_layer_norm": False, "enable_bias": True, "layer_norm_elementwise_affine": True,
+# their field: ours; those with another name here are called the same in both
+OURS = {"hidden_size": "width", "num_hidden_layers": "layers", "num_attention_heads": "heads", "intermediate_size": "ffn",
+        "vocab_size": "vocab", "max_position_embeddings": "max_positions", "hidden_act": "activation",
+        "layer_norm_eps": "eps", "rms_norm_eps": "eps", "layer_norm_epsilon": "eps", "hidden_dropout_prob": "dropout",
+        "patch_size": "patch", "rope_theta": "rope_base", "tie_word_embeddings": "tied", "ffn_dim": "ffn",
+        "type_vocab_size": "segments", "num_query_tokens": "queries", "cross_attention_frequency": "cross_every",
+        "image_text_hidden_size": "embedding", "d_model": "width", "d_kv": "head_dim", "d_ff": "ffn",
+        "num_layers": "layers", "num_decoder_layers": "decoder_layers", "num_heads": "heads",
+        "relative_attention_num_buckets": "buckets", "relative_attention_max_distance": "max_distance",
+        "decoder_start_token_id": "start_id", "scale_decoder_outputs": "tied", "image_token_index": "image_token_id"}
+
+EVERY = {"is_decoder": (False,), "add_cross_attention": (False,), "is_encoder_decoder": (False,),
+         "tie_encoder_decoder": (False,)}
+CLIP_VISION = {"model_type": ("clip_vision_model",), "image_size": 224, "patch_size": 32, "num_channels": (3,),
+               "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+               "hidden_act": ("quick_gelu", "gelu"), "layer_norm_eps": 1e-5}
+CLIP_TEXT = {"model_type": ("clip_text_model",), "vocab_size": 49408, "max_position_embeddings": 77, "hidden_size": 512,
+             "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8,
+             "hidden_act": ("quick_gelu", "gelu"), "layer_norm_eps": 1e-5}
+CLIP = {"model_type": ("clip",), "projection_dim": 512, "text_config": {}, "vision_config": {}, "text_config_dict": {},
+        "vision_config_dict": {}}
+LLAMA = {"model_type": ("llama",), "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
+         "num_hidden_layers": 32, "num_attention_heads": 32, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
+         "rope_theta": 10000.0, "rope_parameters": {}, "rope_scaling": {}, "hidden_act": ("silu",),
+         "attention_bias": (False,), "mlp_bias": (False,), "tie_word_embeddings": False,
+         # no grouped queries, no inner width of its own
+         "num_key_value_heads": lambda c: (c["num_attention_heads"],),
+         "head_dim": lambda c: (c["hidden_size"] // c["num_attention_heads"],)}
+ROPE = {"rope_theta": 10000.0, "rope_type": ("default",), "type": ("default",)}
+OPT = {"model_type": ("opt",), "vocab_size": 50272, "hidden_size": 768, "num_hidden_layers": 12,
+       "num_attention_heads": 12, "ffn_dim": 3072, "max_position_embeddings": 2048, "activation_function": ("relu",),
+       # not 350m, which norms after the sum and has words narrower than its blocks
+       "do_layer_norm_before": (True,), "word_embed_proj_dim": lambda c: (c["hidden_size"],),
+       "_remove_final_layer_norm": (False,), "enable_bias": (True,), "layer_norm_elementwise_affine": (True,),
        "tie_word_embeddings": True}
-BERT = {"vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
-        "intermediate_size": 3072, "max_position_embeddings": 512, "type_vocab_size": 2, "hidden_act": "gelu",
-        "layer_norm_eps": 1e-12, "hidden_dropout_prob": 0.1, "position_embedding_type": "absolute",
-        "is_decoder": False, "add_cross_attention": False}
-BLIP2_VISION = {"image_size": 224, "patch_size": 14, "hidden_size": 1408, "intermediate_size": 6144,
-                "num_hidden_layers": 39, "num_attention_heads": 16, "hidden_act": "gelu", "layer_norm_eps": 1e-6,
-                "qkv_bias": True}
-QFORMER = {"vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
-           "intermediate_size": 3072, "max_position_embeddings": 512, "hidden_act": "gelu", "layer_norm_eps": 1e-12,
-           "hidden_dropout_prob": 0.1, "cross_attention_frequency": 2, "use_qformer_text_input": False}
-BLIP2 = {"num_query_tokens": 32, "image_text_hidden_size": 256}
-T5 = {"vocab_size": 32128, "d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8,
-      "feed_forward_proj": "relu", "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128,
-      "layer_norm_epsilon": 1e-6, "tie_word_embeddings": True, "decoder_start_token_id": 0, "is_encoder_decoder": True}
-LLAVA = {"image_token_index": 32000, "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
-         "projector_hidden_act": "gelu", "multimodal_projector_bias": True}
-ORIGINAL_LLAVA = {"mm_projector_type": "linear", "mm_vision_select_feature": "patch"}
+T5 = {"model_type": ("t5",), "vocab_size": 32128, "d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6,
+      "num_decoder_layers": lambda c: c["num_layers"], "num_heads": 8, "relative_attention_num_buckets": 32,
+      "relative_attention_max_distance": 128, "layer_norm_epsilon": 1e-6, "decoder_start_token_id": 0,
+      "is_encoder_decoder": (True,), "feed_forward_proj": ("relu", "gated-gelu"),
+      "is_gated_act": lambda c: (c["feed_forward_proj"] == "gated-gelu",),
+      # BLIP-2's checkpoints say "gelu", FlanT5's nothing
+      "dense_act_fn": lambda c: ("gelu_new", "gelu") if c["is_gated_act"] else ("relu",),
+      # transformers 5 says True for every T5; what it used to mean stands in a field of its own
+      "tie_word_embeddings": True, "scale_decoder_outputs": lambda c: c["tie_word_embeddings"]}
+T5_ACTIVATIONS = {"relu": "relu", "gelu_new": "geglu_tanh", "gelu": "geglu"}
+READER = {"vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+          "intermediate_size": 3072, "max_position_embeddings": 512, "hidden_act": ("gelu",), "layer_norm_eps": 1e-12,
+          "hidden_dropout_prob": 0.1, "position_embedding_type": ("absolute",)}
+BERT = {**READER, "model_type": ("bert",), "type_vocab_size": 2, "tie_word_embeddings": (True,)}
+BLIP2_VISION = {"model_type": ("blip_2_vision_model",), "image_size": 224, "patch_size": 14, "num_channels": (3,),
+                "hidden_size": 1408, "intermediate_size": 6144, "num_hidden_layers": 39, "num_attention_heads": 16,
+                "hidden_act": ("gelu",), "layer_norm_eps": 1e-6, "qkv_bias": (True,)}
+QFORMER = {**READER, "model_type": ("blip_2_qformer",), "cross_attention_frequency": 2}
+BLIP2 = {"model_type": ("blip-2",), "num_query_tokens": 32, "image_text_hidden_size": 256, "vision_config": {},
+         "qformer_config": {}, "text_config": {}, "is_encoder_decoder": (False, True)}  # the last says what text_config is
+LLAVA = {"model_type": ("llava",), "image_token_index": 32000, "vision_feature_layer": -2,
+         "vision_feature_select_strategy": ("default",), "projector_hidden_act": ("gelu",),
+         "multimodal_projector_bias": (True,), "tie_word_embeddings": False, "text_config": {}, "vision_config": {}}
+LLAVA_NEXT = {**LLAVA, "model_type": ("llava_next",), "image_grid_pinpoints": [], "use_image_newline_parameter": (True,)}
+ORIGINAL_LLAVA = {"model_type": ("llava", "llava_llama"), "vision_config": {}, "mm_vision_tower": "", "mm_hidden_size": 1024,
+                  "mm_vision_select_layer": -2, "mm_vision_select_feature": ("patch",), "use_mm_proj": (True,),
+                  "mm_projector_type": ("linear", "mlp2x_gelu"), "mm_patch_merge_type": ("flat", "spatial_unpad"),
+                  # "square" and "pad": how a picture becomes a square, which is for the caller's Transform to do
+                  "image_aspect_ratio": ("square", "pad", "anyres"), "image_grid_pinpoints": [],
+                  "mm_use_im_start_end": (False,)}
 
-# field: the values that our code can do
-ONLY = {"num_channels": (3,), "attention_bias": (False,), "mlp_bias": (False,), "do_layer_norm_before": (True,),
-        "_remove_final_layer_norm": (False,), "enable_bias": (True,), "layer_norm_elementwise_affine": (True,),
-        "activation_function": ("relu",), "projector_hidden_act": ("gelu",), "multimodal_projector_bias": (True,),
-        "position_embedding_type": ("absolute",), "is_decoder": (False,), "add_cross_attention": (False,),
-        "qkv_bias": (True,), "vision_feature_select_strategy": ("default",), "mm_vision_select_feature": ("patch",),
-        "mm_projector_type": ("linear", "mlp2x_gelu"), "feed_forward_proj": ("relu", "gated-gelu"),
-        "is_encoder_decoder": (True,)}
+# names and notes; how text is generated; how training goes; what the rest of the config says already
+HARMLESS = """_name_or_path name_or_path _commit_hash architectures auto_map transformers_version torch_dtype dtype
+    torchscript use_bfloat16 tokenizer_class task_specific_params finetuning_task problem_type id2label label2id num_labels
+    prefix use_cache output_attentions output_hidden_states output_scores output_past return_dict return_dict_in_generate
+    attn_implementation _attn_implementation _attn_implementation_autoset chunk_size_feed_forward pretraining_tp
+    max_length min_length max_new_tokens do_sample early_stopping num_beams num_beam_groups num_return_sequences
+    diversity_penalty length_penalty repetition_penalty exponential_decay_length_penalty temperature top_k top_p typical_p
+    no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids suppress_tokens begin_suppress_tokens ignore_index
+    remove_invalid_values tf_legacy_loss gradient_checkpointing initializer_range initializer_factor init_std layerdrop
+    logit_scale_init_value freeze_mm_mlp_adapter freeze_mm_vision_resampler tune_mm_mlp_adapter tune_mm_vision_resampler
+    unfreeze_mm_vision_tower mm_projector_lr mm_vision_tower_lr mm_use_im_patch_token tokenizer_model_max_length
+    tokenizer_padding_side image_crop_resolution image_split_resolution vocab_size projection_dim tie_word_embeddings
+    encoder_hidden_size image_seq_length image_token_index use_decoder_only_language_model max_sequence_length n_positions
+    directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head
+    pooler_type pretrain_mm_mlp_adapter"""
+HARMLESS_ENDS = ("_token_id", "dropout", "dropout_prob", "dropout_rate")
 
-# feed_forward_proj: dense_act_fn: ours; the first is the default. BLIP-2's checkpoints say "gelu", FlanT5's nothing.
-T5_ACTIVATIONS = {"relu": {"relu": "relu"}, "gated-gelu": {"gelu_new": "geglu_tanh", "gelu": "geglu"}}
-
+LIKE = {bool: "true or false", int: "a whole number like {}", float: "a number", str: "a text", list: "a list",
+        dict: "an object with named fields"}
 VISION_TOWERS = {"openai/clip-vit-large-patch14": CLIP_L_14, "openai/clip-vit-large-patch14-336": CLIP_L_14_336}
+QUANTIZED = ("quantized weights are not supported: download the model in fp16 or bf16, or undo it with transformers "
+             "(model.dequantize(), then model.save_pretrained(other_folder))")
 IMAGE_TOKEN_INDEX = -200  # <image> in the original code, outside of every vocabulary
 
 
-def read(config: dict, defaults: dict, **only: tuple) -> dict:
-    """The fields named in `defaults`; `only`: further limits than those of ONLY."""
-    values = {}
-    for name, default in defaults.items():
+def refused(field: str, value: object, needed: str) -> UserError:
+    return UserError(f"config.json: {field} is {value!r:.200}; {needed}.")
+
+
+def read(config: dict, table: dict, where: str = "") -> dict:
+    """The fields of `table` by our names, without those of a single value, which are only checked.
+
+    where: the section of config.json, for the messages.
+    """
+    values, ours = {}, {}
+    for name, default in {**EVERY, **table}.items():
+        default = default(values) if callable(default) else default
+        supported = default if type(default) is tuple else ()
+        default = supported[0] if supported else default
         value = default if config.get(name) is None else config[name]
-        if isinstance(default, float) and type(value) is int:
-            value = float(value)
+        value = float(value) if type(default) is float and type(value) is int else value
+        if supported and value not in supported:
+            raise refused(where + name, value, f"supported: {', '.join(map(repr, supported))}")
         if type(value) is not type(default) or (type(value) is int and value < 1 <= default):
-            raise UserError(f"config.json: {name} is {value!r}; a {type(default).__name__} like {default!r} is needed.")
-        allowed = only.get(name, ONLY.get(name, (value,)))
-        if value not in allowed:
-            raise UserError(f"config.json: {name} is {value!r}; supported: {', '.join(map(repr, allowed))}.")
+            raise refused(where + name, value, f"{LIKE[type(default)].format(default)} is needed")
         values[name] = value
-    return values
+        if len(supported) != 1:
+            ours[OURS.get(name, name)] = value
+    for name, value in config.items():
+        if name == "quantization_config" and value:
+            raise refused(where + name, value, QUANTIZED)
+        known = name in table or name in EVERY or name in HARMLESS.split() or name.endswith(HARMLESS_ENDS)
+        if not known and value not in (None, "", [], {}):
+            raise refused(where + name, value, "no code here reads this field; delete it if the model is the same without")
+    return ours
 
 
-def section(config: dict, name: str) -> dict:
-    """A part of the config that has fields of its own; empty where it is left out."""
-    value = config.get(name) or {}
-    if not isinstance(value, dict):
-        raise UserError(f"config.json: {name} is {value!r}; an object with named fields is needed.")
-    return value
+# --- the parts ---
+
+def clip_vision(config: dict, where: str = "") -> ViTConfig:
+    return ViTConfig(**read(config, CLIP_VISION, where))
 
 
-def clip_vision(config: dict) -> ViTConfig:
-    read(config, {"model_type": "clip_vision_model"}, model_type=("clip_vision_model",))
-    c = read(config, CLIP_VISION, hidden_act=("quick_gelu", "gelu"))
-    return ViTConfig(c["image_size"], c["patch_size"], c["hidden_size"], c["num_hidden_layers"],
-                     c["num_attention_heads"], c["intermediate_size"], activation=c["hidden_act"],
-                     eps=c["layer_norm_eps"])
+def clip_text(config: dict, where: str) -> DecoderConfig:
+    return DecoderConfig(**read(config, CLIP_TEXT, where), norm="layer", rope_base=None, bias=True, tied=True)
 
 
-def clip_text(config: dict) -> DecoderConfig:
-    c = read(config, CLIP_TEXT, hidden_act=("quick_gelu", "gelu"))
-    return DecoderConfig(c["vocab_size"], c["hidden_size"], c["num_hidden_layers"], c["num_attention_heads"],
-                         c["intermediate_size"], c["max_position_embeddings"], norm="layer", eps=c["layer_norm_eps"],
-                         activation=c["hidden_act"], rope_base=None, bias=True, tied=True)
+def llama(config: dict, where: str = "") -> DecoderConfig:
+    c = read(config, LLAMA, where)
+    for name in ("rope_parameters", "rope_scaling"):  # transformers 5; 4
+        c |= read({"rope_theta": c["rope_base"], **c.pop(name)}, ROPE, f"{where}{name}.")
+    return DecoderConfig(**c)
 
 
-def clip_both(config: dict) -> CLIPConfig:
-    width = read(config, {"projection_dim": 512})["projection_dim"]
-    return CLIPConfig(clip_vision(section(config, "vision_config")), clip_text(section(config, "text_config")), width)
+def opt_decoder(config: dict, where: str = "") -> DecoderConfig:
+    c = read(config, OPT, where)
+    tied = c.pop("tied")
+    return replace(opt(**c), tied=tied)
 
 
-def llama_decoder(config: dict) -> DecoderConfig:
-    rope = section(config, "rope_parameters") or section(config, "rope_scaling")  # transformers 5; 4
-    read({"rope_type": rope.get("rope_type", rope.get("type"))}, {"rope_type": "default"}, rope_type=("default",))
-    c = read({**config, **rope}, LLAMA, hidden_act=("silu",))
-    heads = c["num_attention_heads"]
-    # no grouped queries, no inner width of its own
-    read(config, {"num_key_value_heads": heads, "head_dim": c["hidden_size"] // heads},
-         num_key_value_heads=(heads,), head_dim=(c["hidden_size"] // heads,))
-    decoder = llama(c["vocab_size"], c["hidden_size"], c["num_hidden_layers"], heads, c["intermediate_size"],
-                    c["max_position_embeddings"], c["rms_norm_eps"])
-    return replace(decoder, rope_base=c["rope_theta"], tied=c["tie_word_embeddings"])
-
-
-def opt_decoder(config: dict) -> DecoderConfig:
-    """All of OPT but 350m, which norms after the sum and has words narrower than its blocks."""
-    c = read(config, OPT)
-    read(config, {"word_embed_proj_dim": c["hidden_size"]}, word_embed_proj_dim=(c["hidden_size"],))
-    decoder = opt(c["vocab_size"], c["hidden_size"], c["num_hidden_layers"], c["num_attention_heads"], c["ffn_dim"],
-                  c["max_position_embeddings"])
-    return replace(decoder, tied=c["tie_word_embeddings"])
+def t5(config: dict, where: str = "") -> T5Config:
+    c = read(config, T5, where)
+    activation = T5_ACTIVATIONS[c.pop("dense_act_fn", "relu")]
+    del c["feed_forward_proj"]  # which activation says too
+    return T5Config(**c, activation=activation)
 
 
 def bert(config: dict) -> BertConfig:
-    c = read(config, BERT, hidden_act=("gelu",))
-    return BertConfig(c["vocab_size"], c["hidden_size"], c["num_hidden_layers"], c["num_attention_heads"],
-                      c["intermediate_size"], c["max_position_embeddings"], segments=c["type_vocab_size"],
-                      eps=c["layer_norm_eps"], dropout=c["hidden_dropout_prob"])
+    return BertConfig(**read(config, BERT))
 
 
-def blip2(config: dict, retrieval: bool) -> BLIP2Config:
+# --- whole models ---
+
+def clip_section(config: dict, name: str, table: dict) -> tuple[dict, str]:
+    """vision_config or text_config, and the name of the section that counts.
+
+    OpenAI's files have vision_config_dict beside it. As in transformers that one counts, defaults included.
+    """
+    sections = read(config, CLIP)
+    read(sections[name], table, f"{name}.")
+    if config.get(f"{name}_dict") is None:
+        return sections[name], f"{name}."
+    return {**sections[name], **dict.fromkeys(table), **sections[f"{name}_dict"]}, f"{name}_dict."
+
+
+def clip(config: dict) -> CLIPConfig:
+    return CLIPConfig(clip_vision(*clip_section(config, "vision_config", CLIP_VISION)),
+                      clip_text(*clip_section(config, "text_config", CLIP_TEXT)), read(config, CLIP)["projection_dim"])
+
+
+def blip2(config: dict, retrieval: bool = False) -> BLIP2Config:
     """Blip2ForConditionalGeneration, or Blip2ForImageTextRetrieval, whose Q-Former reads."""
-    c, v = read(config, BLIP2), read(section(config, "vision_config"), BLIP2_VISION, hidden_act=("gelu",))
-    vision = ViTConfig(v["image_size"], v["patch_size"], v["hidden_size"], v["num_hidden_layers"],
-                       v["num_attention_heads"], v["intermediate_size"], activation="gelu", pre_norm=False,
-                       final_norm=False, patch_bias=True, bias="qvo", eps=v["layer_norm_eps"])
-    q = read(section(config, "qformer_config"), QFORMER, hidden_act=("gelu",), use_qformer_text_input=(retrieval,))
-    text = BertConfig(q["vocab_size"], q["hidden_size"], q["num_hidden_layers"], q["num_attention_heads"],
-                      q["intermediate_size"], q["max_position_embeddings"], eps=q["layer_norm_eps"],
-                      dropout=q["hidden_dropout_prob"])
-    qformer = QFormerConfig(text, c["num_query_tokens"], v["hidden_size"], q["cross_attention_frequency"], retrieval)
+    c = read(config, BLIP2)
+    vision = ViTConfig(**read(c["vision_config"], BLIP2_VISION, "vision_config."), activation="gelu", pre_norm=False,
+                       final_norm=False, patch_bias=True, bias="qvo")
+    text = read(c["qformer_config"], {**QFORMER, "use_qformer_text_input": (retrieval,)}, "qformer_config.")
+    cross_every = text.pop("cross_every")
+    qformer = QFormerConfig(BertConfig(**text), c["queries"], vision.width, cross_every, retrieval)
     language = None
     if not retrieval:
-        text_config = section(config, "text_config")
-        kind = read(text_config, {"model_type": "opt"}, model_type=("opt", "t5"))["model_type"]
-        language = t5(text_config) if kind == "t5" else opt_decoder(text_config)
-    return BLIP2Config(vision, qformer, language, c["image_text_hidden_size"], eps=v["layer_norm_eps"],
-                       trains=not retrieval)
+        kind = read({"model_type": c["text_config"].get("model_type")}, {"model_type": ("opt", "t5")}, "text_config.")
+        language = (t5 if kind["model_type"] == "t5" else opt_decoder)(c["text_config"], "text_config.")
+    return BLIP2Config(vision, qformer, language, c["embedding"], eps=vision.eps, trains=not retrieval)
 
 
-def t5(config: dict) -> T5Config:
-    c = read(config, T5)
-    activations = T5_ACTIVATIONS[c["feed_forward_proj"]]
-    default, *_ = activations
-    activation = read(config, {"dense_act_fn": default}, dense_act_fn=tuple(activations))["dense_act_fn"]
-    depth = read(config, {"num_decoder_layers": c["num_layers"]})["num_decoder_layers"]
-    # transformers 5 writes tie_word_embeddings = True for every T5; what it used to mean stands in a field of its own
-    tied = read(config, {"scale_decoder_outputs": c["tie_word_embeddings"]})["scale_decoder_outputs"]
-    return T5Config(c["vocab_size"], c["d_model"], c["num_layers"], c["num_heads"], c["d_kv"], c["d_ff"], depth,
-                    activations[activation], c["relative_attention_num_buckets"], c["relative_attention_max_distance"],
-                    c["layer_norm_epsilon"], tied, c["decoder_start_token_id"])
-
-
-def llava(config: dict) -> LLaVAConfig:
-    """LlavaForConditionalGeneration: a config for each part."""
-    c = read(config, LLAVA)
-    text = section(config, "text_config")
-    read(text, {"model_type": "llama"}, model_type=("llama",))
-    # no vision_config means CLIP-L/14-336, the class's default
-    vision = clip_vision(config["vision_config"]) if section(config, "vision_config") else CLIP_L_14_336
-    return LLaVAConfig(vision, llama_decoder(text), c["image_token_index"], projector_layers=2,
+def llava(config: dict, table: dict = LLAVA) -> LLaVAConfig:
+    """LlavaForConditionalGeneration: a config for each part. Its head is tied if either of two fields says so."""
+    index, alias = config.get("image_token_index"), config.get("image_token_id")
+    if index != alias and None not in (index, alias):
+        raise refused("image_token_id", alias, f"it is another name of image_token_index, which is {index!r}: keep one")
+    c = read({**config, "image_token_index": alias if index is None else index}, table)
+    vision = CLIP_L_14_336  # what the class takes without a vision_config
+    if config.get("vision_config") is not None:
+        vision = clip_vision(c["vision_config"], "vision_config.")
+    language = llama(c["text_config"], "text_config.")
+    return LLaVAConfig(vision, replace(language, tied=c["tied"] or language.tied), c["image_token_id"], projector_layers=2,
                        feature_layer=feature_layer("vision_feature_layer", c["vision_feature_layer"], vision))
 
 
 def llava_next(config: dict) -> LLaVAConfig:
-    """LlavaNextForConditionalGeneration: the same, and the sizes, [height, width], of the canvases that are cut into tiles."""
-    base = llava(config)
-    side = base.vision.image_size
+    """LlavaNextForConditionalGeneration: the same with tiles. Only its own tie_word_embeddings counts, not text_config's."""
+    base = llava(config, LLAVA_NEXT)
+    side, language = base.vision.image_size, replace(base.language, tied=config.get("tie_word_embeddings") or False)
     pinpoints = config.get("image_grid_pinpoints") or [[rows * side, columns * side] for rows, columns in NEXT_GRIDS]
-    sound = isinstance(pinpoints, list) and all(
-        isinstance(size, (list, tuple)) and len(size) == 2 and all(type(n) is int and n > 0 and n % side == 0 for n in size)
-        for size in pinpoints)
-    if not sound:
-        raise UserError(f"config.json: image_grid_pinpoints is {pinpoints!r}; a list of [height, width] is needed, each a "
-                        f"multiple of the vision tower's {side} pixels.")
-    return replace(base, tiling=llava_next_tiling(side, tuple((height // side, width // side) for height, width in pinpoints)))
+    return replace(base, language=language, tiling=tiling(side, pinpoints))
 
 
 def original_llava(config: dict) -> LLaVAConfig:
-    """LlavaLlamaForCausalLM: LLaMA's fields, and the vision tower by name."""
-    c = read(config, ORIGINAL_LLAVA)
-    name = config.get("mm_vision_tower")
-    if section(config, "vision_config"):
-        vision = clip_vision(config["vision_config"])
-    elif name in VISION_TOWERS:
-        vision = VISION_TOWERS[name]
-    else:
-        raise UserError(f"config.json: the sizes of mm_vision_tower {name!r} are not known here; say where it is: "
-                        "load(folder, vision=its_folder).")
-    layer = config.get("mm_vision_select_layer")
-    if type(layer) is not int:
-        raise UserError(f"config.json: mm_vision_select_layer is {layer!r}; a number is needed (published: -2).")
-    return LLaVAConfig(vision, llama_decoder(config), IMAGE_TOKEN_INDEX,
-                       projector_layers=2 if c["mm_projector_type"] == "mlp2x_gelu" else 1,
-                       feature_layer=feature_layer("mm_vision_select_layer", layer, vision))
+    """LlavaLlamaForCausalLM: LLaMA's fields, and the vision tower by name. LLaVA 1.6 cuts pictures into tiles."""
+    c = read({name: config[name] for name in config if name in ORIGINAL_LLAVA}, ORIGINAL_LLAVA)
+    language = llama({name: config[name] for name in config if name not in ORIGINAL_LLAVA})
+    vision = VISION_TOWERS.get(c["mm_vision_tower"])
+    if config.get("vision_config") is not None:
+        vision = clip_vision(c["vision_config"], "vision_config.")
+    if vision is None:
+        raise refused("mm_vision_tower", c["mm_vision_tower"], "its sizes are not known here; say where it is: "
+                     "load(folder, vision=its_folder)")
+    read({"mm_hidden_size": config.get("mm_hidden_size")}, {"mm_hidden_size": (vision.width,)})
+    if config.get("mm_vision_select_layer") is None:
+        raise refused("mm_vision_select_layer", None, "a whole number is needed (published: -2)")
+    merge, aspect, tiles = c["mm_patch_merge_type"], c["image_aspect_ratio"], None
+    if (merge == "spatial_unpad") != (aspect == "anyres"):
+        raise refused("mm_patch_merge_type", merge, f"image_aspect_ratio is {aspect!r}; supported together: 'flat' with "
+                     "'square' or 'pad', 'spatial_unpad' with 'anyres'")
+    if aspect == "anyres":
+        tiles = tiling(vision.image_size, c["image_grid_pinpoints"], step=-1)
+    return LLaVAConfig(vision, language, IMAGE_TOKEN_INDEX, projector_layers=1 + (c["mm_projector_type"] == "mlp2x_gelu"),
+                       feature_layer=feature_layer("mm_vision_select_layer", c["mm_vision_select_layer"], vision),
+                       tiling=tiles)
+
+
+def tiling(side: int, pinpoints: list, step: int = 1) -> Tiling:
+    """Pictures are fitted into canvases of these sizes, [height, width], and cut into tiles. step: −1 for [width, height]."""
+    sound = pinpoints and type(pinpoints) is list and all(
+        type(size) in (list, tuple) and len(size) == 2 and all(type(n) is int and n > 0 and n % side == 0 for n in size)
+        for size in pinpoints)
+    if not sound:
+        raise refused("image_grid_pinpoints", pinpoints, f"a list of {['[height, width]', '[width, height]'][::step][0]} is "
+                      f"needed, each a multiple of the vision tower's {side} pixels")
+    return llava_next_tiling(side, tuple((a // side, b // side)[::step] for a, b in pinpoints))
 
 
 def feature_layer(field: str, layer: int, vision: ViTConfig) -> int:
     """Counted from the end, as ours: of the L + 1 hidden states, 0 (before the first block) is −L − 1."""
     states = vision.layers + 1
     if not -states <= layer < states:
-        raise UserError(f"config.json: {field} is {layer}, but the vision tower has {vision.layers} blocks.")
+        raise refused(field, layer, f"the vision tower has {vision.layers} blocks")
     return layer - states if layer >= 0 else layer
