@@ -156,9 +156,10 @@ def _by_name(runs: Path, name: str, resume: bool) -> Path:
 
 def is_run(folder: Path) -> bool:
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("what") == OURS
-    except (OSError, ValueError, AttributeError):
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return False
+    return isinstance(config, dict) and config.get("what") == OURS
 
 
 def write_json(path: Path, value: dict) -> None:
