@@ -5,11 +5,12 @@ import json
 import pytest
 from PIL import Image
 
-from nanovlm import evaluate
 from nanovlm.data import formats
 from nanovlm.data.prompts import CAPTION, SHORT
 from nanovlm.data.sample import Sample, Turn
+from nanovlm.data.source import exam_of
 from nanovlm.errors import UserError
+from nanovlm.evaluate.judges import JUDGES, measure
 from nanovlm.metrics import option_letter, same_letter
 
 # Records of the published files, shortened in number only.
@@ -119,6 +120,18 @@ def test_what_is_wrong_with_science_qa(science, change, complaint):
     assert str(found.problems[0]).startswith("problems.json problem 1: ")
 
 
+def test_a_mark_that_people_wrote_is_text(vqa, science):
+    """In a question, a hint or a choice; answers are text anyway."""
+    first, second, third = QUESTIONS["questions"]
+    vqa.write_text(json.dumps({**QUESTIONS, "questions": [{**first, "question": "Is it an <image>?"},
+                                                          {**second, "question": "<image>"}, third]}))
+    turns = formats.scan(vqa).samples[0].turns
+    assert [turn.question for turn in turns] == ["<image>\nIs it an < image>?", "< image>"]
+    science.write_text(json.dumps({"1": {**PROBLEMS["1"], "hint": "An <image>."}, "2": {**PROBLEMS["2"], "choices": ["<image>", "no"]}}))
+    found = formats.scan(science)
+    assert not found.problems and [sample.turns[0].question.count("<image>") for sample in found.samples] == [1, 0]
+
+
 def test_an_exam_asks_in_the_words_of_its_view(vqa):
     """What was trained with the line is judged with it."""
     records = formats.read(vqa)
@@ -132,15 +145,15 @@ class Parrot:
     def __init__(self, text: str):
         self.text = text
 
-    def answer(self, samples: list) -> list[str]:
+    def answer(self, samples: list, room: int, among: tuple) -> list[str]:
         return [self.text] * len(samples)
 
 
 def test_chance_is_the_most_frequent_letter_not_the_most_frequent_reason():
     exam = [Sample(str(i), ("picture",), turns=(Turn("q", f"reason {i}. The answer is {letter}.", "science"),))
             for i, letter in enumerate("CBBBBABBBB")]
-    marks = evaluate.mean(evaluate.judge_answers(Parrot("The answer is C."), exam, "science"))
-    assert marks == {"value": 0.1, "n": 10, "chance": 0.8, "shuffled": 0.1}
+    assert measure(Parrot("The answer is C."), exam_of("science", exam)) == {
+        "vqa_accuracy/science": {"value": 0.1, "n": 10, "chance": 0.8, "shuffled": 0.1}}
 
 
 @pytest.mark.parametrize(("text", "letter"), [
@@ -154,4 +167,5 @@ def test_what_decides_for_a_letter(text, letter):
 def test_letters_are_compared_not_reasons():
     assert same_letter("Nonsense. The answer is B.", "It has a verb. The answer is B.") == 1
     assert same_letter("It has a verb. The answer is A.", "It has a verb. The answer is B.") == 0
-    assert same_letter("", "") == 0 and evaluate.JUDGES["science"][0] is same_letter
+    assert same_letter("", "") == 0
+    assert JUDGES["letter"].score(["Why. The answer is B.", "A"], [["B"], ["The answer is B."]]) == [1, 0]
