@@ -29,7 +29,7 @@ def hard_negatives(similarity: Tensor, right: Tensor) -> Tensor:
         raise UserError("A pair of the batch has no wrong partner in it: all the others share its text or its picture. "
                         "Image-text matching needs at least two different pairs in every batch: make batch_size larger, "
                         "or give captions that differ.")
-    # fp32 and -inf: in half precision a sum of tiny probabilities is 0, and multinomial fails (BLIP-2 sheet §7.2)
+    # fp32 and -inf: in half precision a sum of tiny probabilities is 0, and multinomial fails (LAVIS #107)
     probability = similarity.float().masked_fill(right, float("-inf")).softmax(dim=1)
     return torch.multinomial(probability, 1)[:, 0]
 

@@ -121,7 +121,7 @@ def interpolate_positions(positions: Tensor, rows: int, columns: int, align_corn
     """Stretch learned positions (1 + n·n, D) to another grid → (1 + rows·columns, D).
 
     The class token's position is kept, the others are resized as a picture of D channels, bicubic. Each encoder has its
-    own way: CLIP in BLIP-2's code with align_corners, EVA-CLIP and the ImageNet ViT without (BLIP-2 sheet §2.1).
+    own way: CLIP in BLIP-2's code (LAVIS) with align_corners, EVA-CLIP there and the ImageNet ViT without.
     """
     side = round((len(positions) - 1) ** 0.5)
     if (rows, columns) == (side, side):

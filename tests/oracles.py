@@ -1,10 +1,14 @@
 """Tiny models of transformers, with weights that bite: what ours are held against."""
 
+from collections.abc import Sequence
+
 import torch
 import transformers
 from tools import bite
-from torch import nn
+from torch import Tensor, nn
 
+from nanovlm import generation
+from nanovlm.contract import Batch
 from nanovlm.hub import from_hf
 
 transformers.logging.set_verbosity_error()
@@ -126,3 +130,8 @@ def ours(hf: nn.Module) -> nn.Module:
     """Our model with the same weights, by the door that published checkpoints come through."""
     config = {**hf.config.to_dict(), "architectures": [type(hf).__name__]}  # as save_pretrained writes it
     return from_hf(config, {name: tensor.clone() for name, tensor in hf.state_dict().items()}).eval()
+
+
+def scores(model: nn.Module, batch: Batch, candidates: Sequence[Sequence[int]]) -> Tensor:
+    """log p of each candidate answer behind each prompt of the batch, (B, candidates), as exams ask for it."""
+    return generation.score_candidates(lambda: model.prefill(batch), model.step, candidates)

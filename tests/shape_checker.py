@@ -7,7 +7,7 @@
 A letter means the frame's own integer of that name (`B, T, _ = x.shape`), else `self.heads` or `self.head_dim` for H
 and d, else whatever it met first in this call of the function, and must mean the same until the call ends. `2W`, `B·W`,
 `1 + N`, `T - 1` are calculated; one unknown letter is solved for, with two (`h / patch`) the dimension is left alone.
-`return y  # (B, T)` is held against what is returned.
+`return y  # (B, T)` is held against what is returned; of a batch, a dict, each tensor is.
 """
 
 import ast
@@ -111,7 +111,11 @@ class ShapeChecker:
         return self.trace
 
     def check(self, frame: FrameType, statement: Statement, name: str, values: dict, letters: dict[str, int]) -> None:
-        shape = getattr(eval(name, {}, values), "shape", None)
+        value = eval(name, {}, values)
+        if isinstance(value, dict):  # a batch
+            for key in value:
+                self.check(frame, statement, f"{name}[{key!r}]", values, letters)
+        shape = getattr(value, "shape", None)
         if shape is None:
             return
         path, local, dims = frame.f_code.co_filename, frame.f_locals, statement.dims

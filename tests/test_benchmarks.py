@@ -10,7 +10,7 @@ from nanovlm.data.prompts import CAPTION, SHORT
 from nanovlm.data.sample import Sample, Turn
 from nanovlm.data.source import exam_of
 from nanovlm.errors import UserError
-from nanovlm.evaluate.judges import JUDGES, measure
+from nanovlm.evaluate import judges
 from nanovlm.metrics import option_letter, same_letter
 
 # Records of the published files, shortened in number only.
@@ -146,14 +146,15 @@ class Parrot:
         self.text = text
 
     def answer(self, samples: list, room: int, among: tuple) -> list[str]:
+        assert room == 1024, "the letter comes last"
         return [self.text] * len(samples)
 
 
 def test_chance_is_the_most_frequent_letter_not_the_most_frequent_reason():
-    exam = [Sample(str(i), ("picture",), turns=(Turn("q", f"reason {i}. The answer is {letter}.", "science"),))
-            for i, letter in enumerate("CBBBBABBBB")]
-    assert measure(Parrot("The answer is C."), exam_of("science", exam)) == {
-        "vqa_accuracy/science": {"value": 0.1, "n": 10, "chance": 0.8, "shuffled": 0.1}}
+    samples = [Sample(str(i), ("picture",), turns=(Turn("q", f"reason {i}. The answer is {letter}.", "science"),))
+               for i, letter in enumerate("CBBBBABBBB")]
+    marks = judges.measure(Parrot("The answer is C."), exam_of("science", samples))
+    assert marks == {"vqa_accuracy/science": {"value": 0.1, "n": 10, "chance": 0.8, "shuffled": 0.1}}
 
 
 @pytest.mark.parametrize(("text", "letter"), [
@@ -167,5 +168,4 @@ def test_what_decides_for_a_letter(text, letter):
 def test_letters_are_compared_not_reasons():
     assert same_letter("Nonsense. The answer is B.", "It has a verb. The answer is B.") == 1
     assert same_letter("It has a verb. The answer is A.", "It has a verb. The answer is B.") == 0
-    assert same_letter("", "") == 0
-    assert JUDGES["letter"].score(["Why. The answer is B.", "A"], [["B"], ["The answer is B."]]) == [1, 0]
+    assert same_letter("", "") == 0 and exam_of("science", []).judges == ("letter",)

@@ -14,6 +14,7 @@ from nanovlm import evaluate, masks
 from nanovlm.bert import BertConfig
 from nanovlm.contrastive import positives
 from nanovlm.errors import UserError
+from nanovlm.generation import score_candidates
 from nanovlm.matching import hard_negatives, matching_loss
 from nanovlm.papers import blip2
 from nanovlm.papers.blip2 import BLIP2, BLIP2Config, BLIP2Stage1
@@ -78,7 +79,7 @@ def test_generated_tokens(beams, seed):
     images, ids, mask, theirs = prompts("left", seed)
     want = hf.generate(**theirs, max_new_tokens=7, do_sample=False, num_beams=beams, eos_token_id=2, pad_token_id=0)
     want = want[:, -7:] if want.shape[1] > 7 else want
-    got = ours(hf).generate(images, ids, mask, max_new_tokens=7, stop=[2], beams=beams)
+    got = ours(hf).generate({"images": images, "input_ids": ids, "attention_mask": mask}, 7, [2], beams=beams)
     assert got.tolist() == want[:, -got.shape[1]:].tolist()
 
 
@@ -108,7 +109,7 @@ def test_t5_generated_tokens(beams):
     hf = hf_blip2_t5(2)
     images, ids, mask, theirs = prompts("left", 2)
     want = hf.generate(**theirs, max_new_tokens=7, do_sample=False, num_beams=beams, eos_token_id=2, pad_token_id=0)
-    got = ours(hf).generate(images, ids, mask, max_new_tokens=7, stop=[2], beams=beams)
+    got = ours(hf).generate({"images": images, "input_ids": ids, "attention_mask": mask}, 7, [2], beams=beams)
     assert got.tolist() == want[:, 1:].tolist()  # theirs begins with <start>
     assert len(set(map(tuple, got.tolist()))) > 1
 
@@ -123,7 +124,8 @@ def test_the_weights_of_the_t5_test_bite():
 def test_scores_are_those_of_the_whole_text():
     model = ours(hf_blip2(3))
     images, ids, mask, _ = prompts("left", 3)
-    got = model.score(images, ids, mask, [[7], [8, 9, 10]])
+    batch = {"images": images, "input_ids": ids, "attention_mask": mask}
+    got = score_candidates(lambda: model.prefill(batch), model.step, [[7], [8, 9, 10]])
     for column, candidate in enumerate(([7], [8, 9, 10])):
         longer = torch.cat([ids, torch.tensor(candidate).expand(B, -1)], dim=1)
         with torch.no_grad():
@@ -180,8 +182,8 @@ def test_published_parts_fill_a_fresh_model(tmp_path, monkeypatch):
     text = BertConfig(V + 1, 30, 3, 5, 44, max_positions=23)
     vision = replace(clip_vit(20, 5, 24, 3, 3), ffn=40, final_norm=False)
     model = BLIP2Stage1(replace(STAGE1, vision=vision, qformer=QFormerConfig(text, QUERIES, 24)))
-    load_published(model, "vision", "org/clip")
-    load_published(model, "qformer", "org/bert")
+    load_published(model, "vision", "published", "org/clip")
+    load_published(model, "qformer", "published-bert", "org/bert")
     tower, words = ours(clip), bert.bert.embeddings.word_embeddings.weight
     assert torch.equal(model.vision.blocks[2].norm1.weight, tower.blocks[2].norm1.weight) and len(tower.blocks) == 4
     assert torch.equal(model.qformer.embeddings.words.weight[:V], words)
@@ -324,7 +326,7 @@ def test_frozen_is_the_encoder_only():
 def test_the_qformer_alone_describes(beams):
     """Word by word with the cache = the whole text anew under the block mask."""
     model, images = bite(BLIP2Stage1(STAGE1), 5, std=0.3), randn(B, 3, 12, 12, seed=5)
-    got = model.generate(images, max_new_tokens=6, stop=[], beams=beams)
+    got = model.generate({"images": images}, 6, [], beams=beams)
     if beams > 1:
         assert got.shape == (B, 6)
         return

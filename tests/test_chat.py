@@ -1,6 +1,7 @@
 """Chat: what is said, what is remembered, and every way in which it cannot be said."""
 
-import json
+import os
+import signal
 from dataclasses import replace
 
 import pytest
@@ -123,10 +124,6 @@ def test_what_cannot_be_talked_to(run, photo, tmp_path, capsys):
     assert "nowhere.png: the picture is missing" in complaint(str(run), "--image", "nowhere.png")
     (run / "tune.pt").unlink()
     assert f"--recipe llava/tiny --out {run} --resume" in complaint(str(run))
-    recipe = recipes.get("clip/tiny")
-    (run / "config.json").write_text(json.dumps({"what": folder.OURS, "recipe": {"name": recipe.name}}))
-    checkpoint.save(run / "clip.pt", recipe.build(recipe.stages[-1]).state_dict())
-    assert "holds a CLIP, which was never trained to converse" in complaint(str(run))
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
@@ -147,39 +144,93 @@ def test_commands(run, monkeypatch, capsys):
 
 
 def test_an_answer_has_no_more_room_than_the_model_was_trained_on(run, monkeypatch):
+    """Up to the last place; where none is left it is said, and nothing is asked of the model."""
     pupil, rooms = load_run(run), []
     monkeypatch.setattr(chat.generation, "stream", lambda prefill, step, room, *_, **__: rooms.append(room) or iter(()))
-    said(Dialogue(pupil, [RED], limit=100, room=5), "x")
-    said(Dialogue(pupil, [RED], limit=40, room=50), "x")
     length = pupil.model.prefill(pupil.read([Sample("x", (RED,), turns=(Turn("<image>\nx", " "),))]))[1].mask.shape[1]
-    assert rooms == [5, 40 - length]
+    for limit, room in ((100, 5), (40, 50), (length + 1, 50), (0, 50)):
+        said(Dialogue(pupil, [RED], limit, room), "x")
+    assert rooms == [5, 40 - length, 1, 50]
+    with pytest.raises(UserError, match=f"is {length} tokens long, the model was trained on {length} at most"):
+        said(Dialogue(pupil, [RED], length), "x")
+
+
+def test_a_conversation_fills_the_context_and_begins_anew(run, monkeypatch, capsys):
+    """What is too much is said and not remembered; /new makes room, and the first picture is there again."""
+    lines = iter(["one", "two " * 120, "/new", "three", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    assert main([str(run), "--max-new-tokens", "100"]) == 0
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 1 and "tokens long, the model was trained on 256 at most: begin a new one with /new" in err
+    first, third = out.splitlines()
+    assert first and third
 
 
 def test_ctrl_c_ends_an_answer_and_then_the_conversation(run, monkeypatch, capsys):
-    lines = iter(["what?", KeyboardInterrupt])
+    """By a real signal in the midst of an answer: it is no turn, and the next question is asked as if it had not been."""
+    lines, asked = iter(["what?", "again?", KeyboardInterrupt]), []
 
     def typed(prompt):
         line = next(lines)
         return line if isinstance(line, str) else (_ for _ in ()).throw(line)
 
+    def stream(*_, **__):
+        yield torch.tensor([TOKENIZER.encode("a")])
+        if len(asked) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        yield torch.tensor([TOKENIZER.encode("ab")])
+
+    read = Pupil.read
+    monkeypatch.setattr(Pupil, "read", lambda self, samples: asked.append(samples[0].turns) or read(self, samples))
     monkeypatch.setattr("builtins.input", typed)
-    monkeypatch.setattr(Dialogue, "ask", lambda self, question: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(chat.generation, "stream", stream)
     assert main([str(run)]) == 0
+    out, err = capsys.readouterr()
+    assert out == "a …\nab\n" and not err
+    assert [[turn.question for turn in turns] for turns in asked] == [["what?"], ["again?"]]
+    asked.clear()
     assert main([str(run), "--ask", "what?"]) == 130
-    assert "Traceback" not in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert out == "a\n" and not err
 
 
-@pytest.mark.parametrize("name", ["blip2/tiny", "blip2/tiny-t5", "lm/tiny"])
-def test_whoever_answers_can_be_asked(tmp_path, photo, capsys, name):
-    """BLIP-2 about one picture, a language model about none."""
-    recipe = recipes.get(name)
-    path = tmp_path / "other"
-    path.mkdir()
-    folder.write_json(path / "config.json", {"what": folder.OURS, "recipe": {"name": recipe.name}})
-    checkpoint.save(path / f"{recipe.stages[-1].name}.pt", recipe.build(recipe.stages[-1]).state_dict())
-    checkpoint.save(path / "last.pt", {"tokenizer": TOKENIZER.to_dict()})
-    code = main([str(path), "--image", photo, "--ask", "what is it?", "--max-new-tokens", "3"])
-    assert (code, "reads no pictures" in capsys.readouterr().err) == ((2, True) if name == "lm/tiny" else (0, False))
+@pytest.fixture
+def untrained(tmp_path):
+    """What a run of any recipe leaves, untrained."""
+    def make(name: str) -> str:
+        recipe, path = recipes.get(name), tmp_path / "other"
+        path.mkdir()
+        folder.write_json(path / "config.json", {"what": folder.OURS, "recipe": {"name": recipe.name}})
+        checkpoint.save(path / f"{recipe.stages[-1].name}.pt", recipe.build(recipe.stages[-1]).state_dict())
+        checkpoint.save(path / "last.pt", {"tokenizer": TOKENIZER.to_dict()})
+        return str(path)
+    return make
+
+
+@pytest.mark.parametrize("name", ["blip2/tiny", "blip2/tiny-t5", "blip2/tiny-vqa"])
+def test_blip2_talks_about_one_picture(untrained, photo, monkeypatch, capsys, name):
+    """For several turns; a second picture is refused in one sentence, until all is forgotten."""
+    lines = iter(["what is it?", "and what colour?", f"/image {photo}", "and this?", "/new", "what is it?", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    path = untrained(name)
+    assert main([path, "--image", photo, "--max-new-tokens", "3"]) == 0
+    out, err = capsys.readouterr()
+    assert out.count("\n") == 3 and err.count("\n") == 1 and "one image stands before everything" in err
+    assert main([path, "--image", photo, "--image", photo, "--ask", "what?"]) == 2
+    assert "one image stands before everything" in capsys.readouterr().err
+
+
+def test_a_language_model_talks_without_pictures(untrained, photo, capsys):
+    path = untrained("lm/tiny")
+    assert main([path, "--ask", "what is it?", "--max-new-tokens", "3"]) == 0
+    assert main([path, "--image", photo, "--ask", "what is it?"]) == 2
+    assert "reads no pictures" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["clip/tiny", "blip2/tiny-retrieval"])
+def test_whoever_only_compares_is_refused(untrained, capsys, name):
+    assert main([untrained(name), "--ask", "x"]) == 2
+    assert "compares pictures with texts and was never trained to converse" in capsys.readouterr().err
 
 
 def test_a_tiled_picture(run):

@@ -142,12 +142,23 @@ def test_lines_logged_after_the_checkpoint_are_forgotten(tmp_path):
 
 
 def test_random_states_survive_the_file(tmp_path):
-    random.seed(5), np.random.seed(6), torch.manual_seed(7)
-    np.random.standard_normal()  # leaves half a pair of normal numbers in the state
+    torch.manual_seed(7)
+    torch.randn(5)
     checkpoint.save(tmp_path / "r.pt", randomness.random_states())
-    drawn = random.random(), np.random.standard_normal(), torch.rand(2).tolist()
+    drawn = torch.rand(2).tolist()
     randomness.set_random_states(checkpoint.load(tmp_path / "r.pt"))
-    assert (random.random(), np.random.standard_normal(), torch.rand(2).tolist()) == drawn
+    assert torch.rand(2).tolist() == drawn
+
+
+def test_training_draws_from_torch_alone(world):
+    """So torch's generators are all that a checkpoint needs to hold."""
+    states = random.getstate(), np.random.get_state()
+    run.run("fake/tiny", Options(out=str(world / "a"), cache=False))
+    after = random.getstate(), np.random.get_state()
+    assert after[0] == states[0] and all(np.array_equal(x, y) for x, y in zip(after[1], states[1], strict=True))
+    random.seed(5), np.random.seed(6)
+    run.run("fake/tiny", Options(out=str(world / "b"), cache=False))
+    assert_same_run(world / "a", world / "b")
 
 
 # ---- a full disk
@@ -161,7 +172,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_no_rest(tmp_path, monkeypatch
     def full(*arguments):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(*((checkpoint.os, "fsync") if where == "fsync" else (checkpoint.torch, "save")), full)
+    monkeypatch.setattr(*((os, "fsync") if where == "fsync" else (checkpoint.torch, "save")), full)
     with pytest.raises(SaveFailed, match=r"last.pt could not be written \(No space left on device\).*untouched"):
         checkpoint.save(path, {"step": 2})
     monkeypatch.undo()

@@ -1,5 +1,6 @@
 """The command line: every wrong call is one sentence on stderr and exit code 2; Ctrl-C is 130; nothing is destroyed."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from test_checkpoint import FAKES, stop_after
 
 import train_tiny
 from nanovlm import recipes
-from nanovlm.runs import checkpoint, run
+from nanovlm.runs import checkpoint, folder, run
 
 
 @pytest.fixture
@@ -38,6 +39,8 @@ def test_an_unknown_value_is_answered_with_the_valid_ones(world, capsys):
     sentence = fails(capsys, 2, "--model", "lava")
     assert "'lava'" in sentence and all(f"'{name}'" in sentence for name in train_tiny.MODELS)
     assert "llava" in train_tiny.MODELS and "clip" not in train_tiny.MODELS
+    sentence = fails(capsys, 2, "--model", "blip")
+    assert "is not built yet" in sentence and "'llava'" in sentence
     sentence = fails(capsys, 2, "--recipe", "llava/huge")
     assert "'llava/huge'" in sentence and "'llava/tiny'" in sentence
     assert "'skip'" in fails(capsys, 2, "--model", "llava", "--on-missing", "ignore")
@@ -90,11 +93,23 @@ def test_runs_are_numbered_and_filled_folders_are_safe(world, capsys):
     assert "does not look like a run" in fails(capsys, 2, *quick, "--out", "mine", "--overwrite")
     assert "no run" in fails(capsys, 2, *quick, "--out", "mine", "--resume")
     assert "is a file" in fails(capsys, 2, *quick, "--out", "mine/thesis.txt")
+    assert "cannot be written to (Not a directory)" in fails(capsys, 2, *quick, "--out", "mine/thesis.txt/run")
     assert os.listdir("mine") == ["thesis.txt"]
 
     (world / "runs/fake/old.txt").write_text("x")
     assert train_tiny.main([*quick, "--steps", "2", "--out", "runs/fake", "--overwrite"]) == 0
     assert not (world / "runs/fake/old.txt").exists()
+
+
+def test_a_folder_that_cannot_be_written_to_is_said_before_anything_is_made(world, capsys, monkeypatch):
+    """As on a disk that is mounted read-only, where making the folder may succeed because it is there."""
+    def read_only(**where):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    os.mkdir("there")
+    monkeypatch.setattr(folder, "TemporaryFile", read_only)
+    monkeypatch.setattr(run, "make_tokenizer", lambda *inputs: pytest.fail("it goes on"))
+    assert "--out there cannot be written to (Read-only file system)" in fails(capsys, 2, "--recipe", "fake/tiny", "--out", "there")
 
 
 def test_the_table_at_the_end_has_the_controls(world, capsys, monkeypatch):
@@ -103,15 +118,15 @@ def test_the_table_at_the_end_has_the_controls(world, capsys, monkeypatch):
     monkeypatch.setattr(recipes, "RECIPES", {**recipes.RECIPES, "fake/tiny": replace(
         asked, stages=(*asked.stages[:-1], last))})
     rows = [(None, "what colour?", "red", "blue")]
-    monkeypatch.setattr(run.evaluate, "examples", lambda *arguments: rows)
-    monkeypatch.setattr(run.evaluate, "evaluate", lambda *arguments: {
+    monkeypatch.setattr(run.Pupil, "examples", lambda *arguments: rows)
+    monkeypatch.setattr(run, "evaluate", lambda *arguments: {
         "vqa_accuracy": {"value": 0.875, "chance": 0.25, "shuffled": 0.3125, "n": 617}})
-    monkeypatch.setattr(run.evaluate, "notes", lambda *arguments: ["Twenty pictures are too few to judge by."])
+    monkeypatch.setattr(fakes.FakeScenes, "notes", lambda self, figures: [f"{len(figures)} figure is too few to judge by."])
     assert train_tiny.main(["--recipe", "fake/tiny", "--out", "a"]) == 0
     out = capsys.readouterr().out
     [line] = [line for line in out.splitlines() if line.startswith("vqa_accuracy")]
     assert line.split()[1:] == ["0.875", "0.250", "0.312", "617"]
-    assert "too few to judge by" in out and "'what colour?'  truth: 'red'  model: 'blue'" in out
+    assert "1 figure is too few to judge by." in out and "'what colour?'  truth: 'red'  model: 'blue'" in out
     assert (world / "a/samples.png").stat().st_size > 1000
 
 
@@ -119,9 +134,9 @@ def test_a_loss_that_is_no_number_exits_with_1_and_keeps_the_batch(world, capsys
     losses = fakes.FakeVLM.losses
     calls = []
 
-    def broken(self, batch):
+    def broken(self, batch, *gather):
         calls.extend([batch] * torch.is_grad_enabled())  # the vital signs look without gradient
-        [(total, count)] = losses(self, batch).values()
+        [(total, count)] = losses(self, batch, *gather).values()
         return {"lm": (total * float("nan") if len(calls) == 4 else total, count)}
 
     monkeypatch.setattr(fakes.FakeVLM, "losses", broken)

@@ -8,6 +8,7 @@ from oracles import hf_clip, ours
 from tools import close, moved_by_breaking, randn, random_ids
 from torch.nn import functional as F
 
+from nanovlm.contract import alone
 from nanovlm.contrastive import contrastive_loss, positives, similarities
 
 B, E, K, G = 4, 6, 3, 7  # pairs on this rank, width, hard negatives, pairs on all ranks
@@ -26,7 +27,7 @@ def slow(image, text, all_image, all_text, right, temperature, negatives=None):
     return total
 
 
-def loss(image, text, temperature, groups, gather=lambda rows: rows, negatives=None, smoothing=0.0):
+def loss(image, text, temperature, groups, gather=alone, negatives=None, smoothing=0.0):
     """As CLIP and BLIP-2 put it together."""
     i2t, t2i = similarities(image, text, gather)
     wrong = None if negatives is None else torch.einsum("be,bke->bk", image, negatives) / temperature
@@ -89,7 +90,7 @@ def test_a_blind_guess_costs_the_logarithm():
 def test_the_best_of_several_vectors_counts(way):
     """BLIP-2: an image is Q vectors; a text is as close as the closest of them, in both directions."""
     image, text = unit(B, 3, E, seed=6), unit(5, E, seed=7)
-    got = similarities(image, text[:B], lambda rows: rows)[way]
+    got = similarities(image, text[:B], alone)[way]
     for i in range(B):
         for j in range(B):
             a, b = (i, j) if way == 0 else (j, i)

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from nanovlm.data.collate import collate_conversations, collate_pairs, collate_prompts
+from nanovlm.contract import Reads
+from nanovlm.data.collate import Collate
 from nanovlm.data.conversation import FORMATS, answer_ids, encode, prompt, stop_ids, two_sequences
 from nanovlm.data.sample import Sample, Turn
 from nanovlm.data.transforms import Transform
@@ -223,6 +224,16 @@ def plain_picture(value: int) -> Image.Image:
 
 
 TRANSFORM = Transform(11, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+
+
+def collate(format: str, image_tokens: int, max_length: int = 0) -> Collate:
+    return Collate(TOKENIZER, format, TRANSFORM, Reads("conversations", image_tokens), max_length)
+
+
+def pairs_of(max_length: int) -> Collate:
+    return Collate(TOKENIZER, "plain", TRANSFORM, Reads("pairs", wrong_captions=True), max_length)
+
+
 TWO_IMAGES = Sample("a", (plain_picture(10), plain_picture(20)), turns=(Turn("<image> or <image>?", "the first"),))
 NO_IMAGE = Sample("b", turns=(Turn("how are you?", "well, and ready for a longer answer"),))
 LATE_IMAGE = Sample("c", (plain_picture(30),), turns=(Turn("hi", "hello"), Turn("what is this <image>", "grey")))
@@ -230,7 +241,7 @@ LATE_IMAGE = Sample("c", (plain_picture(30),), turns=(Turn("hi", "hello"), Turn(
 
 def test_a_batch_of_conversations_holds_all_images_in_the_order_of_their_marks():
     samples = [TWO_IMAGES, NO_IMAGE, LATE_IMAGE]
-    batch = collate_conversations(samples, TOKENIZER, "v1", TRANSFORM, None, 5, Random(0))
+    batch = collate("v1", 5, 0).teach(samples, Random(0))
     assert batch["images"].shape == (3, 3, 11, 11)
     assert [round(image.mean().item() * 255) for image in batch["images"]] == [10, 20, 30]
     for row, sample in enumerate(samples):
@@ -244,7 +255,7 @@ def test_a_batch_of_conversations_holds_all_images_in_the_order_of_their_marks()
 
 
 def test_a_batch_without_images_has_an_empty_stack_of_the_right_shape():
-    batch = collate_conversations([NO_IMAGE], TOKENIZER, "tiny", TRANSFORM, None, 5, Random(0))
+    batch = collate("tiny", 5, 0).teach([NO_IMAGE], Random(0))
     assert batch["images"].shape == (0, 3, 11, 11)
 
 
@@ -257,8 +268,8 @@ def test_what_an_encoder_decoder_reads_and_what_it_writes():
     talk = Sample("a", (plain_picture(10),), turns=turns)
     words = "a red hat and one blue coat"
     told = Sample("b", (plain_picture(20),), turns=(Turn("<image>", words, "caption"),), format="blip2")
-    batch = collate_conversations([talk, told] * 3000, TOKENIZER, "flan_t5", TRANSFORM, None, 0, Random(0))
-    again = collate_conversations([talk, told], TOKENIZER, "flan_t5", TRANSFORM, None, 0, Random(0))
+    batch = collate("flan_t5", 0, 0).teach([talk, told] * 3000, Random(0))
+    again = collate("flan_t5", 0, 0).teach([talk, told], Random(0))
     assert batch["images"].shape == (6000, 3, 11, 11) and batch["labels"].shape[1] < batch["input_ids"].shape[1]
     rows = [(TOKENIZER.decode(ids[mask].tolist(), specials=True), trained(labels.tolist()))
             for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"])]
@@ -283,12 +294,12 @@ def test_what_an_encoder_decoder_reads_and_what_it_writes():
 def test_marks_and_images_must_match():
     for broken in (replace(TWO_IMAGES, images=TWO_IMAGES.images[:1]), replace(NO_IMAGE, images=TWO_IMAGES.images)):
         with pytest.raises(UserError, match=f'^{broken.id}: (2|0) "<image>" marks in its questions but'):
-            collate_conversations([broken], TOKENIZER, "v1", TRANSFORM, None, 5, Random(0))
+            collate("v1", 5, 0).teach([broken], Random(0))
 
 
 def test_truncation_in_a_batch_counts_image_tokens_and_names_the_sample():
     with pytest.raises(UserError, match="^c: cutting it to 40 tokens would cut image tokens"):
-        collate_conversations([NO_IMAGE, LATE_IMAGE], TOKENIZER, "tiny", TRANSFORM, 40, 200, Random(0))
+        collate("tiny", 200, 40).teach([NO_IMAGE, LATE_IMAGE], Random(0))
 
 
 def pair(name, caption, value, negatives=()):
@@ -297,7 +308,7 @@ def pair(name, caption, value, negatives=()):
 
 def test_pairs_know_which_texts_and_images_are_the_same():
     samples = [pair("a", "red", 1), pair("b", "blue", 2), pair("c", "red", 3), pair("d", "green", 2)]
-    batch = collate_pairs(samples, TOKENIZER, TRANSFORM, 13, Random(0))
+    batch = pairs_of(13).pairs(samples, Random(0))
     text, image = batch["text_group"].tolist(), batch["image_group"].tolist()
     assert [[x == y for y in text] for x in text] == [[x == y for y in "rbrg"] for x in "rbrg"]
     assert [[x == y for y in image] for x in image] == [[x == y for y in "1232"] for x in "1232"]
@@ -305,14 +316,14 @@ def test_pairs_know_which_texts_and_images_are_the_same():
     for row, sample in enumerate(samples):
         ids = batch["input_ids"][row, batch["attention_mask"][row]].tolist()
         assert TOKENIZER.decode(ids, specials=True) == f"<s>{sample.caption}</s>"
-    again = collate_pairs(samples[:1], TOKENIZER, TRANSFORM, 13, Random(5))
+    again = pairs_of(13).pairs(samples[:1], Random(5))
     assert again["text_group"][0] == text[0] and again["image_group"][0] == image[0]  # the same in any batch and run
 
 
 def test_negatives_are_as_many_as_every_sample_has_and_long_texts_keep_their_end_token():
     three = ("blue", "green", "a very very very long negative caption")
     samples = [pair("a", "red", 1, three), pair("b", "x", 2, ("y", "z"))]
-    batch = collate_pairs(samples, TOKENIZER, TRANSFORM, 9, Random(0))
+    batch = pairs_of(9).pairs(samples, Random(0))
     assert batch["negative_ids"].shape == (2, 2, batch["input_ids"].shape[1])
     assert batch["input_ids"].shape[1] <= 9
     for row, sample in enumerate(samples):
@@ -327,10 +338,17 @@ def test_negatives_are_as_many_as_every_sample_has_and_long_texts_keep_their_end
 def test_pairs_need_an_image_and_a_text():
     for broken in (Sample("e", (), caption="a hat"), Sample("e", (plain_picture(1),), caption=" ")):
         with pytest.raises(UserError, match="^e: a pair needs one image and a caption"):
-            collate_pairs([broken], TOKENIZER, TRANSFORM, 9, Random(0))
+            pairs_of(9).pairs([broken], Random(0))
 
 
-def test_prompts_are_padded_on_the_left():
-    ids, mask = collate_prompts([[5, 6, 7], [8]], pad_id=0)
-    assert ids.tolist() == [[5, 6, 7], [0, 0, 8]]
-    assert mask.tolist() == [[True, True, True], [False, False, True]]
+def test_prompts_are_padded_where_the_answer_does_not_begin():
+    """A decoder's on the left; an encoder's on the right, as in training."""
+    samples = [Sample("a", turns=(Turn("how are you?", "well"),)), Sample("b", turns=(Turn("hi", "ho"),))]
+    for format, side in (("tiny", "left"), ("flan_t5", "right")):
+        batch = collate(format, 0).ask(samples)
+        for ids, mask, sample in zip(batch["input_ids"], batch["attention_mask"], samples):
+            want = prompt(sample.turns, TOKENIZER, format)
+            padding = [False] * (len(mask) - len(want))
+            assert ids[mask].tolist() == want
+            assert mask.tolist() == ([*padding, *[True] * len(want)] if side == "left" else [*[True] * len(want), *padding])
+        assert not batch["attention_mask"].all() and "labels" not in batch

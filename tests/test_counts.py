@@ -35,7 +35,7 @@ def test_llava(name):
     model = recipes.build(name)
     assert (count(model), count(model.projector), count(model.language)) == (total, projector, language)
     assert count(model.vision) == 303_179_776
-    assert model.image_tokens == 256
+    assert model.reads.image_tokens == 256
     assert model.config.feature_layer == -2  # of 25 hidden states: the last but one block's
 
 
@@ -56,12 +56,12 @@ def test_llava15(name):
     """HD: CLIP at 224, and one row-end token."""
     total, projector, tokens = LLAVA15[name]
     model = recipes.build(name)
-    assert (count(model), count(model.projector), model.image_tokens) == (total, projector, tokens)
+    assert (count(model), count(model.projector), model.reads.image_tokens) == (total, projector, tokens)
     assert model.language.config.eps == 1e-5, "LLaMA-2's"
     align, tune = recipes.get(name).stages
     assert (align.fit, tune.fit) == ("crop", "pad")
-    assert recipes.build(name, stage="align").tiling is None
-    assert (model.tiling is not None) == name.endswith("-hd") == ("tiles" in tune.trains)
+    assert recipes.build(name, stage="align").reads.tiling is None
+    assert (model.reads.tiling is not None) == name.endswith("-hd") == ("tiles" in tune.trains)
 
 
 @pytest.mark.parametrize(("name", "stage", "learns"), [
@@ -69,8 +69,7 @@ def test_llava15(name):
     ("llava/13b", "align", 5_248_000), ("llava/13b", "tune", 13_021_112_320)])
 def test_what_learns_in_each_stage(name, stage, learns):
     model = recipes.build(name, stage=stage)
-    trains = next(s.trains for s in recipes.get(name).stages if s.name == stage)
-    freeze(model, trains)
+    freeze(model, recipes.get(name).stage(stage).trains)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == learns
 
 
@@ -100,7 +99,7 @@ def test_blip2(name):
 def test_an_encoder_decoder_is_given_prompt_and_answer_apart_and_a_decoder_is_not(name):
     for stage in recipes.get(name).stages:
         model = recipes.build(name, stage=stage.name)
-        if not hasattr(model, "language"):  # reads pairs, in no format
+        if model.reads.kind == "pairs":  # in no format
             continue
         assert find_format(stage.format).separate == isinstance(model.language, T5)
         if isinstance(model.language, T5):
@@ -182,3 +181,30 @@ def test_encoder_decoders(config: T5Config, published: int):
 
 def test_nothing_of_the_published_sizes_is_allocated():
     assert all(p.is_meta for p in recipes.build("llava/13b").parameters())
+
+
+def test_the_table_has_a_line_for_each_stage(monkeypatch):
+    """With the parameters of the model that this stage trains, which may be another than the recipe's own."""
+    build, models = recipes.build, {}
+
+    def build_once(name: str, stage: str) -> nn.Module:
+        recipe = recipes.get(name)
+        sizes = recipe.stage(stage).builds or recipe.model, replace(recipe.config, **recipe.stage(stage).sizes)
+        if sizes not in models:
+            models[sizes] = build(name, stage=stage)
+        return models[sizes]
+
+    monkeypatch.setattr(recipes, "build", build_once)
+    header, *lines = recipes.table().split("\n")
+    assert header.split() == ["recipe", "pixels", "parameters", "stage", "steps", "×", "batch", "lr", "learns"]
+    stages = [(name, stage) for name in recipes.names() for stage in recipes.get(name).stages]
+    for line, (name, stage) in zip(lines, stages, strict=True):
+        said, learns = line.split()[:8], line.split(maxsplit=8)[8]
+        assert said[:2] == [name, str(recipes.get(name).image_size)]
+        assert int(said[2].replace(",", "")) == count(build_once(name, stage.name))
+        assert (said[3], said[4], said[6]) == (stage.name, f"{stage.steps:,}", f"{stage.batch_size:,}")
+        assert float(said[7]) == stage.lr
+        assert learns == ", ".join(stage.trains)
+    parameters = {tuple(line.split()[i] for i in (0, 3)): int(line.split()[2].replace(",", "")) for line in lines}
+    assert parameters["llava/7b", "tune"] == 7_045_793_792
+    assert parameters["blip2/vit-l-opt-2.7b", "stage2"] == 3_045_772_288 != parameters["blip2/vit-l-opt-2.7b", "stage1"]

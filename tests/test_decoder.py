@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from oracles import hf_llama, hf_opt, ours
+from oracles import hf_llama, hf_opt, ours, scores
 from tools import close, moved_by_breaking, pad_mask, randn, random_ids
 from torch.nn.functional import cross_entropy
 
@@ -112,7 +112,7 @@ def generate_both(build, seed: int, beams: int, side: str = "left"):
     want = hf.generate(**shared, eos_token_id=stop)[:, T:]
     ended = (want == stop).cumsum(dim=1) - (want == stop).long() > 0
     want = want.masked_fill(ended, 0)  # their beam search fills up with the stop where the pad's id is 0
-    got = ours(hf).generate(ids, mask, max_new_tokens=11, stop=[stop], beams=beams)
+    got = ours(hf).generate({"input_ids": ids, "attention_mask": mask}, 11, [stop], beams=beams)
     return got, want, stop
 
 
@@ -136,7 +136,7 @@ def test_beams_where_many_stop(build, beams):
     said = hf.generate(ids, attention_mask=torch.ones_like(ids), eos_token_id=None, **shared)[:, 5:]
     stop = int(said.flatten().bincount().argmax())
     want = hf.generate(ids, attention_mask=torch.ones_like(ids), eos_token_id=stop, **shared)[:, 5:]
-    got = ours(hf).generate(ids, torch.ones_like(ids, dtype=torch.bool), new, [stop], beams=beams)
+    got = ours(hf).generate({"input_ids": ids, "attention_mask": torch.ones_like(ids, dtype=torch.bool)}, new, [stop], beams=beams)
     lengths = 1 + (want != stop).sum(dim=1)
     assert [row[:n].tolist() for row, n in zip(got, lengths, strict=True)] == [
         row[:n].tolist() for row, n in zip(want, lengths, strict=True)]
@@ -153,10 +153,10 @@ def test_beams_differ_from_greedy(build):
 def test_batch_equals_single(build):
     """Left-padded rows generate what each of them generates alone."""
     model = ours(build(6))
-    ids, mask = random_ids(B, T, 6), pad_mask(LENGTHS, "left", T)
-    together = model.generate(ids, mask, max_new_tokens=6, stop=[])
+    batch = {"input_ids": random_ids(B, T, 6), "attention_mask": pad_mask(LENGTHS, "left", T)}
+    together = model.generate(batch, 6, [])
     for row, length in enumerate(LENGTHS):
-        alone = model.generate(ids[row:row + 1, T - length:], mask[row:row + 1, T - length:], max_new_tokens=6, stop=[])
+        alone = model.generate({name: tensor[row:row + 1, T - length:] for name, tensor in batch.items()}, 6, [])
         assert alone[0].tolist() == together[row].tolist()
 
 
@@ -165,7 +165,7 @@ def test_scores_are_sums_of_log_probabilities(build):
     hf = build(7)
     ids, mask = random_ids(B, T, 7), pad_mask(LENGTHS, "left", T)
     candidates = [[5], [7, 8, 9], [11, 5]]
-    got = ours(hf).score(ids, mask, candidates)
+    got = scores(ours(hf), {"input_ids": ids, "attention_mask": mask}, candidates)
     with torch.no_grad():
         for c, candidate in enumerate(candidates):
             tail = torch.tensor(candidate).expand(B, -1)

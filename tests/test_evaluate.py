@@ -1,7 +1,11 @@
 """What is shown of a model while it learns: a held-out question, the truth, its answer, whatever kind of model it is."""
 
+from dataclasses import replace
+from random import Random
+
 import pytest
 import torch
+from tools import bite
 
 from nanovlm import recipes
 from nanovlm.contract import Reads
@@ -11,7 +15,7 @@ from nanovlm.data.sample import Sample, Turn
 from nanovlm.data.source import Exam
 from nanovlm.data.transforms import Transform
 from nanovlm.evaluate import judges
-from nanovlm.evaluate.pupil import Pupil
+from nanovlm.evaluate.pupil import BATCH, Pupil
 from nanovlm.evaluate.retrieval import retrieve
 from nanovlm.metrics import recall_at_k
 from nanovlm.tokenizer import Tokenizer
@@ -111,6 +115,23 @@ def test_a_gallery_has_different_scenes_with_held_out_pairs():
     assert all(any(f"{colour} {shape}" in s.caption for colour, shape in HELD_OUT) for s in gallery)
 
 
+def test_the_most_likely_of_several_answers_is_chosen(tokenizer):
+    """As the loss of each has it, when it is learned as the answer; rows of unequal length, longer than a batch of the pupil."""
+    recipe, classes = recipes.get("llava/tiny"), ["red", "top left", "a large square", "no"]
+    model = bite(recipes.build("llava/tiny", "cpu"), seed=4)
+    pupil = Pupil(model, recipe, recipe.stages[-1], tokenizer, "cpu")
+    samples = [Sample(str(i), SOURCE.sample("captions", "val", i).images, turns=(Turn(f"<image>\nwhat{' else' * (i % 3)}?", "?"),))
+               for i in range(BATCH + 4)]
+    chosen = pupil.answer(samples, among=classes)
+    for sample, choice in [*zip(samples, chosen)][::13]:
+        losses = []
+        for answer in classes:
+            batch = pupil.collate.teach([replace(sample, turns=(replace(sample.turns[0], answer=answer),))], Random(0))
+            losses.append(model.losses(batch)["lm"][0].item())
+        assert choice == classes[losses.index(min(losses))]
+    assert len(set(chosen)) > 1
+
+
 # ---- judges
 
 
@@ -135,6 +156,8 @@ def exam(answers: list[str], judges: tuple[str, ...], **more) -> Exam:
     ("letter", ["x. The answer is A.", "y. The answer is B.", "z. The answer is A."], ["The answer is A."] * 3, ["?"] * 3, 2 / 3, 2 / 3, 0),
     ("box", ["[0.10, 0.10, 0.50, 0.50]", "[0.60, 0.60, 0.90, 0.90]"], ["[0.10, 0.10, 0.50, 0.48]", "none"], ["[0.60, 0.60, 0.90, 0.90]"] * 2,
      0.5, 0.5, 0.5),
+    ("answer", ["Yes.", "no", "yes", "No", "yes"], ["no"] * 5, ["yes"] * 5, 0.4, 0.6, 0.6),
+    ("letter", ["A", "B", "B", "B"], ["A. red", "The answer is B.", "b", "C"], ["B"] * 4, 0.5, 0.75, 0.75),
     ("class", ["hat", "shoes", "hat"], ["hat", "hat", "hat"], ["shoes"] * 3, 2 / 3, 2 / 3, 1 / 3),
 ])
 def test_each_judge_by_hand(judge, truths, said, blind, value, chance, shuffled):
@@ -147,7 +170,7 @@ def test_each_judge_by_hand(judge, truths, said, blind, value, chance, shuffled)
 def test_captions_are_judged_against_all_that_count_as_right():
     references = [("a hat", "a red hat"), ("a shoe",), ("a hat",)]
     of_captions = exam(["a hat", "a shoe", "a hat"], ("exact", "cider"), references=references)
-    figures = judges.measure(Parrot(["A red hat.", "a hat", "a shoe"], ["a hat"] * 3), of_captions)
+    figures = judges.measure(Parrot(["A red  hat", "a hat", "a shoe"], ["a hat"] * 3), of_captions)
     assert figures["caption_exact/kind"] == pytest.approx({"value": 1 / 3, "n": 3, "chance": 2 / 3, "shuffled": 2 / 3})
     assert figures["caption_cider/kind"]["value"] < figures["caption_cider/kind"]["shuffled"]
 

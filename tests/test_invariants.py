@@ -74,8 +74,7 @@ T5_SIZES = T5Config(V, 40, 2, 5, 7, 44, buckets=8, max_distance=12)
 
 
 def build_blip2(asks: bool = False, **changes) -> nn.Module:
-    config = replace(blip2_config(text=19 if asks else 1), asks=asks, **changes)
-    return BLIP2(replace(config, qformer=replace(config.qformer, reads=asks)))
+    return BLIP2(replace(blip2_config(text=19 if asks else 1), asks=asks, **changes))
 
 
 def blip2_logits(model: nn.Module, batch: dict, side: str) -> tuple[Tensor, Tensor]:
@@ -175,7 +174,7 @@ def prompts(rows: list[Example]) -> list[Example]:
 
 def generate(case: Case, model: nn.Module, rows: list[Example], new: int, stop: list[int], **how) -> list[list[int]]:
     batch = collate(case, prompts(rows), "right" if case.two else "left")
-    return model.generate(**{name: batch[name] for name in case.inputs}, max_new_tokens=new, stop=stop, **how).tolist()
+    return model.generate({name: batch[name] for name in case.inputs}, new, stop, **how).tolist()
 
 
 def sharp(case: Case, seed: int = 0) -> nn.Module:
@@ -337,7 +336,7 @@ def test_frozen_stays_frozen(case):
         train(model, trains, [collate(case, examples(case), "right")] * 3, lr=1e-2)
         for name, p in model.named_parameters():
             learns = name.startswith(trains)
-            if learns and name.startswith(getattr(model, "idle", ())):  # in train(), but nothing comes of it
+            if learns and name.startswith(tuple(model.unheard)):  # in train(), but nothing comes of it
                 assert not p.requires_grad and torch.equal(p, before[name])
                 continue
             assert p.requires_grad == learns, name

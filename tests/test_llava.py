@@ -1,13 +1,17 @@
-"""LLaVA against LlavaForConditionalGeneration, the splice against a loop: several images, none, padding either side."""
+"""LLaVA against LlavaForConditionalGeneration, the splice against a loop and against index arithmetic.
+
+Several images, none, tiles; padding on either side, and in the middle.
+"""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from oracles import IMAGE_ID, hf_llava, ours
+from oracles import IMAGE_ID, hf_llava, ours, scores
 from tools import bite, close, moved_by_breaking, randn, random_ids
 
-from nanovlm.papers.llava import LLaVA, LLaVAConfig
+from nanovlm.papers.llava import LLaVA, LLaVAConfig, put_in
+from nanovlm.tiling import hd_tiling
 
 N = 16  # image tokens: a grid of 4 × 4
 # Four conversations; "i" is an image, a letter a word
@@ -22,6 +26,10 @@ def conversations(seed: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
     rows = [torch.tensor([IMAGE_ID if kind == "i" else int(word) for kind, word in zip(shape, row, strict=False)])
             for shape, row in zip(SHAPES, words, strict=True)]
     return randn(IMAGES, 3, 20, 20, seed=seed), rows
+
+
+def batch_of(images: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"images": images, "input_ids": ids, "attention_mask": mask}
 
 
 def padded(rows: list[torch.Tensor], side: str, fill: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -97,7 +105,7 @@ def test_generated_tokens(seed, beams, side):
         after_stop = (want == stop).cumsum(dim=1) - (want == stop).long() > 0
         if after_stop.any():
             break
-    got = ours(hf).generate(images, *padded(rows, side), max_new_tokens=9, stop=[stop], beams=beams)
+    got = ours(hf).generate(batch_of(images, *padded(rows, side)), 9, [stop], beams=beams)
     assert got.tolist() == want.masked_fill(after_stop, 0).tolist()
     assert after_stop.any()
 
@@ -106,7 +114,7 @@ def test_scores_are_the_forwards_log_probabilities():
     model = ours(hf_llava(4))
     images, rows = conversations(4)
     candidates = [[5], [7, 8, 9]]
-    got = model.score(images, *padded(rows, "right"), candidates)
+    got = scores(model, batch_of(images, *padded(rows, "right")), candidates)
     with torch.no_grad():
         for c, candidate in enumerate(candidates):
             longer = [torch.cat([row, torch.tensor(candidate)]) for row in rows]
@@ -122,26 +130,104 @@ def model() -> LLaVA:
     return ours(hf_llava(5))
 
 
-@SIDES
-@pytest.mark.parametrize("pad", ["left", "right"])
-def test_splice_is_a_loop(model, side, pad):
-    """Images are consumed in order through the batch, raster order inside each; no label on an image token."""
+def by_loop(model: LLaVA, batch: dict, labels: torch.Tensor, pad: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What `splice` gives, token by token: pictures in their order through the batch, nothing learned of them."""
+    pictures, table = iter(model.image_prefix(batch["images"], batch.get("image_sizes"))), model.language.embedding.weight
+    rows = []
+    for ids, real, learns in zip(batch["input_ids"].tolist(), batch["attention_mask"].tolist(), labels.tolist(), strict=True):
+        row = []
+        for token, seen, label in zip(ids, real, learns, strict=True):
+            if seen and token == IMAGE_ID:
+                row += [(vector, -100) for vector in next(pictures)]
+            elif seen:
+                row.append((table[token], label))
+        rows.append(row)
+    longest = max(map(len, rows))
+    nothing = [(torch.zeros(table.shape[1]), -100)]
+    fill = [nothing * (longest - len(row)) for row in rows]
+    full = [row + f if pad == "right" else f + row for row, f in zip(rows, fill, strict=True)]
+    real = [[True] * len(row) + [False] * len(f) for row, f in zip(rows, fill, strict=True)]
+    return (torch.stack([torch.stack([vector for vector, _ in row]) for row in full]),
+            torch.tensor([row if pad == "right" else row[::-1] for row in real]),
+            torch.tensor([[label for _, label in row] for row in full]))
+
+
+def by_arithmetic(model: LLaVA, batch: dict, labels: torch.Tensor, pad: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same without a loop: a token's first place is the sum of what those before it take; then all is put there."""
+    ids, real = batch["input_ids"], batch["attention_mask"]
+    prefix = model.image_prefix(batch["images"], batch.get("image_sizes"))
+    counts = torch.tensor([len(tokens) for tokens in prefix if len(tokens)], dtype=torch.int64)
+    visual = torch.cat(list(prefix)) if len(prefix) else torch.zeros(0, model.language.embedding.weight.shape[1])  # (K, D)
+    is_image = (ids == IMAGE_ID) & real
+    takes = real.long().masked_scatter(is_image, counts)  # (B, T)
+    lengths = takes.sum(dim=1)
+    L = int(lengths.max())
+    first = (L - lengths if pad == "left" else torch.zeros_like(lengths))[:, None]
+    start = takes.cumsum(dim=1) - takes + first
+    row = torch.arange(len(ids))[:, None].expand_as(start)
+    word = real & ~is_image
+    within = torch.arange(len(visual)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    places = row[is_image].repeat_interleave(counts), start[is_image].repeat_interleave(counts) + within
+    embeddings = torch.zeros(len(ids), L, visual.shape[1])
+    embeddings = embeddings.index_put((row[word], start[word]), model.language.embedding(ids[word]))
+    spliced = torch.full((len(ids), L), -100).index_put((row[word], start[word]), labels[word])
+    column = torch.arange(L)
+    return embeddings.index_put(places, visual), (column >= first) & (column < first + lengths[:, None]), spliced
+
+
+def spliceable(model: LLaVA, kind: str, padding: str) -> tuple[LLaVA, dict, torch.Tensor]:
+    """(model, batch, labels): four conversations and a row of padding alone; even an <image> id has a label."""
     images, rows = conversations(5)
-    labels, _ = padded(rows, side, -100)  # even where a label stands on an <image> id, it is not learned
-    with torch.no_grad():
-        got, mask, spliced = model.splice(*padded(rows, side), images, labels, pad)
-        visual = iter(model.image_prefix(images))
-        lengths = [len(expanded(row)) for row in rows]
-        assert (mask.shape, mask.sum(dim=1).tolist()) == ((4, max(lengths)), lengths)
-        for i, row in enumerate(rows):
-            want = torch.cat([next(visual) if token == IMAGE_ID else model.language.embedding.weight[token][None]
-                              for token in row])
-            close(got[i][mask[i]], want, 0)
-            assert spliced[i][mask[i]].tolist() == expanded(row, -100).tolist()
-    first = mask[:, 0] if pad == "right" else mask[:, -1]
-    assert first.all()
-    assert not got[~mask].any()
-    assert (spliced[~mask] == -100).all()
+    batch = {"images": images}
+    if kind == "no image":
+        rows, batch = [row[row != IMAGE_ID] for row in rows], {"images": images[:0]}
+    if kind == "tiles":
+        sizes = torch.tensor([(20, 20), (13, 41), (50, 22), (31, 37), (20, 59), (44, 9)])
+        model = bite(LLaVA(replace(model.config, tiling=hd_tiling(20))), 5)
+        batch = {"images": randn(sum(model.tiles.tiling.views(tuple(size)) for size in sizes.tolist()), 3, 20, 20, seed=5),
+                 "image_sizes": sizes}
+    rows.insert(2, torch.zeros(0, dtype=torch.int64))
+    ids, mask = padded(rows, "left" if padding == "left" else "right")
+    if padding == "holes":
+        mask &= (ids == IMAGE_ID) | (torch.arange(ids.shape[1]) % 3 != 1)
+    return model, {**batch, "input_ids": ids, "attention_mask": mask}, ids.clone()
+
+
+@pytest.mark.parametrize("pad", ["left", "right"])
+@pytest.mark.parametrize("padding", ["left", "right", "holes"])
+@pytest.mark.parametrize("kind", ["several images", "no image", "tiles"])
+@pytest.mark.parametrize("oracle", [by_loop, by_arithmetic])
+def test_splice_is_a_loop(model, oracle, kind, padding, pad):
+    """Images are consumed in order through the batch, raster order inside each; values, mask, labels and every gradient."""
+    model, batch, labels = spliceable(model, kind, padding)
+    words = batch["attention_mask"] & (batch["input_ids"] != IMAGE_ID)
+    want, want_mask, want_labels = oracle(model, batch, labels, pad)
+    cotangent = randn(*want.shape, seed=6)
+    gradients = []
+    for made in (model.splice(**batch, labels=labels, pad=pad), (want, want_mask, want_labels)):
+        model.zero_grad()
+        (made[0] * cotangent).sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None and p.grad.any()})
+    got, mask, spliced = model.splice(**batch, labels=labels, pad=pad)
+    close(got, want, 0)
+    assert torch.equal(mask, want_mask)
+    assert torch.equal(spliced, want_labels)
+    assert not mask[2].any() and mask[[0, 1, 3, 4], 0 if pad == "right" else -1].all()
+    assert not got[~mask].any() and (spliced[~mask] == -100).all()
+    assert (spliced != -100).sum() == words.sum()
+    assert gradients[0].keys() == gradients[1].keys()
+    assert ("projector.first.weight" in gradients[0]) == (kind != "no image")
+    for name, gradient in gradients[1].items():
+        close(gradients[0][name], gradient, 1e-5 * max(1.0, gradient.abs().max().item()))
+
+
+def test_what_is_put_in_stands_where_its_entry_stood():
+    row, pieces = torch.arange(10, 15), [torch.tensor([1, 2, 3]), torch.tensor([], dtype=torch.int64), torch.tensor([4])]
+    assert put_in(row, [0, 2, 4], pieces).tolist() == [1, 2, 3, 11, 13, 4]
+    assert put_in(row, [1, 2], pieces[::2]).tolist() == [10, 1, 2, 3, 4, 13, 14]
+    assert put_in(row, [], []).tolist() == row.tolist()
+    with pytest.raises(ValueError, match="zip"):
+        put_in(row, [1], pieces)
 
 
 def test_marks_and_images_must_agree(model):

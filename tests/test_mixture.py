@@ -7,12 +7,14 @@ from dataclasses import replace
 import pytest
 from scene_oracle import check_conversation, judge, read
 
-from nanovlm import evaluate, recipes
+from nanovlm import recipes
 from nanovlm.data.conversation import encode
 from nanovlm.data.prompts import CAPTION, GROUNDING, LETTER, PROMPTS, REGION, SETS, SHORT, prompted
 from nanovlm.data.sample import Turn
 from nanovlm.errors import UserError
+from nanovlm.evaluate import judges
 from nanovlm.metrics import box_hit, intersection_over_union
+from nanovlm.runs.setting import make_tokenizer
 from nanovlm.world import ask, datasets, mixture, told
 from nanovlm.world.datasets import LESSONS, Scenes
 from nanovlm.world.mixture import PARTS
@@ -208,8 +210,11 @@ def test_science_reasons_before_the_letter():
         named = dict(re.findall(r"\(([A-C])\) ([a-z ]+?)(?= \(|$)", options))
         assert named[letter] == judge(question, truth, None)[0] and named[letter] in (size, colour, shape, cell)
     assert 150 < blind < 250
-    kinds = Counter(sample.turns[-1].kind for sample in Scenes().exam(5, view="science"))
-    assert kinds == {"science": 5, "science_text": 5} and evaluate.JUDGES["science_text"][0]("The answer is A.", "x The answer is A.")
+    exams = Scenes().exams(("science",), 5)
+    assert [(exam.name, exam.judges, exam.room, len(exam.samples)) for exam in exams] == [
+        ("science", ("letter",), 1024, 5), ("science_text", ("letter",), 1024, 5)]
+    assert all(sample.turns[-1].kind == exam.name for exam in exams for sample in exam.samples)
+    assert judges.JUDGES["letter"].score(["The answer is A."] * 2, [["x The answer is A."], ["y The answer is B."]]) == [1, 0]
 
 
 # --- boxes ---
@@ -233,18 +238,18 @@ def test_intersection_over_union_by_counting():
 
 
 def test_boxes_are_judged_as_boxes():
-    assert evaluate.JUDGES["grounding"][0] is box_hit
-    assert evaluate.right("[0.10, 0.10, 0.50, 0.49]", "[0.10, 0.10, 0.50, 0.50]") == 0
+    judged_by = {exam.name: exam.judges for exam in Scenes().exams(("mixture",), 1)}
+    assert judged_by == {kind: ("box" if kind == "grounding" else "answer",) for kind in (*ask.KINDS, *mixture.KINDS)}
+    said, truth = ["[0.10, 0.10, 0.50, 0.49]"], [["[0.10, 0.10, 0.50, 0.50]"]]
+    assert judges.JUDGES["box"].score(said, truth) == [1] and judges.JUDGES["answer"].score(said, truth) == [0]
 
 
 def test_the_five_sentences_are_short_for_the_tiny_tokenizer():
     """They are in its corpus: in pieces of one letter each they would fill the context."""
-    from nanovlm.data.conversation import template_texts
-    from nanovlm.tokenizer import Tokenizer
-    phrases = recipes.get("llava15/tiny").phrases
-    tokenizer = Tokenizer.train([*Scenes().texts()[:300], *(1000 * [*template_texts(), *phrases])], 1024)
+    tokenizer, plain = (make_tokenizer(recipes.get(name), Scenes(), 0) for name in ("llava15/tiny", "llava/tiny"))
     for prompt in PROMPTS:
-        assert len(tokenizer.encode(prompt)) <= len(prompt.split()) + 4
+        assert len(tokenizer.encode(prompt)) <= len(prompt.split()) + 4 < len(plain.encode(prompt))
+    assert len(tokenizer.encode(" number")) == 1 < len(plain.encode(" number"))
     ids, _ = encode(Scenes().exam(1, ["option"], view="mixture")[0].turns, tokenizer, "tiny")
     assert len(ids) < 80
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from scene_oracle import HELD_OUT_NAMES, NUMBER_WORDS, check_conversation, read
 
+from nanovlm.data.prompts import SHORT
 from nanovlm.errors import UserError
 from nanovlm.world import datasets as scenes_module
 from nanovlm.world.ask import KINDS
@@ -139,7 +140,7 @@ def test_image_views_have_the_shape_that_training_expects():
     for split, index in product(("train", "val"), range(100)):
         pair, told, silent, talk = (source.sample(view, split, index) for view in IMAGE_VIEWS)
         assert pair.id == f"scenes/{split}/{index}" and pair.images[0].size == (40, 40)
-        assert split == "train" or pair.caption in source.references(pair)  # in training it may leave facts out
+        assert split == "train" or pair.caption in pair.captions  # in training it may leave facts out
         assert len(pair.negatives) == 2 and pair.turns == ()
         assert [turn.question for turn in told.turns] == ["<image>"] and told.turns[0].answer == told.caption
         assert told.caption in told.references
@@ -187,6 +188,20 @@ def test_exam(kind):
         assert {name for name, _, _ in pairs} <= set(HELD_OUT_NAMES), "yes and no alike"
         near = [name for name, answer, truth in pairs if answer == "no" and all(word in truth for word in name.split())]
         assert len(near) >= 4
+
+
+def test_a_stage_is_judged_by_the_exams_that_it_names():
+    """An exam for each kind of question; captions are judged in two ways; a name that has no questions here is passed over."""
+    source = Scenes()
+    found = source.exams(("answers", "captions", "classes", "retrieval"), 3)
+    assert [exam.name for exam in found] == [*KINDS, ""]
+    assert [exam.judges for exam in found] == [("answer",)] * len(KINDS) + [("exact", "cider")]
+    for kind, exam in zip((*KINDS, "caption"), found):
+        assert exam.samples == source.exam(3, [kind]) and exam.among == ()
+    [two] = source.exams(("two",), 3)
+    assert (two.name, two.judges, two.samples) == ("", ("exact", "cider"), source.exam(3, ["caption of two"]))
+    assert [exam.samples[0].turns[0].question.endswith(SHORT) for exam in source.exams(("mixture",), 1)[:3]] == [True] * 3
+    assert source.exams(()) == [] and source.notes({}) == []
 
 
 def test_small_print_is_half_as_large_and_in_a_quarter_of_its_cell():

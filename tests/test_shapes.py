@@ -5,23 +5,26 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from random import Random
-from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import pytest
 import torch
 from PIL import Image
 from shape_checker import ShapeChecker, shape_comments
+from torch import nn
 
 import nanovlm
-from nanovlm import masks, metrics, plots
+from nanovlm import masks, metrics, plots, recipes
 from nanovlm.attention import Attention, KVCache
 from nanovlm.bert import BertConfig, MaskedLM
-from nanovlm.data.collate import collate_pairs
+from nanovlm.contract import Reads
+from nanovlm.data.collate import Collate
 from nanovlm.data.sample import Sample
 from nanovlm.data.transforms import Transform
 from nanovlm.decoder import clip_text, llama, opt
-from nanovlm.evaluate import Examinee, judge_retrieval
+from nanovlm.evaluate import retrieval
+from nanovlm.evaluate.pupil import Pupil
+from nanovlm.generation import score_candidates
 from nanovlm.papers.blip2 import BLIP2, BLIP2Config, BLIP2Stage1
 from nanovlm.papers.clip import CLIP, CLIPConfig
 from nanovlm.papers.language_model import LanguageModel
@@ -44,6 +47,12 @@ def ids(*shape: int) -> torch.Tensor:
     return torch.randint(4, VOCAB, shape)
 
 
+def answer(model: nn.Module, batch: dict, **how) -> None:
+    """In words of its own, and by the best of two."""
+    model.generate(batch, 4, [2], **how)
+    score_candidates(lambda: model.prefill(batch), model.step, [[5], [6, 7, 8]])
+
+
 def run_clip() -> None:
     model = CLIP(CLIPConfig(VISION, clip_text(VOCAB, width=34, layers=2, heads=2, max_positions=19), embedding=17))
     mask = torch.ones(B, T, dtype=torch.bool)
@@ -62,8 +71,7 @@ def run_language_model() -> None:
         mask[0, :4] = False
         model(ids(B, T), mask, labels=ids(B, T)).loss.backward()
         model.losses({"input_ids": ids(B, T), "attention_mask": mask, "labels": ids(B, T)})
-        model.generate(ids(B, T), mask, max_new_tokens=4, stop=[2], beams=7)
-        model.score(ids(B, T), mask, [[5], [6, 7, 8]])
+        answer(model, {"input_ids": ids(B, T), "attention_mask": mask}, beams=7)
 
 
 def run_encoder_decoder() -> None:
@@ -73,8 +81,7 @@ def run_encoder_decoder() -> None:
         model = LanguageModel(T5Config(VOCAB, 30, 2, 4, 6, 37, buckets=8, max_distance=9, tied=tied))
         model(ids(B, 13), mask, labels=ids(B, T)).loss.backward()
         model.losses({"input_ids": ids(B, 13), "attention_mask": mask, "labels": ids(B, T)})
-        model.generate(ids(B, 13), mask, max_new_tokens=4, stop=[2], beams=7)
-        model.score(ids(B, 13), mask, [[5], [6, 7, 8]])
+        answer(model, {"input_ids": ids(B, 13), "attention_mask": mask}, beams=7)
 
 
 def run_llava() -> None:
@@ -87,12 +94,13 @@ def run_llava() -> None:
     labels = torch.where(mask, input_ids, -100)
     model(**batch, labels=labels, maps=[]).loss.backward()
     model.losses(batch | {"labels": labels})
-    model.generate(**batch, max_new_tokens=5, stop=[2], temperature=0.7, top_k=13, top_p=0.9)
-    model.score(**batch, candidates=[[5], [6, 7, 8]])
+    answer(model, batch, temperature=0.7, top_k=13, top_p=0.9)
     tiled = LLaVA(replace(model.config, tiling=hd_tiling(28)))
     sizes = torch.tensor([[20, 50], [28, 28], [90, 30], [41, 70]])
-    views = sum(tiled.tiling.views(size) for size in sizes.tolist())
-    tiled(**batch | {"images": torch.randn(views, 3, 28, 28)}, image_sizes=sizes)
+    views = sum(tiled.reads.tiling.views(size) for size in sizes.tolist())
+    batch |= {"images": torch.randn(views, 3, 28, 28), "image_sizes": sizes}
+    tiled(**batch, labels=labels)
+    answer(tiled, batch)
 
 
 def run_blip2() -> None:
@@ -106,24 +114,24 @@ def run_blip2() -> None:
              "image_group": torch.arange(B)}
     sum(total for total, _ in first.losses(batch).values()).backward()
     first.score(images, ids(7, T), torch.ones(7, T, dtype=torch.bool))
-    first.generate(images, max_new_tokens=4, stop=[2])
+    answer(first, {"images": images})
     second(images, input_ids, mask, labels=torch.where(mask, input_ids, -100)).loss.backward()
     asked = BLIP2(replace(config, asks=True))
     asked(images, input_ids, mask, input_ids, qformer_input_ids=ids(B, 5), qformer_attention_mask=mask[:, :5])
+    answer(asked, batch | {"qformer_input_ids": ids(B, 5), "qformer_attention_mask": mask[:, :5]})
     on_t5 = BLIP2(replace(config, language=T5Config(VOCAB, 30, 2, 3, 10, 37, buckets=8, max_distance=12)))
     on_t5(images, input_ids, mask, labels=input_ids[:, :5]).loss.backward()
-    on_t5.generate(images, input_ids, mask, max_new_tokens=4, stop=[2])
+    answer(on_t5, batch)
     second.losses(batch | {"labels": input_ids})
-    second.generate(images, input_ids, mask, max_new_tokens=4, stop=[2])
-    second.score(images, input_ids, mask, candidates=[[5], [6, 7, 8]])
+    answer(second, batch)
     MaskedLM(text)(input_ids)
     MaskedLM(text).bert(input_ids, masks.causal_with_padding(mask, T), torch.randn(B, 49, 26), KVCache(), maps=[])
     second.qformer(second.encode_image(images))
     first.qformer(first.encode_image(images), input_ids, masks.unimodal(9, mask))
     world = Scenes(size=28)
     world.galleries = lambda: [[world.sample("captions", "val", index) for index in range(19)]]
-    examinee = Examinee(first, SimpleNamespace(image_size=28), SimpleNamespace(format="plain", fit="crop"), TOKENIZER, "cpu")
-    judge_retrieval(examinee, world)
+    recipe = replace(recipes.get("blip2/tiny"), image_size=28)
+    retrieval.measure(Pupil(first, recipe, recipe.stage("stage1"), TOKENIZER, "cpu"), world)
 
 
 def run_the_rest() -> None:
@@ -133,7 +141,7 @@ def run_the_rest() -> None:
     picture = Image.new("RGB", (31, 17), "red")
     pairs = [Sample("one", (picture,), caption="a red cat", negatives=("a blue cat", "a red dog"))] * 3
     Transform(13, tiling=hd_tiling(13)).views(picture)
-    collate_pairs(pairs, tokenizer, Transform(13), max_length=30, rng=Random(0))
+    Collate(tokenizer, "plain", Transform(13), Reads("pairs", wrong_captions=True), max_length=30).pairs(pairs, Random(0))
     metrics.recall_at_k(torch.randn(5, 7), torch.eye(5, 7).bool(), k=2)
     figure, ax = plt.subplots()
     plots.attention_over_image(ax, picture, torch.rand(6), (2, 3))
@@ -204,3 +212,16 @@ def test_comments_are_understood(tmp_path: Path, comment: str, right: bool):
         scope["double"](torch.zeros(3, 5, 7))
     assert len(checker.executed) == 2
     assert (not checker.wrong) == right, checker.wrong
+
+
+@pytest.mark.parametrize("comment, right", [("# (B, T)", True), ("# (T, B)", False), ("# (B, 4T)", False)])
+def test_a_comment_on_a_batch_is_on_each_of_its_tensors(tmp_path: Path, comment: str, right: bool):
+    path = tmp_path / "batch.py"
+    path.write_text(f"def make(B, T, zeros):\n    batch = {{'ids': zeros(B, T), 'n': T, 'mask': zeros(B, T)}}  {comment}\n    return batch\n",
+                    encoding="utf-8")
+    scope: dict = {}
+    exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), scope)  # noqa: S102
+    with ShapeChecker([path]) as checker:
+        scope["make"](3, 5, torch.zeros)
+    assert len(checker.executed) == 1
+    assert len(checker.wrong) == (0 if right else 2), checker.wrong

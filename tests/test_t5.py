@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from oracles import T5, hf_t5, hf_t5_exact, hf_t5_first, ours
+from oracles import T5, hf_t5, hf_t5_exact, hf_t5_first, ours, scores
 from tools import close, moved_by_breaking, pad_mask, random_ids
 from torch.nn.functional import cross_entropy
 from transformers.models.t5.modeling_t5 import T5Attention
@@ -167,13 +167,14 @@ def test_batch_equals_single(build, side):
     ids, mask, answers = example(6, side)
     with torch.no_grad():
         together = model(ids, mask, answers).logits
-        said = model.generate(ids, mask, max_new_tokens=6, stop=[])
+        said = model.generate({"input_ids": ids, "attention_mask": mask}, 6, [])
         for row in range(B):
             alone, real = ids[row:row + 1, mask[row]], mask[row:row + 1, mask[row]]
             answer = answers[row:row + 1, :ANSWERS[row]]
             close(together[row:row + 1, :ANSWERS[row] + 1], model(alone, real, answer).logits)
-            assert model.generate(alone, real, max_new_tokens=6, stop=[]).tolist() == said[row:row + 1].tolist()
-            assert model.generate(alone, None, max_new_tokens=6, stop=[]).tolist() == said[row:row + 1].tolist()
+            for seen in (real, None):
+                again = model.generate({"input_ids": alone, "attention_mask": seen}, 6, [])
+                assert again.tolist() == said[row:row + 1].tolist()
 
 
 def test_a_row_with_nothing_to_read_is_an_answer_by_itself():
@@ -252,7 +253,7 @@ def generate_both(build, seed: int, beams: int, side: str) -> tuple[torch.Tensor
     stop = int(said[seed % B, 4])
     want = hf.generate(**shared, eos_token_id=stop)[:, 1:]
     ended = (want == stop).cumsum(dim=1) - (want == stop).long() > 0
-    got = ours(hf).generate(ids, mask, max_new_tokens=12, stop=[stop], beams=beams)
+    got = ours(hf).generate({"input_ids": ids, "attention_mask": mask}, 12, [stop], beams=beams)
     return got, want.masked_fill(ended, 0), stop
 
 
@@ -275,7 +276,7 @@ def test_scores_are_sums_of_log_probabilities():
     hf = hf_t5(11)
     ids, mask, _ = example(11, "left")
     candidates = [[5], [7, 8, 9], [11, 5]]
-    got = ours(hf).score(ids, mask, candidates)
+    got = scores(ours(hf), {"input_ids": ids, "attention_mask": mask}, candidates)
     with torch.no_grad():
         for c, candidate in enumerate(candidates):
             answer = torch.tensor([candidate] * B)

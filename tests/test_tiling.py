@@ -17,16 +17,18 @@ from transformers.models.llava_next import modeling_llava_next as theirs
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from nanovlm import recipes
-from nanovlm.data.collate import collate_conversations
+from nanovlm.contract import Reads
+from nanovlm.data.collate import Collate
 from nanovlm.data.sample import Sample, Turn
 from nanovlm.data.transforms import CLIP_MEAN, CLIP_STD, Transform, cut
 from nanovlm.errors import UserError
 from nanovlm.hub import from_hf
 from nanovlm.papers.llava import LLaVA
+from nanovlm.runs.setting import world_of
 from nanovlm.tiling import NEXT_GRIDS, SIX_TILES, Tiles, hd_tiling, llava_next_tiling
 from nanovlm.tokenizer import Tokenizer
 from nanovlm.training import vitals
-from nanovlm.training.batches import MicroBatches, make_collate, world_of
+from nanovlm.training.batches import MicroBatches, make_collate
 from nanovlm.training.weights import initial_model
 from nanovlm.world.datasets import LESSONS
 
@@ -183,7 +185,7 @@ def test_a_wrong_number_of_views_is_an_error():
 def test_logits_are_theirs(side):
     hf = hf_next(4)
     model = ours(hf)
-    assert type(model) is LLaVA and model.tiling == llava_next_tiling(SIDE)
+    assert type(model) is LLaVA and model.reads.tiling == llava_next_tiling(SIDE)
     inputs, rows = example(4)
     ids, mask = padded(rows, "right")
     theirs_in = as_theirs(inputs, rows, side)
@@ -212,7 +214,7 @@ def test_generated_tokens_are_theirs(seed):
     theirs_in = as_theirs(inputs, rows, "left")
     want = hf.generate(**theirs_in, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
     ids, mask = padded(rows, "right")
-    got = ours(hf).generate(inputs["images"], ids, mask, 6, [], image_sizes=inputs["image_sizes"])
+    got = ours(hf).generate({**inputs, "input_ids": ids, "attention_mask": mask}, 6, [])
     assert got.tolist() == want[:, theirs_in["input_ids"].shape[1]:].tolist()
 
 
@@ -220,17 +222,17 @@ def test_a_batch_of_tiled_pictures():
     """Sizes and views travel together, max_length counts the places that each picture takes, and a gradient flows even
     where there is no picture."""
     model = ours(hf_next(7))
-    transform, tokenizer = Transform(SIDE, tiling=model.tiling), Tokenizer([])
+    collate = Collate(Tokenizer([]), "tiny", Transform(SIDE, tiling=model.reads.tiling), model.reads)
     one, two, *_ = pictures(7)
     samples = [Sample("a", (one, two), turns=(Turn("<image> or <image>?", "the first"),)),
                Sample("b", turns=(Turn("hi", "ho"),))]
-    batch = collate_conversations(samples, tokenizer, "tiny", transform, None, model.image_tokens, None)
+    batch = collate(samples, Random(0))
     assert batch["image_sizes"].tolist() == [[20, 20], [13, 41]]
-    assert len(batch["images"]) == sum(map(model.tiling.views, FIVE[:2]))
-    places = sum(model.tiling.tokens(size, G) for size in FIVE[:2])
+    assert len(batch["images"]) == sum(map(model.reads.tiling.views, FIVE[:2]))
+    places = sum(model.reads.tiling.tokens(size, G) for size in FIVE[:2])
     with pytest.raises(UserError, match=f"a: cutting it to {places} tokens would cut image tokens"):
-        collate_conversations(samples, tokenizer, "tiny", transform, places, model.image_tokens, None)
-    alone = collate_conversations(samples[1:], tokenizer, "tiny", transform, None, model.image_tokens, None)
+        replace(collate, max_length=places)(samples, Random(0))
+    alone = collate(samples[1:], Random(0))
     assert alone["image_sizes"].shape == (0, 2)
     alone |= {name: alone[name].clamp(max=50) for name in ("input_ids", "labels")}
     model.losses(alone)["lm"][0].backward()
@@ -251,7 +253,7 @@ def test_exchanged_pictures_keep_their_views():
     inputs, rows = example(9)
     ids, mask = padded(rows, "right")
     batch = {**inputs, "input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(~mask | (ids == IMAGE_ID), -100)}
-    views = inputs["images"].split([model.tiling.views(size) for size in FIVE])
+    views = inputs["images"].split([model.reads.tiling.views(size) for size in FIVE])
     moved = {**batch, "images": torch.cat([views[4], *views[:4]]), "image_sizes": torch.tensor([FIVE[4], *FIVE[:4]])}
     right, exchanged = vitals.image_use(model, batch)
     with torch.no_grad():
@@ -276,13 +278,13 @@ def test_sizes_are_asked_for_where_pictures_are_tiled():
 
 def test_a_persons_pictures_are_kept_as_large_as_tiles_can_show():
     """Else they would be shrunk to one tile's size before they are cut into six."""
-    assert [recipes.shorter_side(recipes.get(name)) for name in ("llava/7b", "llava15/7b", "llava15/7b-hd")] == [224, 336, 448]
+    assert [recipes.shorter_side(name) for name in ("llava/7b", "llava15/7b", "llava15/7b-hd")] == [224, 336, 448]
 
 
 def test_a_picture_too_thin_for_tiles_is_named():
-    thin = Sample("photo 7", (Image.new("RGB", (400, 2)),), turns=(Turn("<image>?", "x"),))
+    tiling, thin = hd_tiling(SIDE), Sample("photo 7", (Image.new("RGB", (400, 2)),), turns=(Turn("<image>?", "x"),))
     with pytest.raises(UserError, match="photo 7: A picture 400 pixels wide and 2 high is thinner than one of"):
-        collate_conversations([thin], Tokenizer([]), "tiny", Transform(SIDE, tiling=hd_tiling(SIDE)), None, 16, None)
+        Collate(Tokenizer([]), "tiny", Transform(SIDE, tiling=tiling), Reads(image_tokens=16, tiling=tiling))([thin], Random(0))
 
 
 def test_a_tiled_row_alone_is_the_row_in_its_batch():
@@ -290,7 +292,7 @@ def test_a_tiled_row_alone_is_the_row_in_its_batch():
     inputs, rows = example(11)
     ids, mask = padded(rows, "right")
     together = model(inputs["images"], ids, mask, image_sizes=inputs["image_sizes"]).logits
-    views, sizes = inputs["images"].split([model.tiling.views(size) for size in FIVE]), inputs["image_sizes"]
+    views, sizes = inputs["images"].split([model.reads.tiling.views(size) for size in FIVE]), inputs["image_sizes"]
     first = 0
     for i, row in enumerate(rows):
         count = int((row == IMAGE_ID).sum())
@@ -309,11 +311,11 @@ def test_the_tiny_recipe_sees_small_print():
     for recipe, views, tokens in ((tiny, 1, 16), (hd, 5, 88)):
         stage = recipe.stages[-1]
         with torch.device("meta"):
-            model = recipe.build(stage.name)
-        collate = make_collate(recipe, stage, tokenizer, model)
+            reads = recipe.build(stage).reads
+        collate = make_collate(recipe, stage, tokenizer, reads)
         batch = collate([sample], Random(0))
         assert batch["images"].shape == (views, 3, 48, 48) and ("image_sizes" in batch) == (views == 5)
-        assert (model.image_tokens if model.tiling is None else model.tiling.tokens((96, 96), 4)) == tokens
+        assert (reads.image_tokens if reads.tiling is None else reads.tiling.tokens((96, 96), 4)) == tokens
     assert {"tiles"} == set(hd.stages[-1].trains) - set(tiny.stages[-1].trains)
 
 
@@ -321,7 +323,7 @@ def test_hd_goes_on_from_the_tuned_model():
     """All of it but the row-end token, which is new."""
     tiny, hd = recipes.get("llava15/tiny"), recipes.get("llava15/tiny-hd")
     torch.manual_seed(0)
-    tuned = tiny.build("tune").state_dict()
+    tuned = tiny.build(tiny.stage("tune")).state_dict()
     start = initial_model(hd, hd.stages[0], 0, {"tune": tuned}).state_dict()
     assert start.keys() - tuned.keys() == {name for name in start if name.startswith("tiles.")} and len(start) == len(tuned) + 1
     assert all(torch.equal(start[name], tuned[name]) for name in tuned)

@@ -1,6 +1,5 @@
 """The loop and what it stands on: every token weighs the same, frozen stays frozen, a batch follows from its step."""
 
-import json
 import math
 from dataclasses import replace
 
@@ -9,12 +8,9 @@ import torch
 import training_fakes as fakes
 from torch import nn
 
-from nanovlm import recipes
 from nanovlm.errors import UserError
 from nanovlm.recipes.stage import Stage, resolve
-from nanovlm.runs import cache, checkpoint
-from nanovlm.runs import run as runs
-from nanovlm.runs.run import Options, run, trained_model
+from nanovlm.runs import checkpoint
 from nanovlm.runs.setting import MixedText
 from nanovlm.tokenizer import Tokenizer
 from nanovlm.training import randomness, vitals, weights
@@ -40,14 +36,6 @@ def train(stage: Stage, model: nn.Module, source=None) -> list:
 def fresh(seed: int = 3) -> fakes.FakeVLM:
     torch.manual_seed(seed)
     return fakes.FakeVLM()
-
-
-@pytest.fixture
-def world(monkeypatch, tmp_path):
-    """The fakes in place of the real recipes, an empty cache, and the folder for runs."""
-    fakes.install(monkeypatch.setattr)
-    monkeypatch.setenv("NANOVLM_CACHE", str(tmp_path / "cache"))
-    return tmp_path
 
 
 def test_a_stage_is_judged_by_what_exists():
@@ -241,8 +229,9 @@ def test_steps_on_the_command_line_and_changes_for_real_data():
             resolve(recipe, False, wrong)
 
 
-def test_a_backbone_may_have_more_than_the_model_but_not_less(world):
+def test_a_backbone_may_have_more_than_the_model_but_not_less(monkeypatch):
     """BLIP-2 leaves out the encoder's last block; a part that kept its random weights would go unnoticed."""
+    fakes.install(monkeypatch.setattr)
     recipe, see = fakes.recipe(), {"eyes.weight": torch.ones(5, 3), "eyes.bias": torch.ones(5), "eyes.more": torch.ones(2)}
     model = weights.initial_model(recipe, recipe.stages[0], 0, {"see": see})
     assert torch.equal(model.eyes.weight, torch.ones(5, 3))
@@ -255,16 +244,6 @@ def test_published_weights_that_are_not_there_are_asked_for(monkeypatch):
     monkeypatch.delenv("NANOVLM_WEIGHTS", raising=False)
     with pytest.raises(UserError, match="org/name.*NANOVLM_WEIGHTS"):
         weights.load_published(fresh(), "eyes", "published", "org/name")
-
-
-def test_published_weights_are_asked_for_before_anything_is_allocated(world, monkeypatch):
-    monkeypatch.delenv("NANOVLM_WEIGHTS", raising=False)
-    whole = fakes.recipe(stages=(fakes.stage(init=(("eyes", "published:org/name"),)),))
-    monkeypatch.setitem(recipes.RECIPES, "fake/tiny", whole)
-    monkeypatch.setattr(fakes.FakeVLM, "__init__", lambda self, config: pytest.fail("a model was made"))
-    with pytest.raises(UserError, match="org/name.*NANOVLM_WEIGHTS"):
-        run("fake/tiny", Options(out=str(world / "a")))
-    assert not (world / "a").exists()
 
 
 # ---- vital signs
@@ -319,136 +298,3 @@ def test_matching_that_sits_on_its_prior_is_named():
     assert "0.6361" in vitals.prior_warning({"itc": 2.0, "itm": 0.6361})
     assert vitals.prior_warning({"itm": 0.61}) is None and vitals.prior_warning({"lm": 0.6365}) is None
     assert vitals.guess("itm", {}, 100, 1) == pytest.approx(0.63651, abs=1e-5)
-
-
-# ---- whole runs, and the cache of backbones
-
-
-def test_a_run_leaves_what_the_design_promises(world):
-    summary = run("fake/tiny", Options(out=str(world / "a")))
-    written = json.loads((world / "a/summary.json").read_text())
-    assert written == summary
-    assert [stage["name"] for stage in summary["stages"]] == ["see", "align", "tune"]
-    see, tune = (torch.load(world / f"a/{name}.pt", weights_only=True) for name in ("see", "tune"))
-    assert torch.equal(see["eyes.weight"], tune["eyes.weight"]), "init must take the backbone's eyes"
-    second, third = summary["stages"][1:]
-    assert set(second["frozen"]) == {"eyes", "language"} and set(third["frozen"]) == {"eyes"}
-    assert all(before == after for stage in (second, third) for before, after in stage["frozen"].values())
-    assert third["trained"]["bridge"][0] == second["trained"]["bridge"][1], "tune goes on where align ended"
-    assert summary["params"] == {"total": 4126, "trained": 4106}
-    lines = [json.loads(line) for line in (world / "a/metrics.jsonl").read_text().splitlines()]
-    assert [(e["stage"], e["step"]) for e in lines] == [
-        ("see", 1), ("see", 5), ("align", 1), ("align", 4), ("tune", 1), ("tune", 10), ("tune", 20)]
-    assert set(lines[0]) == {"stage", "step", "loss/lm", "lr", "grad_norm", "samples_per_s"}
-
-
-def test_a_cached_backbone_gives_the_same_bits(world):
-    first = run("fake/tiny", Options(out=str(world / "a")))
-    second = run("fake/tiny", Options(out=str(world / "b")))
-    third = run("fake/tiny", Options(out=str(world / "c"), cache=False))
-    assert [s["stages"][0]["cached"] for s in (first, second, third)] == [False, True, False]
-    for name in ("see", "align", "tune"):
-        a, b, c = (checkpoint.load(world / folder / f"{name}.pt") for folder in "abc")
-        assert all(torch.equal(a[key], b[key]) and torch.equal(a[key], c[key]) for key in a), name
-    assert first["stages"][2]["trained"] == second["stages"][2]["trained"]
-
-
-def test_without_the_cache_nothing_is_written_to_it(world):
-    run("fake/tiny", Options(out=str(world / "a"), cache=False))
-    assert not (world / "cache").exists()
-
-
-def test_the_cache_knows_everything_that_made_the_backbone(world, monkeypatch):
-    def was_cached(folder, **options):
-        return run("fake/tiny", Options(out=str(world / folder), **options))["stages"][0]["cached"]
-
-    assert not was_cached("a") and was_cached("b")
-    assert not was_cached("seed", seed=1)
-    assert not was_cached("steps", steps=2)
-    slower = replace(fakes.EYES, stages=(replace(fakes.EYES.stages[0], lr=1e-4),))
-    with monkeypatch.context() as patch:
-        patch.setattr(recipes, "RECIPES", {**recipes.RECIPES, "eyes/tiny": slower})
-        assert not was_cached("lr")
-    with monkeypatch.context() as patch:
-        patch.setattr(fakes.FakeScenes, "texts", lambda self: ["aaaa bbbb"] * 9)
-        assert not was_cached("tokenizer")
-    with monkeypatch.context() as patch:
-        patch.setattr(cache, "source_text", lambda *modules: "edited")
-        assert not was_cached("source")
-    assert was_cached("c")
-
-
-def test_a_broken_cache_entry_is_trained_anew(world, capsys):
-    first = run("fake/tiny", Options(out=str(world / "a")))
-    entries = list((world / "cache").glob("*.pt"))  # eyes, align, tune
-    assert len(entries) == 3
-    for entry in entries:
-        entry.write_bytes(entry.read_bytes()[:-700])
-    second = run("fake/tiny", Options(out=str(world / "b")))
-    assert "broken" in capsys.readouterr().err
-    assert not second["stages"][0]["cached"] and second["stages"][0]["trained"] == first["stages"][0]["trained"]
-    assert checkpoint.load(entries[0])["model"]
-
-
-def test_each_stage_is_judged_by_its_own_model(world, monkeypatch):
-    """BLIP-2's stage 1 retrieves, what stage 2 cannot; the figures stand side by side."""
-    whole = fakes.recipe()
-    stages = tuple(replace(stage, evaluate=("answers",)) for stage in whole.stages)
-    monkeypatch.setitem(recipes.RECIPES, "fake/tiny", replace(whole, stages=stages))
-    judged = {}
-
-    def judge(pupil, source):
-        judged[pupil.stage.name] = {name: tensor.clone() for name, tensor in pupil.model.state_dict().items()}
-        assert not pupil.model.training
-        return {pupil.stage.name: {"value": 0.5, "n": 1, "chance": 0.1, "shuffled": 0.1}}
-
-    monkeypatch.setattr(runs, "evaluate", judge)
-    summary = run("fake/tiny", Options(out=str(world / "a")))
-    assert list(summary["eval"]) == list(judged) == ["align", "tune"]
-    for name, found in judged.items():
-        kept = checkpoint.load(world / f"a/{name}.pt")
-        assert all(torch.equal(found[part], kept[part]) for part in kept)
-    assert not torch.equal(judged["align"]["bridge.weight"], judged["tune"]["bridge.weight"])
-
-
-def test_a_trained_model_takes_any_stage_of_a_run_from_the_cache(world, monkeypatch):
-    run("fake/tiny", Options(out=str(world / "a")))
-    monkeypatch.setattr(runs, "train", lambda job, *rest: pytest.fail(f"{job.stage.name} was trained again"))
-    for stage in ("align", "tune"):
-        model, tokenizer = trained_model("fake/tiny", stage)
-        kept = checkpoint.load(world / f"a/{stage}.pt")
-        assert not model.training and len(tokenizer) > 0
-        assert all(torch.equal(tensor, kept[name]) for name, tensor in model.state_dict().items())
-    with pytest.raises(UserError, match="fake/tiny has no stage 'see'"):
-        trained_model("fake/tiny", "see")
-
-
-def test_a_model_trained_for_the_cache_is_that_of_a_run_and_leaves_no_folder(world, monkeypatch):
-    monkeypatch.chdir(world)
-    model, _ = trained_model("fake/tiny")
-    assert [path.name for path in world.iterdir()] == ["cache"]
-    run("fake/tiny", Options(out=str(world / "a"), cache=False))
-    kept = checkpoint.load(world / "a/tune.pt")
-    assert all(torch.equal(tensor, kept[name]) for name, tensor in model.state_dict().items())
-
-
-def test_the_key_covers_imports_of_imports(monkeypatch, tmp_path):
-    monkeypatch.setattr(cache, "PACKAGE", tmp_path)
-    (tmp_path / "a.py").write_text("import os\nfrom nanovlm import b\n")
-    (tmp_path / "b.py").write_text("from nanovlm.c import thing\n")
-    (tmp_path / "c.py").write_text("thing = 1\n")
-    (tmp_path / "d.py").write_text("unrelated = 1\n")
-    before = cache.source_text("nanovlm.a")
-    (tmp_path / "d.py").write_text("unrelated = 2\n")
-    assert cache.source_text("nanovlm.a") == before
-    (tmp_path / "c.py").write_text("thing = 2\n")
-    assert cache.source_text("nanovlm.a") != before
-
-
-def test_the_identity_of_data_follows_texts_and_pictures():
-    def identity(**changes):
-        source = fakes.FakeScenes(**{"seed": 1, "count": 4, **changes})
-        return cache.data_identity(source)
-
-    assert identity() == identity()
-    assert len({identity(), identity(seed=2), identity(count=5), identity(size=5)}) == 4

@@ -92,6 +92,9 @@ class FakeScenes:
     def exams(self, names, n=0):
         return [Exam(name, [self.sample("instruct", "val", i) for i in range(n or 4)]) for name in names]
 
+    def galleries(self):
+        return []
+
     def notes(self, figures):
         return []
 

@@ -141,7 +141,7 @@ class Collate:
         B, K = len(samples), min(len(sample.negatives) for sample in samples) * self.reads.wrong_captions
         captions = [sample.caption for sample in samples]
         wrong = [text for sample in samples for text in rng.sample(sample.negatives, K)]
-        texts = self.texts(captions + wrong)  # (B + B * K, T)
+        texts = self.texts(captions + wrong)
         pictures = [as_picture(sample.images[0]) for sample in samples]
         batch = {
             "images": torch.stack([self.transform(picture, rng) for picture in pictures]),

@@ -5,7 +5,7 @@
     letter   vqa_accuracy    the letter that it names
     box      vqa_accuracy    a box that covers the right one by half (intersection over union)
     class    vqa_accuracy    the right one of all class names, ranked by likelihood
-    exact    caption_exact   any caption that counts as right, up to capitals and the full stop
+    exact    caption_exact   any caption that counts as right, up to capitals and blanks
     cider    caption_cider   CIDEr-D against all captions that count as right
 """
 

@@ -137,7 +137,7 @@ def as_ours(kind: str, state: State) -> State:
         if ".qkv." in name:
             for part, third in zip("qkv", tensor.chunk(3)):
                 if name.endswith("bias") and part == "k":
-                    if third.any():  # EVA-CLIP's keys have no bias: zeros fill the place (BLIP-2 sheet §7.11)
+                    if third.any():  # EVA-CLIP's keys have no bias: zeros fill the place in LAVIS
                         raise UserError(f"{name}: the key's third is not zero, but the encoder's keys have no bias.")
                     continue
                 found[name.replace("qkv", f"{part}_proj")] = third
