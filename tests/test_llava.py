@@ -172,7 +172,7 @@ def by_arithmetic(model: LLaVA, batch: dict, labels: torch.Tensor, pad: str) -> 
     embeddings = embeddings.index_put((row[word], start[word]), model.language.embedding(ids[word]))
     spliced = torch.full((len(ids), L), -100).index_put((row[word], start[word]), labels[word])
     column = torch.arange(L)
-    return embeddings.index_put(places, visual), (column >= first) & (column < first + lengths[:, None]), spliced
+    return embeddings.index_put(places, visual.float()), (column >= first) & (column < first + lengths[:, None]), spliced
 
 
 def spliceable(model: LLaVA, kind: str, padding: str) -> tuple[LLaVA, dict, torch.Tensor]:

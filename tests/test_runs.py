@@ -196,6 +196,27 @@ def test_the_identity_of_data_follows_texts_and_pictures():
 # ---- before the first step, and between two of them
 
 
+def test_what_a_stage_cannot_learn_from_is_left_out_before_the_first_step(world, monkeypatch):
+    """Of that stage; the summary counts it. Where nothing is left no stage begins."""
+    draw(world, *(f"{name}.png" for name in "abcdefgh"))
+    asked = {name: "what is it?" + " really?" * 100 * (name == "c") for name in "abcdefgh"}
+    data = write(world / "own.json", [{"image": f"{name}.png", "split": "val" if name == "h" else "train", "conversations": [
+        {"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": f"red {name}"}]} for name, question in asked.items()])
+    whole = fakes.recipe()
+
+    def of_length(longest: int, out: str) -> dict:
+        stages = (whole.stages[0], replace(whole.stages[1], max_length=longest))
+        monkeypatch.setitem(recipes.RECIPES, "fake/tiny", replace(whole, stages=stages))
+        return run("fake/tiny", Options(data=str(data), out=str(world / out)))
+
+    summary = of_length(150, "a")
+    assert summary["notes"][0].startswith("1 records were left out, the first of them own.json record 2: ")
+    assert [stage["name"] for stage in summary["stages"]] == ["see", "align", "tune"]
+    monkeypatch.setattr(runs, "train", lambda job, *rest: pytest.fail(f"{job.stage.name} was trained"))
+    with pytest.raises(UserError, match=r"^own: no record can be used \(view instruct\); own.json record 0: "):
+        of_length(2, "b")
+
+
 @pytest.mark.parametrize("name", ["fake/tiny", pytest.param("tuned/tiny", marks=pytest.mark.xfail(
     strict=True, reason="weights.find_published looks at the recipe itself, not at those that its `init` names"))])
 def test_published_weights_are_asked_for_before_anything_is_allocated(world, monkeypatch, name):
