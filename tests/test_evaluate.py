@@ -191,7 +191,7 @@ def exam(answers: list[str], judges: tuple[str, ...], **more) -> Exam:
     ("letter", ["x. The answer is A.", "y. The answer is B.", "z. The answer is A."], ["The answer is A."] * 3, ["?"] * 3, 2 / 3, 2 / 3, 0),
     ("box", ["[0.10, 0.10, 0.50, 0.50]", "[0.60, 0.60, 0.90, 0.90]"], ["[0.10, 0.10, 0.50, 0.48]", "none"], ["[0.60, 0.60, 0.90, 0.90]"] * 2,
      0.5, 0.5, 0.5),
-    ("answer", ["Yes.", "no", "yes", "No", "yes"], ["no"] * 5, ["yes"] * 5, 0.4, 0.6, 0.6),
+    ("answer", ["a cat", "dog", "dog", "cat", "The cat."], ["dog"] * 5, ["cat"] * 5, 0.4, 0.6, 0.6),
     ("letter", ["A", "B", "B", "B"], ["A. red", "The answer is B.", "b", "C"], ["B"] * 4, 0.5, 0.75, 0.75),
     ("class", ["hat", "shoes", "hat"], ["hat", "hat", "hat"], ["shoes"] * 3, 2 / 3, 2 / 3, 1 / 3),
 ])

@@ -187,7 +187,7 @@ def test_a_shortened_config_means_the_defaults():
     language = model.config.language
     assert (language.width, language.layers, language.heads, language.ffn) == (4096, 32, 32, 11008)
     assert (language.vocab, language.max_positions, language.eps, language.rope_base) == (32064, 4096, 1e-5, 10000.0)
-    assert model.image_tokens == 576
+    assert model.reads.image_tokens == 576
     assert sum(p.numel() for p in model.parameters()) == 7_063_427_072  # LlavaForConditionalGeneration of that config
 
 
