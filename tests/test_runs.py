@@ -219,8 +219,7 @@ def test_what_a_stage_cannot_learn_from_is_left_out_before_the_first_step(world,
         of_length(2, "b")
 
 
-@pytest.mark.parametrize("name", ["fake/tiny", pytest.param("tuned/tiny", marks=pytest.mark.xfail(
-    strict=True, reason="weights.find_published looks at the recipe itself, not at those that its `init` names"))])
+@pytest.mark.parametrize("name", ["fake/tiny", "tuned/tiny"])
 def test_published_weights_are_asked_for_before_anything_is_allocated(world, monkeypatch, name):
     """Of the recipe and of those whose weights it takes, as BLIP-2's fine-tuned ones do."""
     monkeypatch.delenv("NANOVLM_WEIGHTS", raising=False)

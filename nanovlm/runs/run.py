@@ -63,7 +63,7 @@ def run(recipe_name: str, options: Options = Options()) -> dict:
 
 def _run(recipe_name: str, options: Options, device: torch.device) -> dict:
     recipe = resolve(recipes.get(recipe_name), options.data is not None, options.steps)
-    find_published(recipe)
+    find_published(recipe, recipe.stages[-1].name)
     source = read_source(recipe, options.data, options.on_missing, options.seed)
     keep = RunFolder(recipe.name, options.out, options.resume, options.overwrite)
     tokenizer = keep.tokenizer() or make_tokenizer(recipe, source, options.seed)
