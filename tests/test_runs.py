@@ -206,17 +206,22 @@ def test_what_a_stage_cannot_learn_from_is_left_out_before_the_first_step(world,
         {"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": f"red {name}"}]} for name, question in asked.items()])
     whole = fakes.recipe()
 
-    def of_length(longest: int, out: str) -> dict:
+    def of_length(longest: int, out: str, **options) -> dict:
         stages = (whole.stages[0], replace(whole.stages[1], max_length=longest))
         monkeypatch.setitem(recipes.RECIPES, "fake/tiny", replace(whole, stages=stages))
-        return run("fake/tiny", Options(data=str(data), out=str(world / out)))
+        return run("fake/tiny", Options(data=str(data), out=str(world / out), **options))
 
     summary = of_length(150, "a")
-    assert summary["notes"][0].startswith("1 records were left out, the first of them own.json record 2: ")
+    assert summary["notes"][0].startswith("Records that were left out: 1. The first is own.json record 2: ")
     assert [stage["name"] for stage in summary["stages"]] == ["see", "align", "tune"]
     monkeypatch.setattr(runs, "train", lambda job, *rest: pytest.fail(f"{job.stage.name} was trained"))
     with pytest.raises(UserError, match=r"^own: no record can be used \(view instruct\); own.json record 0: "):
         of_length(2, "b")
+    assert not (world / "b").exists(), "an empty folder would take a name"
+    kept = (world / "a/summary.json").read_bytes()
+    with pytest.raises(UserError, match="no record can be used"):
+        of_length(2, "a", overwrite=True)
+    assert (world / "a/summary.json").read_bytes() == kept, "the old run goes when the new one can begin"
 
 
 @pytest.mark.parametrize("name", ["fake/tiny", "tuned/tiny"])

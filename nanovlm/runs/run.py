@@ -180,7 +180,7 @@ def finish(setting: Setting, keep: RunFolder, weights: State) -> dict:
     if distributed.rank() == 0:
         if setting.source.skipped:
             record, reason = setting.source.skipped[0]
-            summary["notes"].append(f"{len(setting.source.skipped)} records were left out, the first of them "
+            summary["notes"].append(f"Records that were left out: {len(setting.source.skipped)}. The first is "
                                     f"{record}: {reason}.")
         for stage in recipe.stages:
             if stage.evaluate:
