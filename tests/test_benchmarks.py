@@ -120,6 +120,18 @@ def test_what_is_wrong_with_science_qa(science, change, complaint):
     assert str(found.problems[0]).startswith("problems.json problem 1: ")
 
 
+def test_a_mark_that_people_wrote_is_text(vqa, science):
+    """In a question, a hint or a choice; answers are text anyway."""
+    first, second, third = QUESTIONS["questions"]
+    vqa.write_text(json.dumps({**QUESTIONS, "questions": [{**first, "question": "Is it an <image>?"},
+                                                          {**second, "question": "<image>"}, third]}))
+    turns = formats.scan(vqa).samples[0].turns
+    assert [turn.question for turn in turns] == ["<image>\nIs it an < image>?", "< image>"]
+    science.write_text(json.dumps({"1": {**PROBLEMS["1"], "hint": "An <image>."}, "2": {**PROBLEMS["2"], "choices": ["<image>", "no"]}}))
+    found = formats.scan(science)
+    assert not found.problems and [sample.turns[0].question.count("<image>") for sample in found.samples] == [1, 0]
+
+
 def test_an_exam_asks_in_the_words_of_its_view(vqa):
     """What was trained with the line is judged with it."""
     records = formats.read(vqa)

@@ -6,15 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracles import IMAGE_ID, QUERIES, hf_bert, hf_blip2, hf_blip2_retrieval, hf_blip2_t5, hf_clip_vision, ours
+from oracles import IMAGE_ID, QUERIES, hf_bert, hf_blip2, hf_blip2_retrieval, hf_blip2_t5, hf_clip_vision, ours, scores
 from tools import bite, close, moved_by_breaking, pad_mask, randn, random_ids
 from torch.nn import functional as F
 
-from nanovlm import evaluate, masks
+from nanovlm import masks
 from nanovlm.bert import BertConfig
 from nanovlm.contrastive import positives
 from nanovlm.errors import UserError
-from nanovlm.generation import score_candidates
 from nanovlm.matching import hard_negatives, matching_loss
 from nanovlm.papers import blip2
 from nanovlm.papers.blip2 import BLIP2, BLIP2Config, BLIP2Stage1
@@ -124,8 +123,7 @@ def test_the_weights_of_the_t5_test_bite():
 def test_scores_are_those_of_the_whole_text():
     model = ours(hf_blip2(3))
     images, ids, mask, _ = prompts("left", 3)
-    batch = {"images": images, "input_ids": ids, "attention_mask": mask}
-    got = score_candidates(lambda: model.prefill(batch), model.step, [[7], [8, 9, 10]])
+    got = scores(model, {"images": images, "input_ids": ids, "attention_mask": mask}, [[7], [8, 9, 10]])
     for column, candidate in enumerate(([7], [8, 9, 10])):
         longer = torch.cat([ids, torch.tensor(candidate).expand(B, -1)], dim=1)
         with torch.no_grad():
@@ -344,10 +342,10 @@ def test_the_qformer_alone_describes(beams):
 
 def test_a_short_run_on_t5(tmp_path, monkeypatch):
     """Two steps of each of its four stages, then its whole exam: captions and answers are asked for in its format."""
-    exam, galleries = Scenes.exam, Scenes.galleries
-    monkeypatch.setattr(Scenes, "exam", lambda world, n=2, **kinds: exam(world, 2, **kinds))
+    exam, exams, galleries = Scenes.exam, Scenes.exams, Scenes.galleries
+    monkeypatch.setattr(Scenes, "exam", lambda world, n=2, *what, **how: exam(world, 2, *what, **how))
+    monkeypatch.setattr(Scenes, "exams", lambda *asked: [replace(each, room=5) for each in exams(*asked)])
     monkeypatch.setattr(Scenes, "galleries", lambda world: galleries(world, 17))
-    monkeypatch.setattr(evaluate, "MAX_NEW_TOKENS", 5)
     monkeypatch.setattr(watch, "save_curves", lambda *paths: None)
     summary = run("blip2/tiny-t5", Options(out=str(tmp_path / "run"), cache=False, steps=2))
     assert [stage["name"] for stage in summary["stages"]] == ["clip", "stage1", "lm-t5", "stage2"]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import training_fakes as fakes
+from matplotlib.figure import Figure
 from test_checkpoint import FAKES, stop_after
 
 import train_tiny
@@ -144,6 +145,17 @@ def test_a_loss_that_is_no_number_exits_with_1_and_keeps_the_batch(world, capsys
     assert "nan" in sentence and "stage see" in sentence and "a/bad_batch.pt" in sentence
     [batch] = checkpoint.load(world / "a/bad_batch.pt")["batches"]
     assert any(torch.equal(batch["input_ids"], call["input_ids"]) for call in calls)
+
+
+def test_a_full_disk_while_a_picture_is_drawn_exits_with_1_and_says_how_to_go_on(world, capsys, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Figure, "savefig", full)
+        sentence = fails(capsys, 1, "--recipe", "fake/tiny", "--out", "a")
+    assert "a/samples.png could not be written (No space left on device)" in sentence and "--resume" in sentence
+    assert train_tiny.main(["--recipe", "fake/tiny", "--out", "a", "--resume"]) == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -11,6 +11,8 @@ import training_fakes as fakes
 from test_training import CPU, TOKENIZER, fresh
 
 from nanovlm.contract import Reads, alone
+from nanovlm.errors import UserError
+from nanovlm.runs.folder import RunFolder
 from nanovlm.runs.run import Options, run
 from nanovlm.training import distributed
 from nanovlm.training.batches import MicroBatches, make_collate
@@ -77,7 +79,11 @@ def worker(rank: int, ports: list[int], folder: str) -> None:
     rows = torch.full((2, 3), float(rank + 1), requires_grad=True)
     everyone = distributed.all_gather(rows)
     (everyone * torch.arange(1.0, 5.0)[:, None] * (rank + 1)).sum().backward()
-    torch.save({"results": results, "gathered": everyone.detach(), "gradient": rows.grad,
+    try:
+        refused = RunFolder("fake/tiny", out=__file__).path
+    except UserError as error:
+        refused = str(error)
+    torch.save({"results": results, "refused": refused, "gathered": everyone.detach(), "gradient": rows.grad,
                 "any": distributed.any_rank(rank == 1, CPU), "first": distributed.from_first(f"rank {rank}")},
                Path(folder) / f"{rank}.pt")
     distributed.stop()
@@ -133,6 +139,11 @@ def test_gathered_rows_carry_everybodys_gradient_home(two):
 def test_decisions_are_the_same_on_all_ranks(two):
     assert [saved["any"] for saved in two[1]] == [True, True]
     assert [saved["first"] for saved in two[1]] == ["rank 0", "rank 0"]
+
+
+def test_what_is_wrong_with_the_folder_is_heard_by_all_ranks(two):
+    """Rank 0 alone looks at it; the others would wait for it for ever."""
+    assert [saved["refused"] for saved in two[1]] == [f"--out {__file__} is a file; name a folder."] * 2
 
 
 def test_a_whole_run_of_two_processes_writes_one_folder(two):

@@ -14,7 +14,7 @@ from nanovlm.data.conversation import answer_ids, template_texts
 from nanovlm.data.sample import Sample, Turn
 from nanovlm.data.source import Exam
 from nanovlm.data.transforms import Transform
-from nanovlm.evaluate import judges
+from nanovlm.evaluate import judges, retrieval
 from nanovlm.evaluate.pupil import BATCH, Pupil
 from nanovlm.evaluate.retrieval import retrieve
 from nanovlm.metrics import recall_at_k
@@ -109,6 +109,41 @@ def test_retrieval_before_and_after_reranking(tokenizer):
         assert torch.equal(rows[wrong], contrast[wrong]), "matching is added to contrast, not put in its place"
 
 
+def test_recall_stands_beside_its_controls(tokenizer):
+    """Both ways, before and after re-ranking, the mean over two galleries of unequal size; `shuffled` looks for others' texts."""
+    class Pupil:
+        device, collate = "cpu", Collate(tokenizer, "plain", Transform(4), Reads("pairs"))
+
+        @property
+        def model(self):
+            return self
+
+        reads = Reads("pairs", matches=True)
+
+        def score(self, images, ids, mask):
+            self.asked = FakeRetriever(ids)
+            return self.asked.cosine
+
+        def encode_image(self, images):
+            return self.asked.encode_image(images)
+
+        def match(self, *inputs):
+            return self.asked.match(*inputs)
+
+    class Source:
+        def galleries(self):
+            samples = SOURCE.galleries(60)[0]
+            return [samples[:20], samples[20:]]
+
+    figures = retrieval.measure(Pupil(), Source())
+    assert set(figures) == {f"{way}_r{k}{stage}" for way in ("i2t", "t2i") for k in (1, 10) for stage in ("", "/itc")}
+    for name, figure in figures.items():
+        k = int(name.split("_r")[1].split("/")[0])
+        assert figure["n"] == 60 and figure["chance"] == pytest.approx((k / 20 + k / 40) / 2)
+        assert figure["value"] == (0 if k == 1 and "itc" in name else 1), name
+        assert figure["shuffled"] < (0.2 if k == 1 else 0.7), name
+
+
 def test_a_gallery_has_different_scenes_with_held_out_pairs():
     [gallery] = SOURCE.galleries(60)
     assert len({s.references for s in gallery}) == len({s.caption for s in gallery}) == 60
@@ -156,7 +191,7 @@ def exam(answers: list[str], judges: tuple[str, ...], **more) -> Exam:
     ("letter", ["x. The answer is A.", "y. The answer is B.", "z. The answer is A."], ["The answer is A."] * 3, ["?"] * 3, 2 / 3, 2 / 3, 0),
     ("box", ["[0.10, 0.10, 0.50, 0.50]", "[0.60, 0.60, 0.90, 0.90]"], ["[0.10, 0.10, 0.50, 0.48]", "none"], ["[0.60, 0.60, 0.90, 0.90]"] * 2,
      0.5, 0.5, 0.5),
-    ("answer", ["Yes.", "no", "yes", "No", "yes"], ["no"] * 5, ["yes"] * 5, 0.4, 0.6, 0.6),
+    ("answer", ["a cat", "dog", "dog", "cat", "The cat."], ["dog"] * 5, ["cat"] * 5, 0.4, 0.6, 0.6),
     ("letter", ["A", "B", "B", "B"], ["A. red", "The answer is B.", "b", "C"], ["B"] * 4, 0.5, 0.75, 0.75),
     ("class", ["hat", "shoes", "hat"], ["hat", "hat", "hat"], ["shoes"] * 3, 2 / 3, 2 / 3, 1 / 3),
 ])

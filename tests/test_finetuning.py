@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import training_fakes as fakes
-from oracles import OPT, QUERIES, blip2_config, hf_instructblip
+from oracles import OPT, QUERIES, blip2_config, hf_instructblip, scores
 from tools import close, pad_mask, randn, random_ids
 from torch import nn
 
@@ -19,7 +19,6 @@ from nanovlm.data.transforms import Transform
 from nanovlm.errors import UserError
 from nanovlm.evaluate import judges
 from nanovlm.evaluate.pupil import Pupil
-from nanovlm.generation import score_candidates
 from nanovlm.hub import configs, names
 from nanovlm.papers.blip2 import BLIP2, BLIP2Stage1
 from nanovlm.recipes.stage import Recipe
@@ -205,7 +204,7 @@ def test_whoever_answers_has_heard_the_question(asking):
         assert (model(images, ids, mask, ids, **other).loss - logits.loss).abs() > 1e-3
         last = logits.logits[:, -1].log_softmax(dim=-1)
     batch = {"images": images, "input_ids": ids, "attention_mask": mask, **asked}
-    close(score_candidates(lambda: model.prefill(batch), model.step, [[7], [9]]), last[:, [7, 9]])
+    close(scores(model, batch, [[7], [9]]), last[:, [7, 9]])
     assert model.generate(batch, 1, [])[:, 0].tolist() == last.argmax(dim=-1).tolist()
     with pytest.raises(UserError, match="reads the question too: give qformer_input_ids"):
         model.image_prefix(images)
@@ -254,6 +253,7 @@ def test_in_training_and_in_an_exam_only_a_model_that_asks_is_told(asks):
     pupil.answer(samples)
     pupil.answer(samples, among=["red"])
     want = Collate(tokenizer, "blip2", Transform(48), Reads(question=True)).questions(samples)
+    assert len(model.heard) == 2
     for told in (batch, *model.heard):
         assert {name for name in told if name.startswith("qformer")} == (set(want) if asks else set())
         assert all(torch.equal(told[name], want[name]) for name in want if asks)

@@ -172,7 +172,7 @@ def by_arithmetic(model: LLaVA, batch: dict, labels: torch.Tensor, pad: str) -> 
     embeddings = embeddings.index_put((row[word], start[word]), model.language.embedding(ids[word]))
     spliced = torch.full((len(ids), L), -100).index_put((row[word], start[word]), labels[word])
     column = torch.arange(L)
-    return embeddings.index_put(places, visual), (column >= first) & (column < first + lengths[:, None]), spliced
+    return embeddings.index_put(places, visual.float()), (column >= first) & (column < first + lengths[:, None]), spliced
 
 
 def spliceable(model: LLaVA, kind: str, padding: str) -> tuple[LLaVA, dict, torch.Tensor]:
@@ -233,8 +233,20 @@ def test_what_is_put_in_stands_where_its_entry_stood():
 def test_marks_and_images_must_agree(model):
     images, rows = conversations(5)
     ids, mask = padded(rows, "right")
-    with pytest.raises(ValueError, match="6 <image> marks but 5 images"):
-        model(images[:5], ids, mask)
+    for count in (5, 7, 0):
+        with pytest.raises(ValueError, match=f"6 <image> marks but {count} images"):
+            model(torch.cat([images, images])[:count], ids, mask)
+
+
+@pytest.mark.parametrize("kind", ["several images", "no image", "tiles"])
+def test_in_half_precision_pictures_come_as_exact_as_words(model, kind):
+    """Under autocast the projector gives bfloat16, the embedding fp32."""
+    model, batch, labels = spliceable(model, kind, "right")
+    with torch.autocast("cpu", torch.bfloat16):
+        got, mask, _ = model.splice(**batch, labels=labels)
+        want = by_arithmetic(model, batch, labels, "right")[0]
+    assert got.dtype == torch.float32
+    close(got, want, 0)
 
 
 def test_an_image_id_under_padding_is_padding(model):

@@ -282,3 +282,20 @@ def test_drawing_needs_no_display_and_leaves_pyplot_alone(tmp_path):
     environment |= {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "MPLBACKEND": "tkagg"}
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, check=True)
     assert sorted(p.name for p in tmp_path.glob("*.png")) == ["c.png", "s.png"]
+
+
+def test_attention_has_one_colour_for_each_token_and_lines_between_them():
+    """Over a picture of one colour: nothing is blurred from a token into its neighbours."""
+    figure = Figure(figsize=(5, 3), dpi=100)
+    canvas = FigureCanvasAgg(figure)
+    weights = torch.arange(1.0, 16.0)
+    plots.attention_over_image(figure.add_axes((0, 0, 1, 1)), Image.new("RGB", (50, 30), "grey"), weights, (3, 5))
+    canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())[..., :3].astype(int)  # (300, 500, 3): 3 x 5 cells of 100 x 100
+    cells = pixels.reshape(3, 100, 5, 100, 3)
+    inside = cells[:, 2:98, :, 2:98]
+    assert (inside == inside[:, :1, :, :1]).all()
+    assert len({tuple(colour) for colour in cells[:, 50, :, 50].reshape(-1, 3).tolist()}) == 15
+    for row, column in ((0, 0), (1, 3)):  # the line is brighter than what it parts
+        right, below = cells[row, 50, column : column + 2, :, 0].ravel()[95:105], cells[row : row + 2, :, column, 50, 0].ravel()[95:105]
+        assert all(line[4:6].max() > max(line[0], line[-1]) for line in (right, below))

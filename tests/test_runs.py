@@ -7,6 +7,7 @@ import pytest
 import torch
 import training_fakes as fakes
 from data_files import draw, write
+from PIL import Image
 from test_checkpoint import stop_after
 
 from nanovlm import recipes
@@ -103,16 +104,17 @@ def test_a_cache_that_cannot_be_written_costs_time_and_not_the_run(world, monkey
 
 
 def test_of_a_persons_own_data_only_the_backbones_are_cached(world):
-    """What was trained on them stays in the run's folder; other data make another backbone."""
-    for folder, names in (("own", "abcdefgh"), ("other", "abcdefgi")):
-        draw(world / folder, *(f"{name}.png" for name in names))
-        for name in names:
-            write(world / folder / f"{name}.txt", f"red {name}")
+    """What was trained on them stays in the run's folder; other pictures with the same texts make another backbone."""
+    draw(world / "own", *(f"{name}.png" for name in "abcdefgh"))
+    for name in "abcdefgh":
+        write(world / "own" / f"{name}.txt", f"red {name}")
     own = [run("fake/tiny", Options(data=str(world / "own"), out=str(world / out))) for out in "ab"]
     assert len(list((world / "cache").iterdir())) == 1 and own[0]["data"] == "own"
     assert [[stage["cached"] for stage in summary["stages"]] for summary in own] == [[False] * 3, [True, False, False]]
     assert own[0]["stages"][2]["trained"] == own[1]["stages"][2]["trained"]
-    other = run("fake/tiny", Options(data=str(world / "other"), out=str(world / "c")))
+    for i, name in enumerate("abcdefgh"):
+        Image.new("RGB", (9, 8), (i, 0, 0)).save(world / "own" / f"{name}.png")
+    other = run("fake/tiny", Options(data=str(world / "own"), out=str(world / "c")))
     assert not other["stages"][0]["cached"]
 
 
@@ -196,8 +198,33 @@ def test_the_identity_of_data_follows_texts_and_pictures():
 # ---- before the first step, and between two of them
 
 
-@pytest.mark.parametrize("name", ["fake/tiny", pytest.param("tuned/tiny", marks=pytest.mark.xfail(
-    strict=True, reason="weights.find_published looks at the recipe itself, not at those that its `init` names"))])
+def test_what_a_stage_cannot_learn_from_is_left_out_before_the_first_step(world, monkeypatch):
+    """Of that stage; the summary counts it. Where nothing is left no stage begins."""
+    draw(world, *(f"{name}.png" for name in "abcdefgh"))
+    asked = {name: "what is it?" + " really?" * 100 * (name == "c") for name in "abcdefgh"}
+    data = write(world / "own.json", [{"image": f"{name}.png", "split": "val" if name == "h" else "train", "conversations": [
+        {"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": f"red {name}"}]} for name, question in asked.items()])
+    whole = fakes.recipe()
+
+    def of_length(longest: int, out: str, **options) -> dict:
+        stages = (whole.stages[0], replace(whole.stages[1], max_length=longest))
+        monkeypatch.setitem(recipes.RECIPES, "fake/tiny", replace(whole, stages=stages))
+        return run("fake/tiny", Options(data=str(data), out=str(world / out), **options))
+
+    summary = of_length(150, "a")
+    assert summary["notes"][0].startswith("Records that were left out: 1. The first is own.json record 2: ")
+    assert [stage["name"] for stage in summary["stages"]] == ["see", "align", "tune"]
+    monkeypatch.setattr(runs, "train", lambda job, *rest: pytest.fail(f"{job.stage.name} was trained"))
+    with pytest.raises(UserError, match=r"^own: no record can be used \(view instruct\); own.json record 0: "):
+        of_length(2, "b")
+    assert not (world / "b").exists(), "an empty folder would take a name"
+    kept = (world / "a/summary.json").read_bytes()
+    with pytest.raises(UserError, match="no record can be used"):
+        of_length(2, "a", overwrite=True)
+    assert (world / "a/summary.json").read_bytes() == kept, "the old run goes when the new one can begin"
+
+
+@pytest.mark.parametrize("name", ["fake/tiny", "tuned/tiny"])
 def test_published_weights_are_asked_for_before_anything_is_allocated(world, monkeypatch, name):
     """Of the recipe and of those whose weights it takes, as BLIP-2's fine-tuned ones do."""
     monkeypatch.delenv("NANOVLM_WEIGHTS", raising=False)

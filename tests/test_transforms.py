@@ -156,9 +156,10 @@ def test_a_tag_of_a_wrong_type_beside_the_orientation(tmp_path, kind, count, val
     assert load_image(tmp_path / "turned.jpg").size == (24, 16)
 
 
-def test_tags_that_cannot_be_read_say_nothing(tmp_path):
-    noise(16, 24).save(tmp_path / "odd.jpg", exif=b"Exif\0\0no tags")
-    assert load_image(tmp_path / "odd.jpg").size == (16, 24)
+@pytest.mark.parametrize("tags", [b"II*", b"II*\0", b"no tags"])
+def test_tags_that_cannot_be_read_say_nothing(tmp_path, tags):
+    noise(16, 24).save(tmp_path / "odd.png", exif=b"Exif\0\0" + tags)
+    assert load_image(tmp_path / "odd.png").size == (16, 24)
 
 
 def test_side_makes_the_shorter_side_small_and_keeps_the_proportions(tmp_path):

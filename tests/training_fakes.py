@@ -21,6 +21,7 @@ from nanovlm import recipes
 from nanovlm.contract import Reads, alone
 from nanovlm.data.sample import Sample, Turn
 from nanovlm.data.source import Exam
+from nanovlm.plots import save_samples
 from nanovlm.recipes.stage import Recipe, Stage
 from nanovlm.runs import checkpoint, setting, watch
 
@@ -119,6 +120,7 @@ def install(patch=setattr):
     patch(setting, "Scenes", FakeScenes)
     patch(setting, "template_texts", list)  # they would take all of so small a vocabulary
     patch(watch, "save_curves", lambda *paths: None)  # drawing takes longer than all else here
+    patch(watch, "save_samples", lambda rows, path: save_samples(rows[:1], path))
 
 
 def kill_in_save(number: int) -> None:

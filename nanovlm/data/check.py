@@ -38,10 +38,8 @@ LISTED, SHOWN, BAR = 20, 3, 40  # problems listed, samples shown of a stage, cha
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m nanovlm.data.check", description="Say what a data set holds and what is broken in it.",
-        epilog="example: python -m nanovlm.data.check my_pictures --model blip2",
-    )
+    parser = argparse.ArgumentParser("python -m nanovlm.data.check", description="Say what a data set holds and what is broken in it.",
+                                     epilog="example: python -m nanovlm.data.check my_pictures --model blip2")
     parser.add_argument("path", help="a folder of pictures with a .txt beside each, a .jsonl, or a .json (COCO, LLaVA)")
     parser.add_argument("--model", default="llava", help="whose stages are to read it (default: llava), or a recipe such as llava/7b")
     options = parser.parse_args(argv)
@@ -61,9 +59,7 @@ def report(found: Found, recipe: Recipe) -> int:
     usable = [(sample, split) for sample, split in zip(found.samples, found.splits) if sample.id not in unreadable]
     samples = [sample for sample, _ in usable]
     print(f"{found.name}: {found.kind}")
-    describe_records(samples, copies)
-    if samples:
-        describe_lengths(samples)
+    describe(samples, copies)
     try:
         records = Records(found.name, samples, [split for _, split in usable], on_missing="skip",
                           cache_side=recipes.shorter_side(recipe.name) * 4 // 3)
@@ -98,33 +94,22 @@ def wrong_name(path: Path, content: bytes) -> list[str]:
     """A complaint if the file's ending names another kind of picture than its content is."""
     with Image.open(BytesIO(content)) as image:
         actual = "JPEG" if image.format == "MPO" else image.format  # MPO: a JPEG with a second picture behind it
-    named = Image.registered_extensions().get(path.suffix.lower())
-    if named in (None, actual):
-        return []
-    return [f"{path.name}: its name says {named}, its content is {actual}; it is read all the same, but rename it"]
+    named = Image.registered_extensions().get(path.suffix.lower(), actual)
+    said = f"{path.name}: its name says {named}, its content is {actual}; it is read all the same, but rename it"
+    return [said] if named != actual else []
 
 
-def describe_records(samples: Sequence[Sample], copies: Counter) -> None:
-    texts = texts_of(samples)
+def describe(samples: Sequence[Sample], copies: Counter) -> None:
+    """How much there is, and how long what there is to learn is: answers of conversations, references of captioned pictures."""
+    texts = Counter(text for sample in samples for text in ([turn.answer for turn in sample.turns] or sample.references))
     print(f"  records   {len(samples):,} usable, {sum(not sample.images for sample in samples):,} without a picture")
     print(f"  pictures  {copies.total():,} files, {len(copies):,} different")
     print(f"  texts     {texts.total():,}, {len(texts):,} different")
     for text, times in texts.most_common(1):
         print(f"            most frequent, {times:,} times: {text[:80]!r}")
-
-
-def describe_lengths(samples: Sequence[Sample]) -> None:
-    texts = list(texts_of(samples).elements())
-    print("\nlength of captions and answers in words")
-    print_histogram(len(text.split()) for text in texts)
-    print("length of captions and answers in characters")
-    print_histogram(len(text) for text in texts)
-
-
-def texts_of(samples: Sequence[Sample]) -> Counter:
-    """What there is to learn: all answers of the conversations, all references of the captioned pictures."""
-    captions = (text for sample in samples if not sample.turns for text in sample.references)
-    return Counter(captions) + Counter(turn.answer for sample in samples for turn in sample.turns)
+        for unit, length in (("words", lambda text: len(text.split())), ("characters", len)):
+            print(f"\nlength of captions and answers in {unit}")
+            print_histogram(map(length, texts.elements()))
 
 
 def print_histogram(values: Iterable[int]) -> None:

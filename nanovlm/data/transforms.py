@@ -192,7 +192,7 @@ def upright(image: Image.Image) -> Image.Image:
     """Turned as its camera was held. (ImageOps.exif_transpose also writes the tags anew, and stops at one of a wrong type.)"""
     try:
         turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
-    except (OSError, ValueError, TypeError, SyntaxError, LookupError, struct.error):  # tags that cannot be read say nothing
+    except (SyntaxError, struct.error):  # tags that cannot be read say nothing
         turn = None
     return image.copy() if turn is None else image.transpose(turn)  # a copy lets go of the file
 

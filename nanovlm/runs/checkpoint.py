@@ -29,8 +29,8 @@ def saving(path: Path) -> Iterator[None]:
     """Turn what the system says about a failed write into one sentence."""
     try:
         yield
-    except (OSError, RuntimeError) as error:
-        # torch.save hides the disk's error behind one of its own.
+    except (OSError, RuntimeError, UserError) as error:
+        # torch.save and plots.py hide the disk's error behind one of their own.
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise

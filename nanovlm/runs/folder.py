@@ -30,7 +30,7 @@ class RunFolder:
     """The first store of a run, in front of the cache: its folder. Rank 0 alone writes."""
 
     def __init__(self, recipe: str, out: str | None = None, resume: bool = False, overwrite: bool = False):
-        self.began, self.resume = time.monotonic(), resume
+        self.began, self.resume, self.overwrite = time.monotonic(), resume, overwrite
         self.before = 0.0  # seconds of the run before it was resumed
         self.records: list[dict] = []  # of finished stages, as in summary.json
         self.state: dict | None = None  # the checkpoint to go on from
@@ -53,6 +53,7 @@ class RunFolder:
                                            f" after {self.records[-1]['name']}" if self.records else " from its beginning"))
 
     def _put_down(self) -> None:
+        prepare(self.path, self.overwrite)
         if self.resume:
             check_config(self.path, self.config)
             checkpoint.remove_leftovers(self.path)
@@ -116,7 +117,7 @@ def on_first(work: Callable[[], object]) -> object:
 
 
 def choose(out: str | None, name: str, resume: bool, overwrite: bool) -> Path:
-    """The folder to write into, made; every way in which that could destroy something is a UserError."""
+    """The folder to write into, not made yet; every way in which that could destroy something is a UserError."""
     if resume and overwrite:
         raise UserError("--resume goes on with a run and --overwrite deletes it: give one of them.")
     folder = Path(out) if out else _by_name(Path("runs"), name, resume)
@@ -128,17 +129,22 @@ def choose(out: str | None, name: str, resume: bool, overwrite: bool) -> Path:
     if filled and not resume and not overwrite:
         raise UserError(f"--out {folder} is not empty: give --resume to go on with it, --overwrite to delete it, "
                         "or another name.")
-    if filled and overwrite:
-        if not is_run(folder):
-            raise UserError(f"--overwrite: {folder} does not look like a run (no config.json of ours), "
-                            "so it is not deleted; choose another --out.")
-        shutil.rmtree(folder)
+    if filled and overwrite and not is_run(folder):
+        raise UserError(f"--overwrite: {folder} does not look like a run (no config.json of ours), "
+                        "so it is not deleted; choose another --out.")
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder):
-            return folder
+        TemporaryFile(dir=there).close()
     except OSError as error:
         raise UserError(f"--out {folder} cannot be written to ({error.strerror}); name another folder.") from error
+    return folder
+
+
+def prepare(folder: Path, overwrite: bool) -> None:
+    """The folder made, and emptied; not before all else is known to be right."""
+    if overwrite and folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def _by_name(runs: Path, name: str, resume: bool) -> Path:
@@ -156,9 +162,10 @@ def _by_name(runs: Path, name: str, resume: bool) -> Path:
 
 def is_run(folder: Path) -> bool:
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("what") == OURS
-    except (OSError, ValueError, AttributeError):
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return False
+    return isinstance(config, dict) and config.get("what") == OURS
 
 
 def write_json(path: Path, value: dict) -> None:

@@ -25,7 +25,7 @@ from nanovlm.runs import checkpoint
 from nanovlm.runs.cache import Cache
 from nanovlm.runs.folder import OURS, RunFolder, write_json
 from nanovlm.runs.progress import report, say
-from nanovlm.runs.setting import Job, Setting, make_tokenizer, needs, plan, read_source
+from nanovlm.runs.setting import Job, Setting, leave_out_unfit, make_tokenizer, needs, plan, read_source
 from nanovlm.runs.watch import Watch, interruptible
 from nanovlm.tokenizer import Tokenizer
 from nanovlm.training import distributed, vitals
@@ -63,12 +63,14 @@ def run(recipe_name: str, options: Options = Options()) -> dict:
 
 def _run(recipe_name: str, options: Options, device: torch.device) -> dict:
     recipe = resolve(recipes.get(recipe_name), options.data is not None, options.steps)
-    find_published(recipe)
+    find_published(recipe, recipe.stages[-1].name)
     source = read_source(recipe, options.data, options.on_missing, options.seed)
     keep = RunFolder(recipe.name, options.out, options.resume, options.overwrite)
     tokenizer = keep.tokenizer() or make_tokenizer(recipe, source, options.seed)
     setting = Setting(recipe, options.seed, device, source, tokenizer, options.steps)
     job = Job(recipe, recipe.stages[-1])
+    if setting.real:
+        leave_out_unfit(plan(job, setting), setting)
     keep.begin(setting, Cache(setting) if options.cache else None, config_of(setting, options, plan(job, setting)))
     say(f"{recipe.name} on {source.name}, seed {options.seed}, {device}, into {keep.path}")
     return finish(setting, keep, weights_after(job, setting, keep))
@@ -178,7 +180,7 @@ def finish(setting: Setting, keep: RunFolder, weights: State) -> dict:
     if distributed.rank() == 0:
         if setting.source.skipped:
             record, reason = setting.source.skipped[0]
-            summary["notes"].append(f"{len(setting.source.skipped)} records were left out (--on-missing skip), the first of them "
+            summary["notes"].append(f"Records that were left out: {len(setting.source.skipped)}. The first is "
                                     f"{record}: {reason}.")
         for stage in recipe.stages:
             if stage.evaluate:

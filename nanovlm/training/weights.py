@@ -88,12 +88,16 @@ def published_folder(module: str, name: str) -> Path:
     return Path(home) / name
 
 
-def find_published(recipe: Recipe) -> None:
-    """All published weights that the recipe begins with are there, or a UserError: asked before anything is allocated."""
-    for stage in recipe.stages:
+def find_published(recipe: Recipe, last: str) -> None:
+    """All published weights that the recipe takes up to its stage `last` are there, or a UserError: asked before anything is
+    allocated, of the recipes too that its stages go on from.
+    """
+    for stage in recipe.stages[:recipe.stages.index(recipe.stage(last)) + 1]:
         for module, origin in stage.init:
             if origin.startswith(PUBLISHED):
                 published_folder(module, origin.split(":", 1)[1])
+        for name, needed in needed_stages(stage):
+            find_published(recipes.get(name), needed)
 
 
 def load_published(model: nn.Module, module: str, how: str, name: str) -> set[str]:

@@ -18,7 +18,7 @@
 
 Whether a word or a sentence is wanted cannot be guessed from "what colour is the square?": a model that was taught both gives
 either, or always the one that was more frequent. SHORT takes the doubt away (§3.2: why InstructBLIP answers in words only).
-The sentences stand in mixture.py, behind the first question, and hold for the whole conversation.
+The sentences stand in data/prompts.py, behind the first question, and hold for the whole conversation.
 """
 
 from dataclasses import replace
@@ -36,7 +36,7 @@ from nanovlm.world.scene import ATTRIBUTES, PAIRS, Object, Scene
 PARTS = {"short": 46, "dense": 22, "sentences": 9, "letters": 10, "caption": 3, "region": 4, "grounding": 4, "chat": 2}
 SIGNS = PARTS | {"sign": 40}  # where signs are in small print: a second digit is learned late
 BOXED = ("region", "grounding", "boxes")  # kinds with boxes in question or answer
-KINDS = ("option", "region", "grounding", "chat")  # what an exam asks beyond the questions of scene_questions
+KINDS = ("option", "region", "grounding", "chat")  # what an exam asks beyond the questions of ask.py
 SCIENCE = ("science", "science_text")  # what an exam of view "science" asks
 BLIND = ("chat", "science_text")  # of these, what is asked without a picture
 
