@@ -42,7 +42,7 @@ def flops(setting: Setting, stage: Stage) -> int:
     """Of one step's forward and backward pass."""
     model = RECIPE.build(stage)
     freeze(model, stage.trains)
-    batch = MicroBatches(setting.world, stage, 0, make_collate(RECIPE, stage, setting.tokenizer, model.reads))[0]
+    batch = MicroBatches(setting.source, stage, 0, make_collate(RECIPE, stage, setting.tokenizer, model.reads))[0]
     with FlopCounterMode(display=False) as counter:
         mean_loss(model.losses(batch)).backward()
     return counter.get_total_flops()
@@ -51,7 +51,7 @@ def flops(setting: Setting, stage: Stage) -> int:
 def curve(setting: Setting, recipe: Recipe, finished: dict[str, State]) -> list[dict]:
     """Train the recipe's last stage and ask it POINTS times on the way."""
     stage, points = recipe.stages[-1], []
-    exam = Exam("", setting.world.exam(PER_KIND, KINDS))
+    exam = Exam("", setting.source.exam(PER_KIND, KINDS))
     marks = {round(stage.steps * (i + 1) / POINTS) for i in range(POINTS)}
 
     def ask(model: nn.Module, report: Report) -> None:
@@ -61,7 +61,7 @@ def curve(setting: Setting, recipe: Recipe, finished: dict[str, State]) -> list[
             points.append({"step": report.step, "loss": round(report.losses["lm"], 4), **judged})
             print(f"  step {report.step}: {judged['value']:.3f} (pictures exchanged {judged['shuffled']:.3f})", flush=True)
 
-    seeds.learn(recipe, stage, setting.world, setting.seed, setting.tokenizer, finished, ask)
+    seeds.learn(recipe, stage, setting.source, setting.seed, setting.tokenizer, finished, ask)
     return points
 
 

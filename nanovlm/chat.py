@@ -29,6 +29,8 @@ from nanovlm.errors import UserError
 from nanovlm.evaluate.pupil import Pupil
 from nanovlm.runs import checkpoint
 from nanovlm.runs.folder import is_run
+from nanovlm.runs.run import model_of
+from nanovlm.runs.setting import Job
 from nanovlm.tokenizer import Tokenizer
 from nanovlm.training import distributed
 
@@ -97,8 +99,7 @@ def load_run(path: str | Path, device: torch.device | str = "cpu") -> Pupil:
     if not weights.exists():
         raise UserError(f"{path} is not finished (it has no {weights.name}): go on with train_tiny.py --recipe {recipe.name} "
                         f"--out {path} --resume.")
-    model = recipe.build(stage)
-    model.load_state_dict(checkpoint.load(weights))
+    model = model_of(Job(recipe, stage), checkpoint.load(weights))
     tokenizer = Tokenizer.from_dict(checkpoint.load(path / "last.pt")["tokenizer"])
     return Pupil(model.to(device), recipe, stage, tokenizer, device)
 

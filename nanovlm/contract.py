@@ -1,4 +1,4 @@
-"""What a paper's model promises: what it reads, what it loses, how it answers. Whoever makes a batch goes by `reads`.
+"""What a paper's model promises: what it reads, which losses it has, how it answers. Whoever makes a batch goes by `reads`.
 
     Collate(…, model.reads) ─► batch ─► losses(batch, gather)            to learn
                                     └─► prefill(batch) ─► step ─► …      to answer: generate(batch, room, stop)
@@ -19,20 +19,19 @@ from nanovlm.tiling import Tiling
 Batch = dict[str, Tensor]
 Gather = Callable[[Tensor], Tensor]  # this process's rows → the rows of all, with gradient
 
-KINDS = ("texts", "pairs", "conversations", "pages")
+KINDS = ("texts", "pairs", "conversations")
 
 
 @dataclass(frozen=True)
 class Reads:
     """What a model wants to find in a batch."""
 
-    kind: str = "conversations"  # one of KINDS: texts have no pictures, pages several in their midst
+    kind: str = "conversations"  # one of KINDS; texts have no pictures
     image_tokens: int = 0  # places that one view of a picture takes in the text
     tiling: Tiling | None = None  # pictures come as several views, and image_sizes with them
     question: bool = False  # the bridge reads the question too: qformer_input_ids
     matches: bool = False  # it also says whether a picture and a text belong together: match(image tokens, ids, mask)
     wrong_captions: bool = False  # pairs bring captions that are wrong in one point: negative_ids
-    frames: bool = False  # pictures come as (B, M, F, 3, h, w)
 
 
 class Paper(Protocol):

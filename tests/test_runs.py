@@ -11,11 +11,16 @@ from PIL import Image
 from test_checkpoint import stop_after
 
 from nanovlm import recipes
+from nanovlm.data.formats import read
 from nanovlm.errors import UserError
+from nanovlm.evaluate.pupil import Pupil
+from nanovlm.recipes.stage import resolve
 from nanovlm.runs import cache, checkpoint
 from nanovlm.runs import run as runs
 from nanovlm.runs.run import Options, run, trained_model
+from nanovlm.runs.setting import Job, Setting, leave_out_unfit
 from nanovlm.runs.watch import Watch
+from nanovlm.tokenizer import Tokenizer
 
 
 @pytest.fixture
@@ -222,6 +227,25 @@ def test_what_a_stage_cannot_learn_from_is_left_out_before_the_first_step(world,
     with pytest.raises(UserError, match="no record can be used"):
         of_length(2, "a", overwrite=True)
     assert (world / "a/summary.json").read_bytes() == kept, "the old run goes when the new one can begin"
+
+
+def test_what_an_exam_cannot_ask_is_left_out_too(world):
+    """BLIP-2 learns from captions and is asked in conversations: of two pictures, or too long, they ended a run at its end."""
+    asked = {"a": "<image>what?", "b": "<image>what?", "c": "<image>what?", "d": f"<image>{'why ' * 900}?", "e": "<image><image>same?"}
+    draw(world, *(f"{name}.png" for name in "abcdef"))
+    data = write(world / "talk.json", [{"image": ["e.png", "f.png"] if name == "e" else f"{name}.png",
+                                        "split": "train" if name in "ab" else "val", "conversations": [
+        {"from": "human", "value": question}, {"from": "gpt", "value": f"red {name}"}]} for name, question in asked.items()])
+    recipe = resolve(recipes.get("blip2/tiny"), real=True)
+    source = read(data)
+    setting = Setting(recipe, 0, torch.device("cpu"), source, Tokenizer.train(source.texts(), 300))
+    assert source.size("instruct", "val") == 3
+    leave_out_unfit([Job(recipe, recipe.stages[-1])], setting)
+    pupil = Pupil(recipe.build(recipe.stages[-1]), recipe, recipe.stages[-1], setting.tokenizer, "cpu")
+    [exam] = source.exams(recipe.stages[-1].evaluate)
+    assert [sample.turns[-1].answer for sample in exam.samples] == ["red c"] and len(pupil.answer(exam.samples, 2)) == 1
+    assert [record for record, _ in source.skipped] == ["talk.json record 3", "talk.json record 4"]
+    assert source.size("instruct", "train") == 2
 
 
 @pytest.mark.parametrize("name", ["fake/tiny", "tuned/tiny"])

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from nanovlm.data.prompts import CAPTION, SHORT, prompted
 from nanovlm.data.sample import IMAGE, TALKS, TEXTS, VIEWS, Sample, Turn, unmarked
-from nanovlm.data.source import Exam, caption_exam, exam_of
+from nanovlm.data.source import Exam, caption_exam, exam_of, exam_view
 from nanovlm.data.transforms import load_image
 from nanovlm.errors import UserError
 
@@ -96,12 +96,12 @@ class Records:
             return as_view(replace(record, images=images), caption, view, Random(index))
         raise UserError(f"{self.name}: no usable record of split {split} fits the view {view}.")
 
-    def leave_out(self, view: str, why: Callable[[Sample], str | None]) -> None:
+    def leave_out(self, view: str, why: Callable[[Sample], str | None], splits: Sequence[str] = SPLITS) -> None:
         """Drop from a view what `why` has a reason against, as Collate.problem has; `.skipped` says which records, and why.
 
         A caption that is told in its picture's place is halved until it fits.
         """
-        for split in SPLITS:
+        for split in splits:
             kept, noted = [], []
             for record, caption in self._entries[view, split]:
                 images = () if view in TEXTS else tuple(self._pictures.get(path, self._blank) for path in record.images)
@@ -153,7 +153,7 @@ class Records:
 
     def exams(self, names: Sequence[str], n: int = 0) -> list[Exam]:
         """answers, mixture, science: an exam for each kind of question. captions, two: all captions. classes: one of `labels`."""
-        view = next((name for name in names if name in TALKS), "instruct")
+        view = exam_view(names)
         by_kind: dict[str, list[Sample]] = {}
         for sample in self.exam(n or 1000, view):
             by_kind.setdefault(sample.turns[-1].kind, []).append(sample)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from nanovlm.data.sample import Sample
+from nanovlm.data.sample import TALKS, Sample
 
 # kinds whose answers are not compared word by word, and how they are (evaluate/judges.py)
 JUDGED_BY = {"grounding": "box", "science": "letter", "science_text": "letter"}
@@ -25,6 +25,11 @@ class Exam:
     judges: tuple[str, ...] = ("answer",)  # see evaluate/judges.py
     among: tuple[str, ...] = ()  # the answers to choose from; () means that any may be given
     room: int = 64  # tokens of an answer
+
+
+def exam_view(names: Sequence[str]) -> str:
+    """The view that a stage's exams ask in, whichever it learns from."""
+    return next((name for name in names if name in TALKS), "instruct")
 
 
 def exam_of(kind: str, samples: Sequence[Sample]) -> Exam:

@@ -35,7 +35,6 @@ class Stage:
     """One phase of training: whatever `trains` does not name is frozen and in eval()."""
 
     name: str  # unique among all stages of a run, backbones' too: it names the checkpoint
-
     trains: tuple[str, ...]  # modules or parameters of the model, by name: ("projector",)
     view: str  # how the source of data shows itself, see world/datasets.py
     _: KW_ONLY

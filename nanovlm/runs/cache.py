@@ -84,7 +84,7 @@ class Cache:
             parts = {
                 "recipe": as_config(recipe), "backbones": [self.key(other) for other in needs(job, setting)],
                 "data": self.data, "seed": setting.seed, "tokenizer": setting.tokenizer.to_dict(),
-                "source": source_text(*models, type(setting.source).__module__, type(setting.world).__module__,
+                "source": source_text(*models, type(setting.source).__module__, "nanovlm.world.datasets",
                                       "nanovlm.training.loop", "nanovlm.training.batches", "nanovlm.training.weights"),
                 "device": setting.device.type, "processes": distributed.world(),
                 "torch": ".".join(torch.__version__.split(".")[:2]),

@@ -181,7 +181,7 @@ def finish(setting: Setting, keep: RunFolder, weights: State) -> dict:
         if setting.source.skipped:
             record, reason = setting.source.skipped[0]
             summary["notes"].append(f"Records that were left out: {len(setting.source.skipped)}. The first is "
-                                    f"{record}: {reason}.")
+                                    f"{record}: {reason.rstrip('.')}.")
         for stage in recipe.stages:
             if stage.evaluate:
                 say(f"evaluating {stage.name} on held-out data")

@@ -13,7 +13,7 @@ from nanovlm.data import formats
 from nanovlm.data.conversation import template_texts
 from nanovlm.data.prompts import PROMPTS
 from nanovlm.data.sample import TEXTS, Sample
-from nanovlm.data.source import Source
+from nanovlm.data.source import Source, exam_view
 from nanovlm.recipes.stage import Recipe, Stage, resolve
 from nanovlm.tokenizer import Tokenizer
 from nanovlm.training.batches import make_collate
@@ -44,17 +44,15 @@ class Setting:
 
     @property
     def real(self) -> bool:
-        return self.source is not self.world
-
-    def __post_init__(self):
-        self.world = self.source if isinstance(self.source, Scenes) else world_of(self.recipe, self.seed)
+        return not isinstance(self.source, Scenes)
 
     def data_for(self, job: Job) -> Source:
         """Scenes are drawn at the size that the job's recipe looks at: fine-tuning may look closer than its backbones."""
         return self.source if self.real else world_of(job.recipe, self.seed)
 
     def training_data_for(self, job: Job) -> Source:
-        return MixedText(self.source, self.world) if self.real and job.stage.view in TEXTS else self.data_for(job)
+        mixed = self.real and job.stage.view in TEXTS
+        return MixedText(self.source, world_of(self.recipe, self.seed)) if mixed else self.data_for(job)
 
     def job(self, recipe: str, stage: str) -> Job:
         resolved = resolve(recipes.get(recipe), self.real, self.steps)
@@ -104,11 +102,17 @@ def plan(job: Job, setting: Setting) -> list[Job]:
 
 
 def leave_out_unfit(jobs: Sequence[Job], setting: Setting) -> None:
-    """Of a person's records those that a stage cannot learn from are left out of it and counted, before any stage begins."""
+    """Of a person's records those that a stage cannot read are left out and counted, before any stage begins.
+
+    Out of what it learns from, and out of what it is asked, which may be another view of them.
+    """
     for job in jobs:
         with torch.device("meta"):
             reads = job.recipe.build(job.stage).reads
-        setting.source.leave_out(job.stage.view, make_collate(job.recipe, job.stage, setting.tokenizer, reads).problem)
+        why = make_collate(job.recipe, job.stage, setting.tokenizer, reads).problem
+        setting.source.leave_out(job.stage.view, why)
+        if job.stage.evaluate:
+            setting.source.leave_out(exam_view(job.stage.evaluate), why, ("val",))
 
 
 class MixedText:

@@ -63,8 +63,8 @@ def interruptible() -> Iterator[Interrupt]:
 class Watch:
     """One stage's observer.
 
-    folder: where lines and pictures go, if anywhere. vocab: given where the weights are random, so that the first loss says something. save: writes last.pt. samples: asks
-    the model held-out questions.
+    folder: where lines and pictures go, if anywhere. vocab: given where the weights are random, so that the first loss says
+    something. save: writes last.pt. samples: asks the model held-out questions.
     """
 
     def __init__(self, model: nn.Module, stage: Stage, folder: Path | None, device: torch.device, first: int, vocab: int | None,

@@ -54,7 +54,7 @@ from random import Random
 
 from nanovlm.data.prompts import CAPTION
 from nanovlm.data.sample import TALKS, TEXTS, VIEWS, Sample, Turn
-from nanovlm.data.source import Exam, caption_exam, exam_of
+from nanovlm.data.source import Exam, caption_exam, exam_of, exam_view
 from nanovlm.errors import UserError
 from nanovlm.world import exams, mixture, told
 from nanovlm.world.ask import DESCRIBE, conversation
@@ -193,7 +193,7 @@ class Scenes:
     def exams(self, names: Sequence[str], n: int = 0) -> list[Exam]:
         """answers, mixture, science: an exam for each kind of question. captions: of any scene; two: of two objects."""
         found: list[Exam] = []
-        view = next((name for name in names if name in TALKS), "instruct")
+        view = exam_view(names)
         for name in names:
             if name in ("answers", *TALKS):
                 found += [exam_of(kind, self.exam(n or 200, (kind,), view)) for kind in exams.kinds_of(view) if kind != "caption"]

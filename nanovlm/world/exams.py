@@ -55,8 +55,8 @@ def answers(kind: str, small_print: bool = False) -> tuple[str, ...]:
 
 
 def asked_in_turn(kind: str, index: int, draw: Callable[[Random], Scene], mixed: bool,
-                  turns: tuple[str, ...]) -> tuple[Scene, tuple[Turn, ...]]:
-    """A scene and what is asked about it, without the mark of its picture. draw: a held-out scene. turns: `answers(kind)`."""
+                  in_turn: tuple[str, ...]) -> tuple[Scene, tuple[Turn, ...]]:
+    """A scene and what is asked about it, without the mark of its picture. draw: a held-out scene. in_turn: `answers(kind)`."""
     rng = Random(f"exam/{kind}/{index}")
     if kind == TWO:
         scene = random_scene(rng, PAIRS, including=HELD_OUT, many=2, signs=0)
@@ -68,7 +68,7 @@ def asked_in_turn(kind: str, index: int, draw: Callable[[Random], Scene], mixed:
     while True:
         scene = draw(rng)
         asked = _examine(scene, rng, kind)
-        if asked and _wanted(scene, asked[-1], kind, index, turns):
+        if asked and _wanted(scene, asked[-1], kind, index, in_turn):
             talk = tuple(one.turn for one in asked)
             return scene, prompted(talk, SHORT) if mixed else talk
 
