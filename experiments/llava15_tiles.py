@@ -35,7 +35,7 @@ def measure(seed: int, fraction: float) -> dict:
         if recipe == HD:
             model, _ = trained_model(HD.name, seed=seed)  # maybe train_tiny.py has left it in the cache
         else:
-            model = seeds.learn(recipe, stage, setting.world, seed, setting.tokenizer, before)
+            model = seeds.learn(recipe, stage, setting.source, seed, setting.tokenizer, before)
         rungs[name] = llava15_ladder.judged(model, recipe, setting.tokenizer)
     return {"steps": stage.steps, "rungs": rungs}
 
