@@ -72,14 +72,15 @@ class Dialogue:
         if sample.images and model.reads.kind == "texts":
             raise UserError("This model is a language model alone, which reads no pictures: ask without --image and /image.")
         logits, cache = model.prefill(self.pupil.read([sample]))
+        stop = self.pupil.stop([sample])
         length = cache.mask.shape[1]
         if self.limit and length >= self.limit:
             raise UserError(f"The conversation is {length} tokens long, the model was trained on {self.limit} at most: begin "
                             "a new one with /new.")
         room = min(self.room, self.limit - length) if self.limit else self.room
-        for ids in generation.stream(lambda: (logits, cache), model.step, room, self.pupil.stop,
+        for ids in generation.stream(lambda: (logits, cache), model.step, room, stop,
                                      temperature=self.temperature, generator=self.generator):
-            text = self.pupil.text(ids[0].tolist())
+            text = self.pupil.text(ids[0].tolist(), stop)
             if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character may take several tokens
                 yield text[len(said):]
                 said = text

@@ -18,7 +18,7 @@ few pieces. Papers: Sennrich et al. 2016 (arXiv:1508.07909), Section 3.2, Algori
 
     ids:  0 .. S-1  specials  │  S .. S+255  bytes  │  S+256 ..  merges, in the order in which they were learned
 
-Specials (<pad>, <s>, </s>, <image>, [DEC]) take part in no merge: ordinary text can never turn into one. A user who types
+Specials (<pad>, <s>, </s>, <image>, and those of Flamingo, BLIP and BERT) take part in no merge: ordinary text can never turn into one. A user who types
 "</s>" gets a few ordinary tokens; only code that asks with `encode(text, specials=True)` gets the id.
 
 Differs from GPT-2 in: single digits; a newline is always its own piece; pieces are cut after 64 characters, which
@@ -47,7 +47,7 @@ Pair = tuple[int, int]
 
 
 class Tokenizer:
-    SPECIALS = ("<pad>", "<s>", "</s>", "<image>", "[DEC]")
+    SPECIALS = ("<pad>", "<s>", "</s>", "<image>", "<EOC>", "[ENC]", "[DEC]", "[MASK]")
 
     def __init__(self, merges: list[Pair], specials: tuple[str, ...] = SPECIALS):
         """`merges[k]` is the pair of ids that became token `len(specials) + 256 + k`."""

@@ -70,15 +70,18 @@ class Collate:
     def encode(self, sample: Sample) -> tuple[list[int], list[int]]:
         """Ids and labels of a conversation as this stage learns it."""
         marks = sum(turn.question.count(IMAGE) for turn in sample.turns)
-        if marks != len(sample.images):
+        if marks != len(sample.images) + len(sample.told):
             raise UserError(f'{sample.id}: {marks} "{IMAGE}" marks in its questions but {len(sample.images)} images; '
                             "there must be one mark for each image.")
         try:
             counts = [self.transform.places(as_picture(image), self.reads.image_tokens) for image in sample.images]
         except UserError as error:  # too thin to be tiled
             raise UserError(f"{sample.id}: {error}") from error
-        layout = self.format if find_format(self.format).separate else sample.format or self.format
-        return encode(sample.turns, self.tokenizer, layout, self.max_length or None, counts, sample.id)
+        return encode(sample.turns, self.tokenizer, self.layout(sample), self.max_length or None, counts, sample.id, sample.told)
+
+    def layout(self, sample: Sample) -> str | Format:
+        """The stage's format or the sample's own; an encoder-decoder reads no other than the stage's."""
+        return self.format if find_format(self.format).separate else sample.format or self.format
 
     def problem(self, sample: Sample) -> str | None:
         """Why this stage cannot learn from the sample; None where it can. Captions of pairs are cut, and always fit."""
@@ -94,7 +97,7 @@ class Collate:
 
     def ask(self, samples: Sequence[Sample]) -> Batch:
         """images, input_ids and attention_mask (B, T) up to where the last answer would begin: there every row ends."""
-        prompts = [prompt(sample.turns, self.tokenizer, self.format, name=sample.id) for sample in samples]
+        prompts = [prompt(sample.turns, self.tokenizer, self.layout(sample), name=sample.id, told=sample.told) for sample in samples]
         if find_format(self.format).separate:  # the answer begins elsewhere
             batch = _pad_right(prompts, self.tokenizer.pad_id)
         else:

@@ -21,7 +21,7 @@ truncation never cuts an image.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, repeat
 
@@ -48,7 +48,9 @@ class Format:
     close: str  # ends the answer, and is trained: generation stops here
     forbidden: str = ""  # a text at which generation stops, so no answer may hold it
     marks_only: bool = False  # one turn, of whose question only the "<image>" marks are kept
-    image_first: bool = False  # image tokens stand before `begin`, put there by the model; a caption needs no question
+    image_first: bool = False  # image tokens stand before `begin`, put there by the model
+    marks_first: bool = False  # a question's marks stand before `first` or `later`
+    unasked: str | None = None  # stands for `first`, question and `reply` where a caption needs no question
     separate: bool = False  # for an encoder-decoder: all but the last answer is read, "</s>" after it, and never learned
 
 
@@ -76,14 +78,19 @@ FORMATS = {
     ),
     # BLIP-2 §3.3 and §4.1: [image tokens] <s> caption \n, or [image tokens] <s> Question: ... Answer: ... \n
     "blip2": Format("<s>", "", ("", ""), "Question: ", "Question: ", " Answer:", " ", "\n", forbidden="\n",
-                    image_first=True),
+                    image_first=True, unasked=""),
     # The same on FlanT5: [image tokens] Question: ... Short answer: </s> is read, ... </s> is written. Its vocabulary has
     # no line end, so earlier turns stand before the question with blanks between them.
     "flan_t5": Format("", "", ("", ""), "Question: ", " Question: ", " Short answer:", " ", "</s>", image_first=True,
-                      separate=True),
+                      separate=True, unasked=""),
+    # InstructBLIP §2.3 on a decoder: [image tokens] <s> instruction response </s>; the instruction says all that is to be said.
+    "instructblip": Format("<s>", "", ("", ""), "", "\n", "", " ", "</s>", image_first=True),
+    # Flamingo App. A.2, B.1: <s><image>Question: … Answer: …<EOC><image>Output: …<EOC>, one picture after another.
+    "flamingo": Format("<s>", "", ("", ""), "Question: ", "Question: ", " Answer:", " ", "<EOC>", marks_first=True,
+                       unasked="Output:"),
     # §4.2: captions after fine-tuning, [image tokens] <s>a photo of caption \n; only the caption is learned.
     "blip2-caption": Format("<s>a photo of", "", ("", ""), "", "", "", " ", "\n", forbidden="\n", marks_only=True,
-                            image_first=True),
+                            image_first=True, unasked=""),
     # v1 without its 30 words of system prompt: a tiny model on a CPU has better uses for its context.
     "tiny": Format("<s>", "", ("", " "), "USER: ", "USER: ", " ASSISTANT:", " ", "</s>"),
 }
@@ -99,7 +106,7 @@ def template_texts() -> list[str]:
 
     flan_t5 is left out: all its words but "Short" are there already, and room in a tiny vocabulary is dear.
     """
-    return [f"{f.first}{f.reply}{f.lead}{f.close}{f.later}{f.reply}" for f in FORMATS.values() if not f.separate]
+    return [f"{f.first}{f.reply}{f.lead}{f.close}{f.later}{f.reply}{f.unasked or ''}" for f in FORMATS.values() if not f.separate]
 
 
 def find_format(format: str | Format) -> Format:
@@ -113,14 +120,15 @@ def find_format(format: str | Format) -> Format:
 def encode(
     turns: Sequence[Turn], tokenizer: Tokenizer, format: str | Format,
     max_length: int | None = None, image_tokens: int | Sequence[int] = 0, name: str = "a conversation",
+    told: Sequence[str] = (),
 ) -> tuple[list[int], list[int]]:
     """Ids and labels of a whole conversation; labels are -100 except on answers and what closes them.
 
     In a `separate` format only the last answer is learned, and nothing stands behind it: `two_sequences` cuts there.
     image_tokens: embeddings that one <image> becomes, or that each of them does in turn. max_length: counts those too; what is longer loses its end.
-    name: what messages call this conversation.
+    name: what messages call this conversation. told: words in the places of the marks, where there are no pictures.
     """
-    ids, trained = _encode_pieces(_pieces(turns, tokenizer, find_format(format), name), tokenizer)
+    ids, trained = _encode_pieces(_pieces(turns, tokenizer, find_format(format), name, told), tokenizer)
     labels = [i if t else IGNORE for i, t in zip(ids, trained)]
     if max_length is not None:
         kept = _fitting(ids, tokenizer.image_id, image_tokens, max_length, name)
@@ -134,9 +142,10 @@ def encode(
 def prompt(
     turns: Sequence[Turn], tokenizer: Tokenizer, format: str | Format,
     max_length: int | None = None, image_tokens: int | Sequence[int] = 0, name: str = "a conversation",
+    told: Sequence[str] = (),
 ) -> list[int]:
     """The ids up to where the last answer would begin, ready to generate; that turn's own answer is not looked at."""
-    ids, _ = _encode_pieces(_pieces(turns, tokenizer, find_format(format), name, open_end=True), tokenizer)
+    ids, _ = _encode_pieces(_pieces(turns, tokenizer, find_format(format), name, told, open_end=True), tokenizer)
     if max_length is not None and sum(places(ids, tokenizer.image_id, image_tokens)) > max_length:
         raise UserError(f"{name}: the question does not fit into {max_length} tokens; shorten it.")
     return ids
@@ -148,9 +157,9 @@ def answer_ids(answer: str, tokenizer: Tokenizer, format: str | Format) -> list[
 
 
 def stop_ids(format: str | Format, tokenizer: Tokenizer) -> list[int]:
-    """The ids at which generation stops: "</s>" where the format has it, else the whole closing text."""
+    """The ids at which generation stops: "</s>" or "<EOC>" where the format has it, else the whole closing text."""
     ids, _ = _encode_pieces(_template(find_format(format).close, tokenizer, trained=True), tokenizer)
-    return ids[-1:] if ids[-1] == tokenizer.eos_id else ids
+    return ids[-1:] if ids[-1] < len(tokenizer.specials) else ids
 
 
 def two_sequences(ids: Sequence[int], labels: Sequence[int], given: int = 0) -> tuple[list[int], list[int]]:
@@ -169,26 +178,22 @@ def places(ids: Sequence[int], image_id: int, image_tokens: int | Sequence[int])
     return [next(each) if i == image_id else 1 for i in ids]
 
 
-def _pieces(turns: Sequence[Turn], tokenizer: Tokenizer, layout: Format, name: str,
+def _pieces(turns: Sequence[Turn], tokenizer: Tokenizer, layout: Format, name: str, told: Sequence[str] = (),
             open_end: bool = False) -> list[Piece]:
     """The conversation in order; with open_end the last answer is left out."""
     if not turns:
         raise UserError(f"{name}: it has no turns; give it at least one question with its answer.")
     if layout.marks_only and len(turns) > 1:
         raise UserError(f"{name}: this format holds one caption, not {len(turns)} turns; use another format.")
-    pieces = []
+    pieces, places = [], iter(told or repeat(tokenizer.image_id))
     if layout.image_first:
-        told, turns = _told_first(turns, name)
-        pieces.append((told, False))
+        turns = _without_mark(turns, name)
+        pieces += [(text, False) for text in told]
     pieces += _template(layout.begin, tokenizer)
     if layout.system:
         pieces += [(layout.around[0], False), (layout.system, False), (layout.around[1], False)]
     for number, turn in enumerate(turns):
-        if turn.question or not layout.image_first:
-            pieces += _template(layout.first if number == 0 else layout.later, tokenizer)
-            question = IMAGE * turn.question.count(IMAGE) if layout.marks_only else turn.question
-            pieces += _split(question, {IMAGE: tokenizer.image_id})
-            pieces += _template(layout.reply, tokenizer)
+        pieces += _asked(turn, layout, layout.first if number == 0 else layout.later, tokenizer, places)
         last = number == len(turns) - 1
         if last and layout.separate:
             pieces.append((tokenizer.eos_id, False))  # T5's tokenizer ends whatever it is given with "</s>"
@@ -198,19 +203,31 @@ def _pieces(turns: Sequence[Turn], tokenizer: Tokenizer, layout: Format, name: s
     return pieces
 
 
-def _told_first(turns: Sequence[Turn], name: str) -> tuple[str, Sequence[Turn]]:
-    """What is told in the image's place, and the turns without it; no mark is left, and no question before a caption."""
+def _asked(turn: Turn, layout: Format, before: str, tokenizer: Tokenizer, places: Iterator[str | int]) -> list[Piece]:
+    """A question with what stands around it; `places` has what stands where the marks are."""
+    if layout.marks_only:
+        turn = replace(turn, question=IMAGE * turn.question.count(IMAGE))
+    words = turn.question.replace(IMAGE, "").strip()
+    if layout.unasked is not None and (not words or turn.kind == "caption" and layout.image_first):
+        marks, words, before, reply = turn.question, "", layout.unasked, ""
+    elif layout.marks_first:
+        marks, reply = turn.question, layout.reply
+    else:
+        marks, words, reply = "", turn.question, layout.reply
+    pieces = [(next(places), False) for _ in range(marks.count(IMAGE))] + _template(before, tokenizer)
+    for number, text in enumerate(words.split(IMAGE)):
+        pieces += [(next(places), False)] if number else []
+        pieces += [(text, False)] if text else []
+    return pieces + _template(reply, tokenizer)
+
+
+def _without_mark(turns: Sequence[Turn], name: str) -> Sequence[Turn]:
+    """The turns where the image stands before everything: no mark is left."""
     first = turns[0]
-    told, _, question = first.question.rpartition("\n")
     if sum(turn.question.count(IMAGE) for turn in turns) > min(1, first.question.count(IMAGE)):
         raise UserError(f'{name}: in this format one image stands before everything; "{IMAGE}" may stand once, in '
                         "the first question.")
-    if IMAGE in first.question:
-        told, question = "", first.question.replace(f"{IMAGE}\n", "").replace(IMAGE, "")
-    elif first.kind == "caption" and not told:
-        told = question
-    turns = [replace(first, question=question), *turns[1:]]
-    return told, [replace(turn, question="") if turn.kind == "caption" else turn for turn in turns]
+    return [replace(first, question=first.question.replace(f"{IMAGE}\n", "").replace(IMAGE, "")), *turns[1:]]
 
 
 def _answer_pieces(answer: str, tokenizer: Tokenizer, layout: Format, where: str) -> list[Piece]:
@@ -224,12 +241,13 @@ def _answer_pieces(answer: str, tokenizer: Tokenizer, layout: Format, where: str
 
 
 def _template(text: str, tokenizer: Tokenizer, trained: bool = False) -> list[Piece]:
-    return _split(text, {"<s>": tokenizer.bos_id, "</s>": tokenizer.eos_id}, trained)
+    marks = {name: tokenizer.token_id(name) for name in ("<s>", "</s>", "<EOC>") if name in text}
+    return _split(text, marks, trained)
 
 
 def _split(text: str, marks: dict[str, int], trained: bool = False) -> list[Piece]:
     """Cut `text` at the marks: "<image>\\nwhat" → [(image_id, False), ("\\nwhat", False)]."""
-    parts = re.split(f"({'|'.join(marks)})", text)  # the group keeps the marks in the list
+    parts = re.split(f"({'|'.join(marks)})", text) if marks else [text]  # the group keeps the marks in the list
     return [(marks.get(part, part), trained) for part in parts if part]
 
 

@@ -3,16 +3,15 @@
 Idea: whatever the files looked like, a record is some images, a caption with its references, perhaps a conversation.
 The interface is that of the embedded world (source.py), so the loop does not know whether the world is real.
 
-                                   images        text
-    pairs      for contrast        one           the caption
-    captions   for alignment       one           "<image>" → the caption
-    described  the same            one           the same: there is nothing here to vary
-    instruct   for instruction     any number    the conversation, or "<image>\\nwhat is in the picture?" → the caption
-    mixture    the same            any number    the same, and how to answer, see prompts.py
-    text       for the LM          none          the same, with the caption where the image would stand
+                                       images        text
+    pairs          for contrast        one           the caption
+    captions       for alignment       one           "<image>" → the caption
+    conversations  for instruction     any number    the conversation, or "<image>\\nwhat is in the picture?" → the caption
+    prompted       the same            any number    the same, and how to answer, see prompts.py
+    texts          for the LM          none          the same, with the caption told where the image would stand
 
-    records ─► train │ val ─► entries of each view ─► sample(view, split, index)
-       │                           └─ leave_out: what a stage cannot read, too long for instance, before it trains
+    records ─► train │ val ─► entries of each view ─► sample(view, split, index)      a stage says which it reads: Stage.real
+                           └─ leave_out: what a stage cannot read, too long for instance, before it trains
        └─ no "split" given: a tenth is held out, chosen by a hash; records that share a picture stay on one side
 
 Pictures of a small set are decoded once, made small and kept; those of a large set are decoded whenever asked for.
@@ -29,8 +28,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from nanovlm.data.prompts import CAPTION, SHORT, prompted
-from nanovlm.data.sample import IMAGE, TALKS, TEXTS, VIEWS, Sample, Turn, unmarked
-from nanovlm.data.source import Exam, caption_exam, exam_of, exam_view
+from nanovlm.data.sample import IMAGE, REAL, Sample, Turn
+from nanovlm.data.source import ASKED_IN, Exam, caption_exam, exam_of, exam_view
 from nanovlm.data.transforms import load_image
 from nanovlm.errors import UserError
 
@@ -63,7 +62,7 @@ class Records:
         self._records = {split: [s for s, side in zip(samples, sides) if side == split] for split in SPLITS}
         self.labels = _classes(samples)
         self.few = len(self._records["train"]) < ENOUGH_TRAIN or len(self._records["val"]) < ENOUGH_VAL
-        self._entries = {(view, split): self._list_entries(view, split) for view in VIEWS for split in SPLITS}
+        self._entries = {(view, split): self._list_entries(view, split) for view in REAL for split in SPLITS}
 
     # ---- the interface that Scenes has too
 
@@ -78,7 +77,7 @@ class Records:
     def size(self, view: str, split: str) -> int:
         if (view, split) not in self._entries:
             raise UserError(f"{self.name}: there is no view {view!r} of split {split!r}; "
-                            f"the views are {', '.join(VIEWS)}, the splits {', '.join(SPLITS)}.")
+                            f"the views are {', '.join(REAL)}, the splits {', '.join(SPLITS)}.")
         return len(self._entries[view, split])
 
     def sample(self, view: str, split: str, index: int) -> Sample:
@@ -87,7 +86,7 @@ class Records:
         for step in range(size):
             record, caption = self._entries[view, split][(index + step) % size]
             try:
-                images = () if view in TEXTS else tuple(self._picture(path) for path in record.images)
+                images = () if view == "texts" else tuple(self._picture(path) for path in record.images)
             except UserError as error:
                 if not self._skip:
                     raise UserError(f"{record.id}: {error}") from error
@@ -104,8 +103,8 @@ class Records:
         for split in splits:
             kept, noted = [], []
             for record, caption in self._entries[view, split]:
-                images = () if view in TEXTS else tuple(self._pictures.get(path, self._blank) for path in record.images)
-                for shorter in _ever_shorter(caption) if view in TEXTS else (caption,):
+                images = () if view == "texts" else tuple(self._pictures.get(path, self._blank) for path in record.images)
+                for shorter in _ever_shorter(caption) if view == "texts" else (caption,):
                     reason = why(as_view(replace(record, images=images), shorter, view, _Longest()))
                     if reason is None:
                         kept.append((record, shorter))
@@ -140,7 +139,10 @@ class Records:
             met[sample.caption] += 1
         return [row[:n] for row in rows if len(row) >= max(2, len(rows[0]) // 2)]
 
-    def exam(self, n: int = 1000, view: str = "instruct") -> list[Sample]:
+    def look(self, diet: dict[str, float], real: str, n: int) -> list[Sample]:
+        return [self.sample(real, "val", i) for i in range(min(n, self.size(real, "val")))]
+
+    def exam(self, n: int = 1000, view: str = "conversations") -> list[Sample]:
         """Up to n held-out samples, spread evenly, each to be judged by the answer of its last turn."""
         size, samples = self.size(view, "val"), []
         for i in range(min(n, size)):
@@ -153,12 +155,12 @@ class Records:
 
     def exams(self, names: Sequence[str], n: int = 0) -> list[Exam]:
         """answers, mixture, science: an exam for each kind of question. captions, two: all captions. classes: one of `labels`."""
-        view = exam_view(names)
+        view = real_view(names)
         by_kind: dict[str, list[Sample]] = {}
         for sample in self.exam(n or 1000, view):
             by_kind.setdefault(sample.turns[-1].kind, []).append(sample)
         captioned, found = by_kind.pop("caption", []), []
-        if {"answers", *TALKS} & set(names):
+        if set(ASKED_IN) & set(names):
             found += [exam_of(kind, samples) for kind, samples in by_kind.items()]
         if captioned and {"captions", "two"} & set(names):
             found.append(caption_exam(captioned))
@@ -211,26 +213,30 @@ class Records:
         """(record, caption) for each index: a picture with five captions is met five times an epoch, once in val."""
         entries = []
         for record in self._records[split]:
-            if view in ("pairs", "captions", "described") and len(record.images) != 1:
+            if view in ("pairs", "captions") and len(record.images) != 1:
                 continue
             several = record.references if split == "train" and not record.turns else (record.caption,)
             entries += [(record, caption) for caption in several]
         return entries
 
 
+def real_view(exams: Sequence[str]) -> str:
+    """How exams of these names ask about records."""
+    return "prompted" if exam_view(exams) == "mixture" else "conversations"
+
+
 def as_view(record: Sample, caption: str, view: str, rng: Random) -> Sample:
     """The record as one of the views shows it, with `caption` for its text where it is no conversation."""
     if view == "pairs":
         turns = ()
-    elif view in ("captions", "described"):
+    elif view == "captions":
         turns = (Turn(IMAGE, caption, "caption"),)
     else:
         turns = record.turns or (Turn(f"{IMAGE}\n{rng.choice(QUESTIONS)}", caption, "caption"),)
-    if view in ("mixture", "told"):
+    if view == "prompted":
         turns = prompted(turns, CAPTION if not record.turns else SHORT if record.form == "short" else "")
-    if view in TEXTS:
-        turns = tuple(replace(turn, question=turn.question.replace(IMAGE, unmarked(caption))) for turn in turns)
-    return replace(record, caption=caption, turns=turns)
+    told = (caption,) * sum(turn.question.count(IMAGE) for turn in turns) if view == "texts" else ()
+    return replace(record, caption=caption, turns=turns, told=told)
 
 
 class _Longest(Random):

@@ -3,15 +3,14 @@
     Sample("scenes/train/7", images=(picture,), turns=(Turn("<image>\\nwhat colour is the square?", "red", "colour"),))
 
 A mark "<image>" in a question stands for a picture, and the pictures come in the order of their marks. A pair for contrastive
-learning is a sample with one picture and a caption; a text without pictures is a sample with turns alone.
+learning is a sample with one picture and a caption; a text without pictures is a sample with turns alone. Who cannot see is told
+what the pictures would show: the words in `told` stand where the pictures would.
 """
 
 from dataclasses import dataclass
 
 IMAGE = "<image>"
-VIEWS = ("pairs", "captions", "described", "instruct", "mixture", "science", "text", "told")  # how a source shows itself
-TALKS = ("instruct", "mixture", "science")  # the views whose samples are conversations about pictures, as exams are
-TEXTS = ("text", "told")  # the views without pictures, which a language model reads before it sees
+REAL = ("pairs", "captions", "conversations", "prompted", "texts")  # what a stage may read of a person's records, see records.py
 
 
 def unmarked(text: str) -> str:
@@ -34,6 +33,7 @@ class Sample:
 
     id: str
     images: tuple = ()  # PIL images (RGB) or paths, in the order of the "<image>" marks
+    told: tuple[str, ...] = ()  # instead of pictures: the words that stand in the marks' places
     caption: str = ""
     references: tuple[str, ...] = ()  # all captions that count as right
     negatives: tuple[str, ...] = ()  # captions that are wrong in one point

@@ -1,6 +1,6 @@
 """What training and evaluation ask of a source of data, be it the embedded world or somebody's own files.
 
-    source.sample(view, "train", i) ──► batches ──► training
+    source.look(diet, real, n) ───────► a few held-out samples of what a stage learns from
     source.exams(names) ──────────────► [Exam, …] ──► evaluate.measure ──► figures, each beside its controls
     source.galleries() ───────────────► pictures and texts that are to find each other
 """
@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from nanovlm.data.sample import TALKS, Sample
+from nanovlm.data.sample import Sample
 
 # kinds whose answers are not compared word by word, and how they are (evaluate/judges.py)
-JUDGED_BY = {"grounding": "box", "science": "letter", "science_text": "letter"}
+JUDGED_BY = {"grounding": "box", "science": "letter", "science_text": "letter", "caption": "exact", "task/captions": "exact",
+             "task/signs": "exact", "task/asking": "exact"}
+ASKED_IN = ("answers", "mixture", "science")  # the exams that ask for answers, each in a view of its own
 ROOM = {"science": 1024, "science_text": 1024}  # tokens for an answer whose letter comes last
 
 
@@ -28,8 +30,8 @@ class Exam:
 
 
 def exam_view(names: Sequence[str]) -> str:
-    """The view that a stage's exams ask in, whichever it learns from."""
-    return next((name for name in names if name in TALKS), "instruct")
+    """How a stage's exams ask, whatever it learns from."""
+    return next((name for name in names if name in ASKED_IN), "answers")
 
 
 def exam_of(kind: str, samples: Sequence[Sample]) -> Exam:
@@ -47,9 +49,8 @@ class Source(Protocol):
     def texts(self) -> list[str]:
         """What a tokenizer is trained on."""
 
-    def size(self, view: str, split: str) -> int: ...
-
-    def sample(self, view: str, split: str, index: int) -> Sample: ...
+    def look(self, diet: dict[str, float], real: str, n: int) -> list[Sample]:
+        """Up to n held-out samples of what a stage learns from: of the world's data sets by weight, or of a person's records."""
 
     def exams(self, names: Sequence[str], n: int = 0) -> list[Exam]:
         """What a stage is judged by (Stage.evaluate), n questions of a kind, or as many as there should be."""

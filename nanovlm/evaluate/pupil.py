@@ -30,7 +30,6 @@ class Pupil:
     def __init__(self, model: nn.Module, recipe: Recipe, stage: Stage, tokenizer: Tokenizer, device: torch.device | str):
         self.model, self.stage, self.tokenizer, self.device = model.eval(), stage, tokenizer, device
         self.collate = make_collate(recipe, replace(stage, augment=False), tokenizer, model.reads)
-        self.stop = stop_ids(stage.format, tokenizer)
 
     def read(self, samples: Sequence[Sample]) -> Batch:
         """What the model is given: the turns up to the last answer, and the pictures."""
@@ -38,7 +37,7 @@ class Pupil:
 
     def answer(self, samples: Sequence[Sample], room: int = Exam.room, among: Sequence[str] = ()) -> list[str]:
         """Answers to the last question of each sample, its turns before given: greedy, or the most likely of `among`."""
-        answers = []
+        answers, stop = [], self.stop(samples)
         for chunk in chunks(samples):
             batch = self.read(chunk)
             if among:
@@ -46,13 +45,17 @@ class Pupil:
                 scores = generation.score_candidates(lambda: self.model.prefill(batch), self.model.step, ids)  # noqa: B023
                 answers += [among[best] for best in scores.argmax(dim=1).tolist()]
             else:
-                answers += [self.text(ids) for ids in self.model.generate(batch, room, self.stop).tolist()]
+                answers += [self.text(ids, stop) for ids in self.model.generate(batch, room, stop).tolist()]
         return answers
 
-    def text(self, ids: list[int]) -> str:
+    def stop(self, samples: Sequence[Sample]) -> list[int]:
+        """What closes an answer: samples that are asked together are of one format."""
+        return stop_ids(self.collate.layout(samples[0]), self.tokenizer) if samples else []
+
+    def text(self, ids: list[int], stop: list[int]) -> str:
         """The answer without what closes it."""
-        for end in range(len(ids) - len(self.stop) + 1):
-            if ids[end:end + len(self.stop)] == self.stop:
+        for end in range(len(ids) - len(stop) + 1):
+            if ids[end:end + len(stop)] == stop:
                 ids = ids[:end]
                 break
         # A small set of texts may fill only a part of the model's vocabulary; an untrained model says the rest too.
@@ -64,9 +67,7 @@ class Pupil:
         samples = [sample for exam in exams for sample in exam.samples]
         samples = [samples[i * len(samples) // n] for i in range(min(n, len(samples)))]
         if not samples:  # before instruction tuning: what it says of a picture, of a text, or which caption it finds the best
-            size = source.size(self.stage.view, "val")
-            samples = [source.sample(self.stage.view, "val", i) for i in range(min(n, size))]
-            samples = [replace(s, turns=s.turns[:1]) for s in samples]
+            samples = [replace(s, turns=s.turns[:1], told=s.told[:1]) for s in source.look(self.stage.data, self.stage.real, n)]
         if self.model.reads.kind == "pairs":
             return self.best_captions(samples) if samples else []
         return [(as_picture(s.images[0]) if s.images else None, question(s), truth(s, answer), answer)
@@ -96,12 +97,16 @@ def truth(sample: Sample, answer: str) -> str:
 
 
 def permuted(samples: Sequence[Sample]) -> list[Sample]:
-    """The same questions with pictures that belong to other samples of the list; text-only samples stay as they are."""
-    images = [image for s in samples for image in s.images]
-    order = list(range(len(images)))
+    """The same questions with pictures, or what is told in their places, that belong to other samples of the list."""
+    images = _moved([image for s in samples for image in s.images])
+    told = _moved([text for s in samples for text in s.told])
+    return [replace(s, images=tuple(next(images) for _ in s.images), told=tuple(next(told) for _ in s.told)) for s in samples]
+
+
+def _moved(things: list) -> Iterator:
+    order = list(range(len(things)))
     Random(0).shuffle(order)
-    moved = iter([images[order[(order.index(i) + 1) % len(order)]] for i in range(len(images))])
-    return [replace(s, images=tuple(next(moved) for _ in s.images)) for s in samples]
+    return iter([things[order[(order.index(i) + 1) % len(order)]] for i in range(len(things))])
 
 
 def chunks(samples: Sequence[Sample]) -> Iterator[Sequence[Sample]]:

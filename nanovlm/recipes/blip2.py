@@ -45,6 +45,8 @@ from nanovlm.vit import CLIP_L_14, EVA_CLIP_G_14, ViTConfig
 BRIDGE_1 = ("vision_norm", "qformer", "word_head", "image_projection", "text_projection", "match_head", "temperature")
 BRIDGE_2 = ("vision_norm", "qformer", "projection")
 JUDGED = ("answers", "captions", "classes")
+BOTH_COLOURS = {"captions": 3, "unnamed captions": 1}
+COLLECTIONS = {"COCO": 0.6, "Visual Genome": 0.8, "CC3M": 3, "CC12M": 10, "SBU": 1, "LAION": 115}  # million pictures (§3.4)
 QFORMER_TEXT = replace(BERT_BASE, vocab=BERT_BASE.vocab + 1, segments=0)  # one more word, [DEC]
 
 
@@ -60,10 +62,10 @@ TINY = Recipe(
                                      embedding=64, decode_id=Tokenizer.SPECIALS.index("[DEC]")),
     image_size=48, vocab=backbones.TINY_VOCAB,
     stages=(
-        Stage("stage1", BRIDGE_1, "described", builds=BLIP2Stage1, steps=1200, batch_size=32, lr=1e-3, weight_decay=0.05,
+        Stage("stage1", BRIDGE_1, BOTH_COLOURS, real="pairs", builds=BLIP2Stage1, steps=1200, batch_size=32, lr=1e-3, weight_decay=0.05,
               betas=(0.9, 0.98), max_length=48, evaluate=("retrieval",), on_data={"augment": True, "steps": 2000},
               init=(("vision", "clip/tiny:vision"),)),
-        Stage("stage2", BRIDGE_2, "described", format="blip2", steps=9000, batch_size=16, lr=1e-3, weight_decay=0.05,
+        Stage("stage2", BRIDGE_2, {"captions": 1}, lessons=((0.78, BOTH_COLOURS),), real="captions", format="blip2", steps=9000, batch_size=16, lr=1e-3, weight_decay=0.05,
               betas=(0.9, 0.98), max_length=256, evaluate=("answers", "two"),
               on_data={"augment": True, "steps": 4000, "evaluate": JUDGED}, init=(("language", "lm/tiny:language"),))))
 
@@ -80,9 +82,9 @@ SMALL = Recipe(
                                   qformer=SMALL_QFORMER, language=backbones.SMALL_LANGUAGE),
     image_size=224, vocab=backbones.SMALL_VOCAB,
     stages=(
-        Stage("stage1", BRIDGE_1, "pairs", builds=BLIP2Stage1, steps=50_000, batch_size=256, lr=3e-4, weight_decay=0.05,
+        Stage("stage1", BRIDGE_1, {"pairs": 1}, real="pairs", builds=BLIP2Stage1, steps=50_000, batch_size=256, lr=3e-4, weight_decay=0.05,
               betas=(0.9, 0.98), augment=True, max_length=77, evaluate=("retrieval",), init=(("vision", "clip/small:vision"),)),
-        Stage("stage2", BRIDGE_2, "captions", format="blip2", steps=30_000, batch_size=256, lr=3e-4, min_lr=0.5,
+        Stage("stage2", BRIDGE_2, {"captions": 1}, real="captions", format="blip2", steps=30_000, batch_size=256, lr=3e-4, min_lr=0.5,
               weight_decay=0.05, betas=(0.9, 0.98), augment=True, max_length=512, evaluate=JUDGED,
               init=(("language", "lm/small:language"),))))
 
@@ -100,12 +102,12 @@ def published(name: str, eyes: tuple[ViTConfig, str, int], language: DecoderConf
         name, BLIP2, BLIP2Config(without_last_block(vision), QFormerConfig(QFORMER_TEXT, 32, vision.width), language),
         image_size=224, vocab=language.vocab, checkpointing=True,
         stages=(
-            Stage("stage1", BRIDGE_1, "pairs", builds=BLIP2Stage1, steps=250_000, batch_size=batch_size, lr=1e-4,
-                  weight_decay=0.05, betas=(0.9, 0.98), warmup=2_000 / 250_000, augment=True, max_length=32,
+            Stage("stage1", BRIDGE_1, COLLECTIONS, real="pairs", builds=BLIP2Stage1, steps=250_000, batch_size=batch_size,
+                  lr=1e-4, weight_decay=0.05, betas=(0.9, 0.98), warmup=2_000 / 250_000, augment=True, max_length=32,
                   evaluate=("retrieval",), init=(("vision", f"published:{vision_weights}"),
                                                  ("qformer", "published-bert:google-bert/bert-base-uncased"))),
-            Stage("stage2", BRIDGE_2, "captions", format=format, steps=80_000, batch_size=second_batch, lr=1e-4, min_lr=0.5,
-                  weight_decay=0.05, betas=(0.9, 0.98), warmup=2_000 / 80_000, augment=True, max_length=32, evaluate=JUDGED,
+            Stage("stage2", BRIDGE_2, COLLECTIONS, real="captions", format=format, steps=80_000, batch_size=second_batch,
+                  lr=1e-4, min_lr=0.5, weight_decay=0.05, betas=(0.9, 0.98), warmup=2_000 / 80_000, augment=True, max_length=32, evaluate=JUDGED,
                   init=(("language", f"published:{language_weights}"),))))
 
 
@@ -125,11 +127,11 @@ STAGE_1 = ("vision", *BRIDGE_1)  # what learns; stage 2's language model does no
 STAGE_2 = ("vision", *BRIDGE_2)
 
 # 5 epochs each, with a warm-up of 1,000 steps
-CAPTION = Stage("caption", STAGE_2, "captions", format="blip2-caption", steps=11_069, batch_size=256, lr=1e-5,
+CAPTION = Stage("caption", STAGE_2, {"COCO": 567}, real="captions", format="blip2-caption", steps=11_069, batch_size=256, lr=1e-5,
                 warmup=1_000 / 11_069, weight_decay=0.05, augment=True, max_length=32, evaluate=("captions",))
-VQA = Stage("vqa", STAGE_2, "instruct", sizes={"asks": True}, format="blip2", steps=25_707, batch_size=128, lr=1e-5,
+VQA = Stage("vqa", STAGE_2, {"VQAv2": 658}, sizes={"asks": True}, format="blip2", steps=25_707, batch_size=128, lr=1e-5,
             warmup=1_000 / 25_707, weight_decay=0.05, augment=True, max_length=64, evaluate=("answers",))
-RETRIEVAL = Stage("retrieval", STAGE_1, "pairs", builds=BLIP2Stage1, steps=12_651, batch_size=224, lr=1e-5,
+RETRIEVAL = Stage("retrieval", STAGE_1, {"COCO": 567}, real="pairs", builds=BLIP2Stage1, steps=12_651, batch_size=224, lr=1e-5,
                   warmup=1_000 / 12_651, weight_decay=0.05, augment=True, max_length=35, evaluate=("retrieval",))
 
 
@@ -143,12 +145,12 @@ def fine_tuned(name: str, base: Recipe, stage: Stage, image_size: int, **changes
 # the published stages, where smaller data and models need something else
 TINY_HOW = {"batch_size": 32, "lr": 3e-4, "warmup": 0.03, "layer_decay": 0.95, "augment": False}
 FINE_TUNED = (
-    fine_tuned("blip2/tiny-caption", TINY, CAPTION, 72, steps=1_000, max_length=256, evaluate=("two",),
+    fine_tuned("blip2/tiny-caption", TINY, CAPTION, 72, data={"captions": 1}, steps=1_000, max_length=256, evaluate=("two",),
                on_data={"augment": True, "evaluate": ("captions", "classes")}, **TINY_HOW),
-    fine_tuned("blip2/tiny-vqa", TINY, VQA, 48, steps=2_000, max_length=256,
+    fine_tuned("blip2/tiny-vqa", TINY, VQA, 48, data={"talk": 72, "drills": 13, "unnamed drills": 15}, steps=2_000, max_length=256,
                on_data={"augment": True, "evaluate": JUDGED}, **TINY_HOW),
     # as in stage 1: the world's own pairs leave facts out of captions, which are complete where it is judged
-    fine_tuned("blip2/tiny-retrieval", TINY, RETRIEVAL, 72, steps=300, max_length=48, view="described",
+    fine_tuned("blip2/tiny-retrieval", TINY, RETRIEVAL, 72, steps=300, max_length=48, data=BOTH_COLOURS,
                on_data={"augment": True}, **TINY_HOW),
     fine_tuned("blip2/vit-g-opt-2.7b-caption", OPT_2, CAPTION, 364, layer_decay=1.0),
     fine_tuned("blip2/vit-g-opt-6.7b-caption", OPT_6, CAPTION, 364, layer_decay=0.95),

@@ -21,23 +21,24 @@ from nanovlm.vit import CLIP_L_14
 JUDGED = ("answers", "captions", "classes")
 IMAGE_ID = Tokenizer.SPECIALS.index("<image>")
 BOTH = ("projector", "language")
+LISTS = {"drills": 85, "unnamed drills": 15}
 
 TINY = Recipe(
     "llava/tiny", LLaVA, LLaVAConfig(backbones.TINY_VISION, backbones.TINY_LANGUAGE, IMAGE_ID), image_size=48,
     vocab=backbones.TINY_VOCAB,
     stages=(
-        Stage("align", ("projector",), "captions", format="plain", steps=100, batch_size=64, lr=1e-3, max_length=256,
+        Stage("align", ("projector",), {"captions": 1}, real="captions", format="plain", steps=100, batch_size=64, lr=1e-3, max_length=256,
               on_data={"augment": True}, init=(("vision", "clip/tiny:vision"), ("language", "lm/tiny:language"))),
-        Stage("tune", BOTH, "instruct", format="tiny", steps=4800, batch_size=32, lr=2e-3, betas=(0.9, 0.98), max_length=256,
+        Stage("tune", BOTH, {"talk": 72, "drills": 13, "unnamed drills": 15}, lessons=((0.08, LISTS),), format="tiny", steps=4800, batch_size=32, lr=2e-3, betas=(0.9, 0.98), max_length=256,
               evaluate=JUDGED, on_data={"augment": True, "steps": 2000})))
 
 SMALL = Recipe(
     "llava/small", LLaVA, LLaVAConfig(backbones.SMALL_VISION, backbones.SMALL_LANGUAGE, IMAGE_ID), image_size=224,
     vocab=backbones.SMALL_VOCAB,
     stages=(
-        Stage("align", ("projector",), "captions", format="plain", steps=5_000, batch_size=64, lr=2e-3, max_length=512,
+        Stage("align", ("projector",), {"captions": 1}, real="captions", format="plain", steps=5_000, batch_size=64, lr=2e-3, max_length=512,
               init=(("vision", "clip/small:vision"), ("language", "lm/small:language"))),
-        Stage("tune", BOTH, "instruct", format="v1", steps=20_000, batch_size=32, lr=2e-4, max_length=1024, evaluate=JUDGED)))
+        Stage("tune", BOTH, {"talk": 1}, format="v1", steps=20_000, batch_size=32, lr=2e-4, max_length=1024, evaluate=JUDGED)))
 
 
 def published(name: str, language: DecoderConfig, weights: str) -> Recipe:
@@ -46,9 +47,9 @@ def published(name: str, language: DecoderConfig, weights: str) -> Recipe:
         name, LLaVA, LLaVAConfig(CLIP_L_14, language, image_token_id=language.vocab), image_size=224, vocab=language.vocab,
         checkpointing=True,
         stages=(
-            Stage("align", ("projector",), "captions", format="plain", steps=4_651, batch_size=128, lr=2e-3, max_length=2048,
+            Stage("align", ("projector",), {"CC3M": 595}, real="captions", format="plain", steps=4_651, batch_size=128, lr=2e-3, max_length=2048,
                   init=(("vision", "published:openai/clip-vit-large-patch14"), ("language", f"published:{weights}"))),
-            Stage("tune", BOTH, "instruct", format="v0", steps=14_786, batch_size=32, lr=2e-5, max_length=2048,
+            Stage("tune", BOTH, {"LLaVA-Instruct": 158}, format="v0", steps=14_786, batch_size=32, lr=2e-5, max_length=2048,
                   evaluate=JUDGED)))
 
 
@@ -58,10 +59,11 @@ def science(base: Recipe, stage: Stage) -> Recipe:
 
 
 # 12 epochs of 12,726 questions (App. C); learning rate and batch from the released script, as the paper gives none
-SCIENCE = Stage("science", BOTH, "science", format="v0", steps=1_193, batch_size=128, lr=2e-5, max_length=2048,
+SCIENCE = Stage("science", BOTH, {"ScienceQA": 13}, format="v0", steps=1_193, batch_size=128, lr=2e-5, max_length=2048,
                 evaluate=("science",))
 
 PUBLISHED = (published("llava/7b", VICUNA_7B, "lmsys/vicuna-7b-v1.3"),
              published("llava/13b", VICUNA_13B, "lmsys/vicuna-13b-v1.3"))
-RECIPES = (TINY, science(TINY, replace(TINY.stages[1], name="science", view="science", steps=2400, evaluate=("science",))),
+RECIPES = (TINY, science(TINY, replace(TINY.stages[1], name="science", steps=2400, evaluate=("science",),
+                                       data={"science": 43, "science texts": 42, "unnamed drills": 15})),
            SMALL, *PUBLISHED, *(science(base, SCIENCE) for base in PUBLISHED))

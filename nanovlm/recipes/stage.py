@@ -1,10 +1,14 @@
 """A recipe is a model's class and sizes and a list of stages; a stage is what learns, on which data, how. Data, no loop.
 
     Recipe "llava/tiny"   LLaVA, LLaVAConfig(…)
-      ├ Stage "align"   trains projector              view captions    init vision ← clip/tiny, language ← lm/tiny
-      └ Stage "tune"    trains projector, language    view instruct    goes on from "align"
+      ├ Stage "align"   trains projector              data captions       init vision ← clip/tiny, language ← lm/tiny
+      └ Stage "tune"    trains projector, language    data talk, drills   goes on from "align"
 
 The same sentence for all six papers: what is frozen, what learns, on which data; training/loop.py reads it.
+`data` names data sets and their weights, of a thousand samples or whatever the sum is; `lessons` come before it, each up to a
+fraction of the stage, so that a shortened stage has them in the same proportions:
+    lessons=((0.1, {"drills": 1}),), data={"talk": 85, "drills": 15}
+Names are those of the embedded world (world/datasets.py); the published stages name the sets of their papers, for the reader.
 `init` names where weights come from before the stage starts:
     ("vision", "clip/tiny:vision")            module `vision` of the trained recipe clip/tiny, after its last stage
     ("qformer", "blip2/tiny@stage1:qformer")  the same after an earlier stage, behind which nothing is trained
@@ -22,7 +26,8 @@ from torch import nn
 from nanovlm.errors import UserError
 
 SCHEDULES = ("cosine", "constant")
-EVALUATIONS = ("answers", "mixture", "science", "captions", "two", "classes", "retrieval")  # see evaluate/
+EVALUATIONS = ("answers", "mixture", "science", "told", "pages", "captions", "two", "classes", "retrieval")  # see evaluate/
+Diet = dict[str, float]  # data set → weight
 
 
 def within(name: str, part: str) -> bool:
@@ -36,7 +41,7 @@ class Stage:
 
     name: str  # unique among all stages of a run, backbones' too: it names the checkpoint
     trains: tuple[str, ...]  # modules or parameters of the model, by name: ("projector",)
-    view: str  # how the source of data shows itself, see world/datasets.py
+    data: Diet  # what it learns from
     _: KW_ONLY
 
     # what learns: the model, where it is not the recipe's own, and where its weights come from
@@ -45,11 +50,12 @@ class Stage:
     init: tuple[tuple[str, str], ...] = ()
 
     # on what
+    lessons: tuple[tuple[float, Diet], ...] = ()  # what comes first, each up to this fraction of the stage
+    real: str = "conversations"  # what it reads of --data, of sample.REAL
     format: str = "plain"  # conversation format; pairs need none
-    first: int = 0  # the sample it begins with: behind those that an earlier stage has had
     augment: bool = False  # random crops and flips
     fit: str = "crop"  # how a picture becomes a square: "crop" | "pad" | "stretch", see data/transforms.py
-    group: bool = False  # batches of one modality, or micro-batches of like length, see training/batches.py
+    group: bool = False  # of --data batches of one modality, of the world micro-batches of like length, see training/batches.py
     max_length: int = 0  # of a sequence, image tokens included; 0 = no limit
 
     # how
@@ -75,6 +81,11 @@ class Stage:
             if not set(values) <= set(known):
                 raise ValueError(f"Stage {self.name}: {field_name} is {values}, but there are only {known}.")
 
+    def diet(self, place: int) -> Diet:
+        """What the sample at this place of the stage is drawn from; its first sample stands at place 0."""
+        fraction = place / (self.steps * self.batch_size)
+        return next((lesson for end, lesson in self.lessons if fraction < end), self.data)
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -87,7 +98,6 @@ class Recipe:
     image_size: int
     vocab: int
     world: dict[str, object] = field(default_factory=dict)  # how the embedded world is drawn, where not as the encoder looks at it
-    forms: bool = False  # a tiny tokenizer is to know LLaVA-1.5's sentences about the form of an answer in few tokens
     checkpointing: bool = False  # of the language model's activations: less memory, more compute
 
     def stage(self, name: str | None = None) -> Stage:

@@ -132,10 +132,10 @@ def _imports(path: Path) -> list[str]:
 def data_identity(source: Source) -> str:
     """sha256 of a person's train split: every text, every picture."""
     digest = hashlib.sha256(source.name.encode())
-    for view in ("pairs", "instruct", "text"):
-        for index in range(source.size(view, "train")):
-            sample = source.sample(view, "train", index)
-            digest.update(repr((sample.caption, sample.turns, sample.negatives)).encode())
+    for real in ("pairs", "conversations", "texts"):
+        for index in range(source.size(real, "train")):
+            sample = source.sample(real, "train", index)
+            digest.update(repr((sample.caption, sample.turns, sample.told, sample.negatives)).encode())
             for image in sample.images:
                 digest.update(repr(image.size).encode() + image.tobytes())
     return digest.hexdigest()

@@ -106,7 +106,7 @@ def train(job: Job, setting: Setting, before: dict[str, State], keep: RunFolder 
     optimiser = make_optimiser(model, stage)
     first, prints, seconds = 0, vitals.fingerprints(model), 0.0
     collate = make_collate(recipe, stage, setting.tokenizer, model.reads)
-    batches = MicroBatches(setting.training_data_for(job), stage, setting.seed, collate)
+    batches = MicroBatches(setting.samples(job), stage, setting.seed, collate)
     half = keep.half_way(job) if keep else None
     if half:
         first, prints, seconds = half["step"], half["before"], half["stage_seconds"]

@@ -12,11 +12,11 @@ from nanovlm import recipes
 from nanovlm.data import formats
 from nanovlm.data.conversation import template_texts
 from nanovlm.data.prompts import PROMPTS
-from nanovlm.data.sample import TEXTS, Sample
-from nanovlm.data.source import Source, exam_view
+from nanovlm.data.records import real_view
+from nanovlm.data.source import Source
 from nanovlm.recipes.stage import Recipe, Stage, resolve
 from nanovlm.tokenizer import Tokenizer
-from nanovlm.training.batches import make_collate
+from nanovlm.training.batches import Epochs, InTurn, Mixture, Samples, make_collate
 from nanovlm.training.weights import needed_stages
 from nanovlm.world.datasets import Scenes
 
@@ -50,9 +50,12 @@ class Setting:
         """Scenes are drawn at the size that the job's recipe looks at: fine-tuning may look closer than its backbones."""
         return self.source if self.real else world_of(job.recipe, self.seed)
 
-    def training_data_for(self, job: Job) -> Source:
-        mixed = self.real and job.stage.view in TEXTS
-        return MixedText(self.source, world_of(self.recipe, self.seed)) if mixed else self.data_for(job)
+    def samples(self, job: Job) -> Samples:
+        """What the job's stage learns from."""
+        if not self.real:
+            return Mixture(self.data_for(job), job.stage, self.seed)
+        own = Epochs(self.source, job.stage, self.seed)
+        return InTurn(own, Mixture(world_of(self.recipe, self.seed), job.stage, self.seed)) if job.stage.real == "texts" else own
 
     def job(self, recipe: str, stage: str) -> Job:
         resolved = resolve(recipes.get(recipe), self.real, self.steps)
@@ -79,8 +82,7 @@ def make_tokenizer(recipe: Recipe, source: Source, seed: int) -> Tokenizer:
     texts = list(source.texts())
     if not isinstance(source, Scenes):
         texts += world_of(recipe, seed).texts()
-    phrases = [*template_texts(), *([*PROMPTS, " number"] if recipe.forms else [])]
-    return Tokenizer.train(texts + 1000 * phrases, recipe.vocab)
+    return Tokenizer.train(texts + 1000 * [*template_texts(), *PROMPTS], recipe.vocab)
 
 
 def needs(job: Job, setting: Setting) -> list[Job]:
@@ -110,24 +112,7 @@ def leave_out_unfit(jobs: Sequence[Job], setting: Setting) -> None:
         with torch.device("meta"):
             reads = job.recipe.build(job.stage).reads
         why = make_collate(job.recipe, job.stage, setting.tokenizer, reads).problem
-        setting.source.leave_out(job.stage.view, why)
+        setting.source.leave_out(job.stage.real, why)
         if job.stage.evaluate:
-            setting.source.leave_out(exam_view(job.stage.evaluate), why, ("val",))
+            setting.source.leave_out(real_view(job.stage.evaluate), why, ("val",))
 
-
-class MixedText:
-    """What the language model reads when a person brings data: every second text is one of the embedded world's.
-
-    A few thousand captions teach no language.
-    """
-
-    def __init__(self, own: Source, world: Source):
-        self.own, self.world, self.name = own, world, own.name
-
-    def size(self, view: str, split: str) -> int:
-        return self.world.size(view, split)
-
-    def sample(self, view: str, split: str, index: int) -> Sample:
-        half, odd = divmod(index, 2)
-        own = self.own.size(view, split)
-        return self.world.sample(view, split, half) if odd or not own else self.own.sample(view, split, half % own)

@@ -1,14 +1,15 @@
 """What a step learns from: the batch of step s is a function of (seed, stage, s) and of nothing else.
 
-    step s ──► B places from first + s·B on ──► indices ──► samples ──► collate ──► batch
-                     │                              └ a new permutation in every epoch; an endless world is read in order
+    step s ──► places s·B … s·B + B - 1 ──► samples ──► collate ──► batch
+                     │                         ├ Mixture: a data set of the stage's diet, then a sample of it, by (seed, stage, place)
+                     │                         ├ Epochs: a person's records, in a new permutation in every epoch
+                     │                         └ InTurn: what a language model reads with --data, both by turns
                      └ rank r of W takes places r, r + W, r + 2W, …
 
 LLaVA-1.5's second stage groups (App. A.2): a batch is of one modality, so that talk without pictures does not wait for image
 tokens, and its rows are dealt to the ranks so that all have about as many words. Which batch comes when is left to chance.
-Of an endless world's texts each rank puts its rows in order of length, so that its micro-batches are of like length: a batch is as
-long as its longest row, and texts with boxes, sixteen in a row in the embedded world, are twice as long as others. What a step
-learns from stays the same. Whole batches of like length would save more, but each would be of one kind of question.
+Of a stage that groups each rank puts its rows in order of length, so that its micro-batches are of like length: a batch is as
+long as its longest row, and texts with boxes are twice as long as others. What a step learns from stays the same.
 
 So a resumed run needs to know the step only, several processes share a batch without talking, and the worker processes
 of a DataLoader cannot change the order. Random crops are drawn from a generator of their own for each batch.
@@ -16,6 +17,7 @@ of a DataLoader cannot change the order. Random crops are drawn from a generator
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from random import Random
 
 import torch
@@ -24,15 +26,13 @@ from torch.utils.data import DataLoader, Dataset
 from nanovlm.contract import Batch, Reads
 from nanovlm.data.collate import Collate
 from nanovlm.data.sample import Sample
-from nanovlm.data.source import Source
+from nanovlm.data.records import Records
 from nanovlm.data.transforms import Transform
 from nanovlm.errors import UserError
 from nanovlm.recipes.stage import Recipe, Stage
 from nanovlm.tokenizer import SPLIT, Tokenizer
 from nanovlm.training import distributed
-
-ENDLESS = 1_000_000  # a source that claims so many samples makes them up: read in order, no permutation
-
+from nanovlm.world.datasets import Scenes
 
 def make_collate(recipe: Recipe, stage: Stage, tokenizer: Tokenizer, reads: Reads) -> Collate:
     """What makes the stage's batches, for a model that reads so."""
@@ -40,20 +40,65 @@ def make_collate(recipe: Recipe, stage: Stage, tokenizer: Tokenizer, reads: Read
     return Collate(tokenizer, stage.format, transform, reads, stage.max_length)
 
 
+class Mixture:
+    """The samples of a stage, drawn from the embedded world by the stage's diet."""
+
+    def __init__(self, world: Scenes, stage: Stage, seed: int):
+        self.world, self.stage, self.seed = world, stage, seed
+
+    def __getitem__(self, place: int) -> Sample:
+        diet = self.stage.diet(place)
+        rng = Random(f"{self.seed}/{self.stage.name}/{place}")
+        return replace(self.world.draw(rng.choices(tuple(diet), diet.values())[0], rng), id=f"scenes/{self.stage.name}/{place}")
+
+
+class Epochs:
+    """The samples of a stage, of a person's records: all of them, in an order left to chance, and again."""
+
+    def __init__(self, records: Records, stage: Stage, seed: int):
+        self.records, self.stage, self.seed = records, stage, seed
+        self.size = records.size(stage.real, "train")
+        self.lengths = records.lengths(stage.real) if stage.group and self.size >= stage.batch_size else None
+        self.orders: dict[int, list[int]] = {}  # of the last epochs
+        if self.size == 0:
+            raise UserError(f"{records.name} has nothing to train stage {stage.name} on (it reads {stage.real}).")
+
+    def __getitem__(self, place: int) -> Sample:
+        # grouped, an epoch is of as many samples as make whole batches
+        length = self.size if self.lengths is None else self.size // self.stage.batch_size * self.stage.batch_size
+        number, within = divmod(place, length)
+        if number not in self.orders:
+            self.orders = {n: order for n, order in self.orders.items() if n == number - 1} | {number: self.epoch(number)}
+        return self.records.sample(self.stage.real, "train", self.orders[number][within])
+
+    def epoch(self, number: int) -> list[int]:
+        """The order of the samples in an epoch."""
+        key = f"{self.seed}/{self.stage.name}/{number}"
+        if self.lengths is None:
+            return _epoch(self.size, key)
+        return _grouped_epoch(self.lengths, self.stage.batch_size, distributed.world(), key)
+
+
+class InTurn:
+    """A few thousand captions teach no language: every second text is one of the embedded world's."""
+
+    def __init__(self, own: Epochs, world: Mixture):
+        self.own, self.world = own, world
+
+    def __getitem__(self, place: int) -> Sample:
+        return self.world[place] if place % 2 else self.own[place // 2]
+
+
+Samples = Mixture | Epochs | InTurn
+
+
 class MicroBatches(Dataset):
     """Item n is this rank's micro-batch n: number n % accumulate of step n // accumulate."""
 
-    def __init__(self, source: Source, stage: Stage, seed: int, collate: Collate):
-        self.source, self.stage, self.seed, self.collate = source, stage, seed, collate
+    def __init__(self, samples: Samples, stage: Stage, seed: int, collate: Collate):
+        self.samples, self.stage, self.seed, self.collate = samples, stage, seed, collate
         self.rank, self.world = distributed.rank(), distributed.world()
-        self.size = source.size(stage.view, "train")
-        self.sorts = stage.group and self.size >= ENDLESS  # an endless world's rows; of others whole epochs are grouped
-        grouped = stage.group and ENDLESS > self.size >= stage.batch_size
-        self.lengths = source.lengths(stage.view) if grouped else None
-        self.orders: dict[int, list[int]] = {}  # of the epochs that the last batches were of
-        self.made: dict[int, Sample] = {}  # this rank's rows of the last step, where they are put in order
-        if self.size == 0:
-            raise UserError(f"{source.name} has nothing to train stage {stage.name} on (view {stage.view!r}).")
+        self.kept: tuple[int, list[Sample]] = (-1, [])  # a step's samples, for all of its micro-batches
         if stage.batch_size % (self.world * stage.accumulate):
             raise UserError(f"Stage {stage.name}: batch_size {stage.batch_size} cannot be shared evenly by "
                             f"{self.world} processes and {stage.accumulate} micro-batches; make it a multiple of both.")
@@ -63,46 +108,23 @@ class MicroBatches(Dataset):
 
     def __getitem__(self, n: int) -> Batch:
         step, micro = divmod(n, self.stage.accumulate)
-        mine = self.indices(step)[self.rank::self.world]
-        if self.sorts:
-            mine = self.in_order(mine)
+        if self.kept[0] != step:
+            self.kept = step, self.mine(step)
+        mine = self.kept[1]
         share = len(mine) // self.stage.accumulate
         rng = Random(f"{self.seed}/{self.stage.name}/{step}/{micro}/{self.rank}")
-        chosen = mine[micro * share:(micro + 1) * share]
-        return self.collate([self.made.get(i) or self.draw(i) for i in chosen], rng)
+        return self.collate(mine[micro * share:(micro + 1) * share], rng)
 
-    def draw(self, i: int) -> Sample:
-        return self.source.sample(self.stage.view, "train", i)
-
-    def indices(self, step: int) -> list[int]:
-        """The samples of the whole global batch of `step`."""
-        first = self.stage.first + step * self.stage.batch_size
-        places = range(first, first + self.stage.batch_size)
-        if self.size >= ENDLESS:
-            return [place % self.size for place in places]
-        # grouped, an epoch is of as many samples as make whole batches
-        length = self.size if self.lengths is None else self.size // self.stage.batch_size * self.stage.batch_size
-        numbers = range(places[0] // length, places[-1] // length + 1)
-        self.orders = {number: self.orders.get(number) or self.epoch(number) for number in numbers}
-        return [self.orders[place // length][place % length] for place in places]
-
-    def in_order(self, indices: list[int]) -> list[int]:
-        """From the shortest text to the longest; the samples are kept for the other micro-batches of the step."""
-        if not self.made.keys() >= set(indices):
-            self.made = {i: self.draw(i) for i in indices}
-        return sorted(indices, key=lambda i: _length(self.made[i]))
-
-    def epoch(self, number: int) -> list[int]:
-        """The order of the samples in an epoch."""
-        key = f"{self.seed}/{self.stage.name}/{number}"
-        if self.lengths is None:
-            return _epoch(self.size, key)
-        return _grouped_epoch(self.lengths, self.stage.batch_size, self.world, key)
+    def mine(self, step: int) -> list[Sample]:
+        """This rank's samples of a step; from the shortest to the longest, if the stage groups."""
+        first = step * self.stage.batch_size
+        mine = [self.samples[place] for place in range(first + self.rank, first + self.stage.batch_size, self.world)]
+        return sorted(mine, key=_length) if self.stage.group else mine
 
 
 def _length(sample: Sample) -> int:
     """Words, marks and digits, each of which is about a token."""
-    return sum(len(SPLIT.findall(turn.question + turn.answer)) for turn in sample.turns)
+    return sum(len(SPLIT.findall(text)) for text in (*sample.told, *(turn.question + turn.answer for turn in sample.turns)))
 
 
 def _epoch(size: int, key: str) -> list[int]:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from random import Random
 
 from nanovlm.data.sample import Turn
-from nanovlm.world.drills import absent, dense
+from nanovlm.world.drills import absent
 from nanovlm.world.say import caption
 from nanovlm.world.scene import ATTRIBUTES, COUNTS, PAIRS, Object, Scene, side
 
@@ -44,7 +44,7 @@ FOLLOW_UP = {
 }
 DESCRIBE = "describe the picture."
 
-LONG_ENOUGH = 16  # words of a conversation
+LONG_ENOUGH = 16  # words of a conversation about a picture
 
 # How often each kind is asked: some need a scene that allows them, and some are harder to learn.
 WEIGHTS = {
@@ -98,24 +98,23 @@ def follow_up(scene: Scene, rng: Random, before: Asked) -> Asked | None:
     return Asked(Turn(FOLLOW_UP[field], getattr(it, field), "follow_up"), (it.pair,), it, before.told | {field})
 
 
-def conversation(scene: Scene, rng: Random, pairs: tuple = PAIRS) -> tuple[Turn, ...]:
-    """One question with many answers, or several with one, the first of which may ask for a caption.
+def conversation(scene: Scene, rng: Random, pairs: tuple = PAIRS, enough: int = LONG_ENOUGH) -> tuple[Turn, ...]:
+    """Questions with one answer, of which the first may be a request for a caption, until about `enough` words are said.
 
-    It ends once about LONG_ENOUGH words are said, so that all are of about the same length: a batch is as long as its
-    longest row, and with one to three questions in a row half of it would be padding.
+    All are then of about the same length: a batch is as long as its longest row, and with one to three questions in a row half
+    of it would be padding.
     """
-    if rng.random() < 0.15:
-        return (dense(scene, rng, pairs),)
     talk = (Turn(DESCRIBE, caption(scene, rng), "caption"),) if rng.random() < 0.15 else ()
-    return questions(scene, rng, pairs, talk)
+    return questions(scene, rng, pairs, talk, enough)
 
 
-def questions(scene: Scene, rng: Random, pairs: tuple = PAIRS, before: tuple[Turn, ...] = ()) -> tuple[Turn, ...]:
+def questions(scene: Scene, rng: Random, pairs: tuple = PAIRS, before: tuple[Turn, ...] = (),
+              enough: int = LONG_ENOUGH) -> tuple[Turn, ...]:
     """Questions with one answer, some of which lean on the one before, until enough is said; after the turns `before`."""
     talk = list(before)
-    while _words(talk) < LONG_ENOUGH:
+    while _words(talk) < enough:
         asked = ask(scene, rng, rng.choices(tuple(WEIGHTS), WEIGHTS.values())[0], pairs)
-        while asked and _words(talk) < LONG_ENOUGH and asked.turn.question not in [turn.question for turn in talk]:
+        while asked and _words(talk) < enough and asked.turn.question not in [turn.question for turn in talk]:
             talk.append(asked.turn)
             asked = follow_up(scene, rng, asked) if rng.random() < 0.5 else None
     return tuple(talk)

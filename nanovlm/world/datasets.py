@@ -1,6 +1,6 @@
-"""The embedded world as a source of samples: pictures with captions, conversations, and texts without pictures.
+"""The embedded world as a source of samples: data sets of pictures with captions, of conversations, and of texts.
 
-A worked example, sample("instruct", "train", i):
+A worked example, of the data set "talk":
 
     +-----------+-----------+    user       <image>
     |   #####   |           |               what colour is the square?
@@ -12,54 +12,38 @@ A worked example, sample("instruct", "train", i):
     |           |     v     |
     +-----------+-----------+
 
-Eight views of the world:
+A stage names data sets and their weights (recipes/stage.py). Each is drawn by itself:
 
-    pairs     picture + caption + captions with one fact wrong       contrastive learning
-    captions  "<image>" -> caption                                   the bridge learns to pass on what is there
-    described the same, some in colours without names                and where it learns from captions alone
-    instruct  "<image>\\n" question -> answer, several turns           instruction tuning
-    science   question, context, options -> reason, letter             ScienceQA in small, half of it without pictures
-    mixture   the same, asked in LLaVA-1.5's ways (mixture.py)   and with the form of the answer on demand
-    text      description "\\n" question -> answer, no picture         what the tiny language model reads beforehand
-    told      the same, of the mixture (both in told.py)      and what LLaVA-1.5's reads
+    pairs, vague pairs              picture, caption, captions with one fact wrong; "vague": facts are left out of the caption
+    captions, unnamed captions      "<image>" → caption; "unnamed": in colours without names, of which the caption is silent
+    talk                            questions, several turns: LLaVA's instructions
+    drills, letter drills, …        lists of lookups, see drills.py; "unnamed drills": notes of objects in colours without names
+    short, sentences, letters, …    LLaVA-1.5's ways to ask, see mixture.py; signs: what a sign says, and nothing else
+    science, science texts          question, context, options → reason, letter: ScienceQA in small, half of it without pictures
+    told/…                          each of these talks about a scene that is told where the picture will stand later
+    told/repeat, told/boxes, …      what only a reader without eyes can be asked
+    names, shots                    pages, see pages.py
 
-Lessons come first. "What colour is the square?" has two or three likely answers for whoever knows the colours of the
-picture, and a model that meets such questions at once is content with that for thousands of steps: it never learns to
-look for the square. LESSONS, before the questions, leave it no such way out:
+A shape in a colour in which it was never met is no new thing to a model that has met shapes in any colour; hence the unnamed.
+It has to end before the stage does: who is silent on colours without a name would else be silent on all that is unfamiliar, and
+call a purple square, never met before, a square.
 
-    repeat   top right: small blue square. top left: large red circle.     texts only: to find a word again, and go on
-             say it again.                  -> top left: large red circle. top right: ...
-    dense    take notes.                    -> blue small top right square; circle top left red large.
-                                               one fact of a thing, and the others have to be looked up
-             count red, star, blue circle.  -> red one, star none, blue circle none.
-             find red, digit.               -> red top left, digit bottom left.
-             sides of square red.           -> square red right.
-    lists    mixture, and told after the others: the same, and
-             colour of square. A. red …     -> square B.
-             boxes of square.               -> square [0.60, 0.10, 0.88, 0.38].
-
-In the view "instruct" about one picture in seven then shows its objects in colours that have no name ("take notes, colours
-aside."): a shape in a colour in which it was never met is no new thing to a model that has met shapes in any colour. In
-"described" it is one in four, and its caption does not tell colours. That ends at sample UNNAMED: who is silent on colours
-without a name would else be silent on all that is unfamiliar, and call a purple square, never met before, a square.
-
-Split "train": pictures, captions and questions show and mention SEEN pairs only; texts tell of all pairs.
-Split "val": every scene has an object with a HELD_OUT pair. These scenes do not depend on the seed, so that all runs
-are judged on the same pictures, and scene 12 is the same in every view.
+Training: pictures, captions and questions show and mention SEEN pairs only; texts tell of all pairs.
+Held out: every scene has an object with a HELD_OUT pair. These scenes do not depend on the seed, so that all runs are judged
+on the same pictures, and scene 12 is the same in every data set.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from random import Random
 
 from nanovlm.data.prompts import CAPTION
-from nanovlm.data.sample import TALKS, TEXTS, VIEWS, Sample, Turn
-from nanovlm.data.source import Exam, caption_exam, exam_of, exam_view
+from nanovlm.data.sample import IMAGE, Sample, Turn
+from nanovlm.data.source import ASKED_IN, Exam, caption_exam, exam_of, exam_view
 from nanovlm.errors import UserError
-from nanovlm.world import exams, mixture, told
+from nanovlm.world import drills, exams, mixture, pages, tasks
 from nanovlm.world.ask import DESCRIBE, conversation
-from nanovlm.world.drills import COLOURLESS, dense, lists
-from nanovlm.world.say import captions, negatives, notes, say, vaguer, wordings
+from nanovlm.world.say import DESCRIPTIONS, caption, captions, description, negatives, say, vaguer, wordings
 from nanovlm.world.scene import (
     DIGITS,
     GRID,
@@ -73,13 +57,21 @@ from nanovlm.world.scene import (
     recoloured,
     render,
 )
-from nanovlm.world.told import put_before
 
-SPLITS = ("train", "val")
-# view -> the lessons that come before conversations, each with the sample where it ends
-LESSONS = {"text": {"repeat": 16_000, "dense": 80_000}, "told": {"repeat": 16_000, "dense": 80_000, "lists": 112_000},
-           "instruct": {"dense": 12_000}, "mixture": {"lists": 24_000}, "science": {"dense": 12_000}}
-UNNAMED = 112_000  # of view "described": samples before this one
+Talk = Callable[[Scene, Random, tuple], tuple[Turn, ...]]
+LONG_TALK = 40  # words of a conversation about a scene that is told: to read it costs as much as ten questions
+IN_BLIP2, IN_INSTRUCTBLIP = 0.3, 0.5  # how often a talk, or a task, is written as that paper writes it
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """make: (world, scene, rng, pairs that may be mentioned) → sample, whose id is filled in later."""
+
+    make: Callable[["Scenes", Scene, Random, tuple], Sample]
+    many: tuple[int, ...] = (0,)  # objects of a scene in training; 0: one to four
+    signs: float = 0.4  # how often a sign stands in it
+    numbers: bool = False  # of which some say a number of two digits
+    texts: bool = False  # no pictures: all pairs may be told, and numbers
 
 
 class Scenes:
@@ -88,124 +80,79 @@ class Scenes:
     name = "scenes"
     skipped = ()
 
-    def __init__(self, seed: int = 0, size: int = GRID, small_print: bool = False,
-                 parts: dict[str, int] | None = None):
-        """small_print: signs are numbers of two digits, half as large as others. parts: of the view "mixture", PARTS or SIGNS unless told."""
+    def __init__(self, seed: int = 0, size: int = GRID, small_print: bool = False):
+        """small_print: signs are numbers of two digits, half as large as others."""
         self.seed = seed
         self.image_size = size
         self.small_print = small_print
-        self.parts = parts or (mixture.SIGNS if small_print else mixture.PARTS)
-
-    def size(self, view: str, split: str) -> int:
-        return 1_000_000 if split == "train" else 1000
 
     def texts(self) -> list[str]:
         """A corpus that holds every word of the world, for the tokenizer; whatever the signs say, it is the same one."""
-        plain = Scenes(self.seed)
-        samples = (plain.sample("text", "train", LESSONS["text"]["dense"] - 100 + index) for index in range(3000))
-        return ["\n".join(f"{turn.question}\n{turn.answer}" for turn in sample.turns) for sample in samples]
+        plain, names = Scenes(self.seed), [name for name in SETS if SETS[name].texts]
+        samples = [plain.draw(name, Random(f"{self.seed}/corpus/{name}/{i}")) for name in names for i in range(CORPUS // len(names))]
+        return ["\n".join([*sample.told, *(text for turn in sample.turns for text in (turn.question.replace(IMAGE, ""), turn.answer))])
+                for sample in samples]
 
-    def sample(self, view: str, split: str, index: int) -> Sample:
-        if view not in VIEWS or split not in SPLITS:
-            raise UserError(f"scenes have the views {VIEWS} and the splits {SPLITS}, not {view!r} and {split!r}")
-        rng = Random(f"{self.seed}/{view}/{split}/{index}" if split == "train" else f"val/{view}/{index}")
-        pairs = SEEN if split == "train" and view not in TEXTS else PAIRS  # what may be shown and mentioned
-        lesson = _lesson(view, index) if split == "train" else None
-        if split == "val":
-            scene = self._val_scene(Random(f"val/{index}"))
-        elif lesson:
-            scene = self._scene(rng, pairs, many=rng.choice((2, 2, 3)), view=view)
-        else:
-            scene = self._scene(rng, pairs, many=rng.choice((1, 2, 2)) if view == "pairs" else 0, view=view)
-        name = f"scenes/{split}/{index}"
-        if view == "told":
-            block = Random(f"{self.seed if split == 'train' else 'val'}/{split}/{index // told.BLOCK}")
-            return Sample(name, turns=told.told(scene, rng, lesson, block), references=captions(scene))
-        if view == "text":
-            style = "blip2" if rng.random() < 0.2 else ""
-            return Sample(name, turns=told.document(scene, rng, lesson), references=captions(scene), format=style)
-        if view == "pairs":
-            return self._pair(name, scene, rng, pairs, split)
-        if view in TALKS and split == "train" and rng.random() < 0.15:
-            return self._colourless(name, scene, rng)
-        if view in ("mixture", "science") and not lesson:
-            return self._mixed(name, scene, rng, pairs, view)
-        if view in TALKS:
-            if view == "mixture":
-                talk = (lists(scene, rng, pairs, self.parts),)
-            else:
-                talk = (dense(scene, rng, pairs),) if lesson else conversation(scene, rng, pairs)
-            turns = put_before(talk, "<image>")
-            return Sample(name, (render(scene, self.image_size),), references=captions(scene), turns=turns)
-        wording, shown = rng.choice(wordings(scene)), scene
-        if view == "described" and split == "train" and index < UNNAMED and rng.random() < 0.25:
-            wording, shown = wording._replace(left_out=frozenset({"colour"})), recoloured(scene, rng)
-        true = say(scene, wording)
-        turns = (Turn("<image>", true, "caption"),)
-        return Sample(name, (render(shown, self.image_size),), caption=true, references=captions(scene), turns=turns)
+    def draw(self, name: str, rng: Random) -> Sample:
+        """One training sample of the data set."""
+        made = find(name)
+        pairs = PAIRS if made.texts else SEEN
+        scene = self._scene(rng, pairs, many=rng.choice(made.many), signs=made.signs, numbers=made.texts or made.numbers)
+        return replace(made.make(self, scene, rng, pairs), references=captions(scene))
 
-    def _scene(self, rng: Random, pairs: tuple, many: int = 0, including: tuple = (), view: str = "") -> Scene:
+    def held_out(self, name: str, index: int) -> Sample:
+        scene = self._val_scene(Random(f"val/{index}"))
+        sample = find(name).make(self, scene, Random(f"val/{name}/{index}"), PAIRS)
+        return replace(sample, id=f"scenes/val/{index}", references=captions(scene))
+
+    def look(self, diet: dict[str, float], real: str, n: int) -> list[Sample]:
+        """Of the heaviest data set of the diet."""
+        return [self.held_out(max(diet, key=diet.get), i) for i in range(n)]
+
+    def _scene(self, rng: Random, pairs: tuple, many: int = 0, including: tuple = (), signs: float = 0.4,
+               numbers: bool = False) -> Scene:
         if self.small_print:
             return random_scene(rng, pairs, including, many, 0.9, NUMBERS, small_print=True)
-        return random_scene(rng, pairs, including, many, texts=DIGITS + WORDS + NUMBERS * (view == "told"))
+        texts = 6 * (DIGITS + WORDS) + NUMBERS if numbers else DIGITS + WORDS
+        return random_scene(rng, pairs, including, many, signs, texts)
 
     def _val_scene(self, rng: Random) -> Scene:
         return self._scene(rng, PAIRS, including=HELD_OUT)
 
-    def _mixed(self, name: str, scene: Scene, rng: Random, pairs: tuple, view: str) -> Sample:
-        """One part of the mixture, of which one in fifty has no picture, or of the science set, of which half has none."""
-        if view == "science":
-            shown = rng.random() < 0.5
-            turns = (mixture.science(scene, rng, shown),)
-        else:
-            turns, shown = mixture.conversation(scene, rng, pairs, self.parts)
-        if not shown:
-            return Sample(name, turns=turns, references=captions(scene))
-        images = (render(scene, self.image_size),)
-        return Sample(name, images, references=captions(scene), turns=put_before(turns, "<image>"))
-
-    def _pair(self, name: str, scene: Scene, rng: Random, pairs: tuple, split: str) -> Sample:
-        """A picture and what is said of it; in training, facts are left out of the text now and then."""
-        wording, shown = rng.choice(wordings(scene)), scene
-        if split == "train":
-            wording = vaguer(wording, rng)
-            shown = recoloured(scene, rng) if "colour" in wording.left_out else scene
-        false = negatives(scene, wording, rng, k=2, pairs=pairs)
-        images = (render(shown, self.image_size),)
-        return Sample(name, images, caption=say(scene, wording), references=captions(scene), negatives=false)
-
-    def _colourless(self, name: str, scene: Scene, rng: Random) -> Sample:
-        """A picture in colours without names, and notes that are silent about them."""
-        images = (render(recoloured(scene, rng), self.image_size),)
-        turns = (Turn(f"<image>\n{COLOURLESS}", notes(scene, rng, colours=False), "notes"),)
-        return Sample(name, images, references=captions(scene), turns=turns)
+    def picture(self, scene: Scene) -> tuple:
+        return (render(scene, self.image_size),)
 
     def galleries(self, n: int = 500) -> list[list[Sample]]:
         """One gallery of n held-out pictures with a caption each, all of different scenes."""
         chosen: dict[tuple, Sample] = {}  # all captions of a scene → its sample: equal captions mean the same scene
         index = 0
         while len(chosen) < n:
-            sample = self.sample("captions", "val", index)
+            sample = self.held_out("captions", index)
             chosen.setdefault(sample.references, sample)
             index += 1
         return [list(chosen.values())]
 
     def exams(self, names: Sequence[str], n: int = 0) -> list[Exam]:
-        """answers, mixture, science: an exam for each kind of question. captions: of any scene; two: of two objects."""
+        """answers, mixture, science: an exam for each kind of question. captions: of any scene; two: of two objects.
+
+        told: all of these and InstructBLIP's tasks, where words stand in the pictures' places. pages: see pages.py.
+        """
         found: list[Exam] = []
         view = exam_view(names)
         for name in names:
-            if name in ("answers", *TALKS):
+            if name in ASKED_IN:
                 found += [exam_of(kind, self.exam(n or 200, (kind,), view)) for kind in exams.kinds_of(view) if kind != "caption"]
             elif name in ("captions", "two"):
                 kind = "caption" if name == "captions" else exams.TWO
                 found.append(caption_exam(self.exam(n or 200, (kind,), view)))
+            elif name in exams.TOLD:
+                found += [exam_of(kind, [self._told(kind, i) for i in range(n or 100)]) for kind in exams.TOLD[name]]
         return found
 
     def notes(self, figures: dict[str, dict[str, float]]) -> list[str]:
         return []
 
-    def exam(self, n: int = 200, kinds: Sequence[str] = (), view: str = "instruct") -> list[Sample]:
+    def exam(self, n: int = 200, kinds: Sequence[str] = (), view: str = "answers") -> list[Sample]:
         """n samples of each kind (all of the view unless told), whose last turn is to be judged: see exams.py."""
         known = exams.kinds_of(view)
         if unknown := set(kinds) - {*known, exams.TWO}:
@@ -218,15 +165,133 @@ class Scenes:
     def _exam_question(self, kind: str, index: int, view: str) -> Sample:
         mixed = view == "mixture"
         if kind == "caption":
-            sample = self.sample("captions", "val", index)
-            return replace(sample, turns=(Turn(f"<image>\n{CAPTION if mixed else DESCRIBE}", sample.caption, kind),))
+            sample = self.held_out("captions", index)
+            return replace(sample, turns=(Turn(f"{IMAGE}\n{CAPTION if mixed else DESCRIBE}", sample.caption, kind),))
         scene, turns = exams.asked_in_turn(kind, index, self._val_scene, mixed, self.answers(kind))
         sample = Sample(f"scenes/exam/{kind}/{index}", turns=turns, references=captions(scene))
-        if kind in mixture.BLIND:
+        if kind == "science_text":
             return sample
-        return replace(sample, images=(render(scene, self.image_size),), turns=put_before(turns, "<image>"))
+        if kind == "chat":
+            return replace(sample, told=(_plainly(scene, Random(index)),), turns=put_before(turns))
+        return replace(sample, images=self.picture(scene), turns=put_before(turns))
+
+    def _told(self, kind: str, index: int) -> Sample:
+        """A question of an exam, about scenes that are told."""
+        form, told, turns, right = exams.told_in_turn(kind, index, self._val_scene)
+        return Sample(f"scenes/told/{kind}/{index}", told=told, turns=turns, references=right, format=form)
 
 
-def _lesson(view: str, index: int) -> str | None:
-    """The lesson that this training sample of the view belongs to; None behind the last one."""
-    return next((lesson for lesson, end in LESSONS.get(view, {}).items() if index < end), None)
+def find(name: str) -> DataSet:
+    if name not in SETS:
+        raise UserError(f"scenes have no data set {name!r}, only {', '.join(SETS)}.")
+    return SETS[name]
+
+
+def put_before(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    """The mark of a picture on a line of its own before the first question."""
+    first = turns[0]
+    return (replace(first, question=f"{IMAGE}\n{first.question}"), *turns[1:])
+
+
+def _plainly(scene: Scene, rng: Random) -> str:
+    return description(scene, rng, DESCRIPTIONS[:1])
+
+
+def _variously(scene: Scene, rng: Random) -> str:
+    """Cell by cell most often, as in the lessons."""
+    return description(scene, rng, DESCRIPTIONS[:1] if rng.random() < 0.6 else DESCRIPTIONS)
+
+
+# ---- samples of one kind each: (world, scene, rng, pairs) → sample
+
+def shown(talk: Talk) -> Callable:
+    return lambda world, scene, rng, pairs: Sample("", world.picture(scene), turns=put_before(talk(scene, rng, pairs)))
+
+
+def told(talk: Talk, describe: Callable[[Scene, Random], str] = _variously, blip2: float = 0.0) -> Callable:
+    """The same talk where words stand in the picture's place."""
+    def make(world: Scenes, scene: Scene, rng: Random, pairs: tuple) -> Sample:
+        style = "blip2" if rng.random() < blip2 else ""
+        return Sample("", told=(describe(scene, rng),), turns=put_before(talk(scene, rng, pairs)), format=style)
+    return make
+
+
+def one(lesson: Callable[[Scene, Random, tuple], Turn]) -> Talk:
+    """A talk of one turn."""
+    return lambda scene, rng, pairs: (lesson(scene, rng, pairs),)
+
+
+def pair(world: Scenes, scene: Scene, rng: Random, pairs: tuple) -> Sample:
+    return _pair(world, scene, scene, rng.choice(wordings(scene)), rng, pairs)
+
+
+def vague_pair(world: Scenes, scene: Scene, rng: Random, pairs: tuple) -> Sample:
+    wording = vaguer(rng.choice(wordings(scene)), rng)
+    return _pair(world, scene, recoloured(scene, rng) if "colour" in wording.left_out else scene, wording, rng, pairs)
+
+
+def _pair(world: Scenes, scene: Scene, shown: Scene, wording: tuple, rng: Random, pairs: tuple) -> Sample:
+    return Sample("", world.picture(shown), caption=say(scene, wording), negatives=negatives(scene, wording, rng, k=2, pairs=pairs))
+
+
+def captioned(world: Scenes, scene: Scene, rng: Random, pairs: tuple) -> Sample:
+    return _captioned(world, scene, say(scene, rng.choice(wordings(scene))))
+
+
+def unnamed_captioned(world: Scenes, scene: Scene, rng: Random, pairs: tuple) -> Sample:
+    silent = rng.choice(wordings(scene))._replace(left_out=frozenset({"colour"}))
+    return _captioned(world, recoloured(scene, rng), say(scene, silent))
+
+
+def _captioned(world: Scenes, scene: Scene, text: str) -> Sample:
+    return Sample("", world.picture(scene), caption=text, turns=(Turn(IMAGE, text, "caption"),))
+
+
+def unnamed_drill(world: Scenes, scene: Scene, rng: Random, pairs: tuple) -> Sample:
+    return shown(one(drills.colourless))(world, recoloured(scene, rng), rng, pairs)
+
+
+def science_text(world: Scenes, scene: Scene, rng: Random, pairs: tuple) -> Sample:
+    return Sample("", turns=(mixture.science(scene, rng, shown=False),))
+
+
+def told_task(world: Scenes, scene: Scene, rng: Random, pairs: tuple) -> Sample:
+    """One of InstructBLIP's tasks; frames are told one after the other."""
+    scenes, turns = tasks.task(scene, rng, rng.choice(tasks.NAMES), pairs)
+    style = "instructblip" if rng.random() < IN_INSTRUCTBLIP else ""
+    return Sample("", told=(" then ".join(_plainly(one, rng) for one in scenes),), turns=put_before(turns), format=style)
+
+
+def names(world: Scenes, scene: Scene, rng: Random, pairs: tuple) -> Sample:
+    turns, told = pages.names(rng, rng.randint(2, pages.MOST_SHOTS + 1))
+    return Sample("", told=told, turns=turns, format="flamingo")
+
+
+def shots(world: Scenes, scene: Scene, rng: Random, pairs: tuple) -> Sample:
+    turns, told = pages.shots([scene, *(world._scene(rng, pairs) for _ in range(rng.choice((0, 0, 1, 2))))], rng)
+    return Sample("", told=told, turns=turns, format="flamingo")
+
+
+TALKS: dict[str, Talk] = {
+    "talk": conversation, "drills": one(drills.dense), "letter drills": one(drills.letters), "box drills": one(drills.boxes_of),
+    "short": mixture.short, "sentences": mixture.sentences, "letters": mixture.letters,
+    "captions on demand": mixture.captioned, "regions": mixture.regions, "grounding": mixture.grounded,
+    "signs": mixture.read_sign, "science": one(lambda scene, rng, pairs: mixture.science(scene, rng, shown=True)),
+}
+BOXED = ("box drills", "regions", "grounding")
+LISTS = ("drills", "letter drills", "box drills")  # from scenes of two or three objects
+IN_LISTS = (2, 2, 3)
+SETS: dict[str, DataSet] = {
+    "pairs": DataSet(pair), "vague pairs": DataSet(vague_pair, signs=0.5, numbers=True),
+    "captions": DataSet(captioned), "unnamed captions": DataSet(unnamed_captioned), "unnamed drills": DataSet(unnamed_drill),
+    "science texts": DataSet(science_text), "names": DataSet(names, texts=True), "shots": DataSet(shots, texts=True),
+    "told/tasks": DataSet(told_task, texts=True),
+    "told/repeat": DataSet(told(one(drills.repeat), _plainly, IN_BLIP2), IN_LISTS, texts=True),
+    "told/captions": DataSet(told(lambda scene, rng, pairs: (Turn("", caption(scene, rng), "caption"),), blip2=1.0), texts=True),
+    **{name: DataSet(shown(talk), IN_LISTS if name in LISTS else (0,)) for name, talk in TALKS.items()},
+    **{f"told/{name}": DataSet(told(talk, mixture.with_boxes if name in BOXED else _variously,
+                                    IN_BLIP2 if name in ("talk", "drills") else 0.0),
+                               IN_LISTS if name in LISTS else (0,), texts=True) for name, talk in TALKS.items()},
+    "told/talk": DataSet(told(lambda scene, rng, pairs: conversation(scene, rng, pairs, LONG_TALK), blip2=IN_BLIP2), texts=True),
+}
+CORPUS = 4000  # texts

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from random import Random
 
 from nanovlm.data.sample import Turn
-from nanovlm.world.say import notes
+from nanovlm.world.say import DESCRIPTIONS, description, notes
 from nanovlm.world.scene import ATTRIBUTES, CELLS, COLOURS, COUNTS, PAIRS, SHAPES, SIZES, Object, Scene, boxes, side
 
 NOTES = "take notes."
@@ -27,10 +27,20 @@ OPTIONS = {"colour": tuple(COLOURS), "shape": SHAPES, "size": tuple(SIZES), "pos
            "count": COUNTS, "relation": ("left", "right", "above", "below")}
 
 
+def repeat(scene: Scene, rng: Random, pairs: tuple = PAIRS) -> Turn:
+    """Of a scene that is told, for it has no other words: to find a word again, and to go on from it."""
+    return Turn(REPEAT, description(scene, rng, DESCRIPTIONS[:1]), "repeat")
+
+
 def dense(scene: Scene, rng: Random, pairs: tuple = PAIRS) -> Turn:
     """A question whose answer is many answers: a census most often, since what is not there is the hardest to see."""
     lesson = rng.choices((_notes, census, places, sides), (2, 3, 1, 2))[0]
     return lesson(scene, rng, pairs) or _notes(scene, rng, pairs)
+
+
+def colourless(scene: Scene, rng: Random, pairs: tuple = PAIRS) -> Turn:
+    """Of objects in colours that have no name."""
+    return Turn(COLOURLESS, notes(scene, rng, colours=False), "notes")
 
 
 def _notes(scene: Scene, rng: Random, pairs: tuple) -> Turn:
@@ -71,12 +81,6 @@ def sides(scene: Scene, rng: Random, pairs: tuple = PAIRS) -> Turn | None:
     asked = rng.sample(couples, min(4, len(couples)))
     answer = ", ".join(f"{names} {where}" for names, where in asked)
     return Turn(f"sides of {', '.join(names for names, _ in asked)}.", f"{answer}.", "sides")
-
-
-def lists(scene: Scene, rng: Random, pairs: tuple, parts: dict[str, int]) -> Turn:
-    """A question whose answer is many answers, those of the new kinds among them where these are part of the mixture."""
-    weights = (6, 4 * ("letters" in parts), int("grounding" in parts))
-    return rng.choices((dense, letters, boxes_of), weights)[0](scene, rng, pairs)
 
 
 def letters(scene: Scene, rng: Random, pairs: tuple = PAIRS) -> Turn:

@@ -11,13 +11,14 @@ turn that it needs.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from random import Random
 
 from nanovlm.data.prompts import SHORT, prompted
-from nanovlm.data.sample import Turn
-from nanovlm.world import mixture
+from nanovlm.data.sample import IMAGE, Turn
+from nanovlm.world import mixture, pages, tasks
 from nanovlm.world.ask import DESCRIBE, FOLLOW_UP, KINDS, Asked, ask, follow_up
-from nanovlm.world.say import caption
+from nanovlm.world.say import DESCRIPTIONS, caption, captions, description
 from nanovlm.world.scene import (
     ATTRIBUTES,
     CELLS,
@@ -40,6 +41,14 @@ ANSWERS = {
     "colour": tuple(COLOURS), "shape": SHAPES, "size": tuple(SIZES), "position": CELLS, "count": COUNTS,
     "relation": ("left", "right", "above", "below"), "existence": ("yes", "no"), "reading": DIGITS + WORDS,
 }  # fmt: skip
+
+
+# What a reader without eyes is asked, about scenes that are told: the ten kinds bare, with LLaVA-1.5's sentence and in BLIP-2's format,
+# a caption, what only the mixture asks, InstructBLIP's tasks; and Flamingo's pages.
+TOLD = {"told": (*KINDS, *(f"short/{kind}" for kind in KINDS), *(f"blip2/{kind}" for kind in KINDS), "caption", *mixture.KINDS,
+                 "science_text", *(f"task/{group}" for group in tasks.NAMES)),
+        "pages": (*(f"names/{shots}" for shots in range(pages.MOST_SHOTS + 1)), "shots/0", "shots/2")}
+FORMATS = {"blip2": "blip2", "caption": "blip2", "task": "instructblip", "names": "flamingo", "shots": "flamingo"}
 
 
 def kinds_of(view: str) -> tuple[str, ...]:
@@ -71,6 +80,39 @@ def asked_in_turn(kind: str, index: int, draw: Callable[[Random], Scene], mixed:
         if asked and _wanted(scene, asked[-1], kind, index, in_turn):
             talk = tuple(one.turn for one in asked)
             return scene, prompted(talk, SHORT) if mixed else talk
+
+
+def told_in_turn(kind: str, index: int, draw: Callable[[Random], Scene],
+                 ) -> tuple[str, tuple[str, ...], tuple[Turn, ...], tuple[str, ...]]:
+    """Of a question of TOLD its format, what is told, the turns with their marks, and what counts as right (of captions and the like)."""
+    form, _, detail = kind.rpartition("/")
+    form, rng, right = form or kind, Random(f"told/{kind}/{index}"), ()
+    if form == "names":
+        turns, told = pages.names(rng, int(detail), asked_known=True)
+    elif form == "shots":
+        turns, told = pages.shots([draw(rng) for _ in range(int(detail) + 1)], rng, rng.choice(KINDS[:-1]))
+    else:
+        if form == "task":
+            shown, turns = tasks.examine(draw, rng, detail)
+        else:
+            scene, turns = _examined(kind, detail, index, draw)
+            shown = (scene,)
+        boxed = kind in ("region", "grounding")
+        told = (mixture.with_boxes(shown[0], rng) if boxed else " then ".join(description(s, rng, DESCRIPTIONS[:1]) for s in shown),)
+        right = tasks.right_questions(shown[0], turns[-1]) if turns[-1].kind == "asking" else captions(shown[0])
+        if kind == "science_text":  # which tells by itself
+            told = ()
+        else:
+            turns = (replace(turns[0], question=f"{IMAGE}\n{turns[0].question}"), *turns[1:])
+    return FORMATS.get(form, ""), told, turns, right
+
+
+def _examined(kind: str, detail: str, index: int, draw: Callable[[Random], Scene]) -> tuple[Scene, tuple[Turn, ...]]:
+    if kind == "caption":
+        rng = Random(f"exam/{kind}/{index}")
+        scene = draw(rng)
+        return scene, (Turn("", caption(scene, rng), kind),)
+    return asked_in_turn(detail, index, draw, kind.startswith("short"), answers(detail))
 
 
 def _examine(scene: Scene, rng: Random, kind: str) -> list[Asked]:

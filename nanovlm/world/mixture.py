@@ -2,23 +2,20 @@
 
 "Improved Baselines with Visual Instruction Tuning" (2310.03744) §3.2, Table 7.
 
-    part        stands for                    question                                    answer
+    data set    stands for                    question                                    answer
     short       VQAv2, GQA, OKVQA, OCR-VQA    what colour is the square? ⏎ SHORT          blue
     sentences   LLaVA-Instruct                what colour is the square?                  It is blue.
-    dense       –                             count red, star, blue circle.               red one, star none, …
+    drills …    –                             count red, star, blue circle.               red one, star none, …
     letters     A-OKVQA                       … A. red B. blue ⏎ LETTER                   B
-    caption     TextCaps                      CAPTION                                     a small blue square in the …
-    region      RefCOCO, Visual Genome        [0.60, 0.10, 0.88, 0.38] ⏎ REGION           small blue square
+    captions …  TextCaps                      CAPTION                                     a small blue square in the …
+    regions     RefCOCO, Visual Genome        [0.60, 0.10, 0.88, 0.38] ⏎ REGION           small blue square
     grounding   the same, the other way       small blue square ⏎ GROUNDING               [0.60, 0.10, 0.88, 0.38]
     chat        ShareGPT, no picture          top right: small blue square. what colour…  It is blue.
-
-    bare        InstructBLIP's way            what colour is the square?                  blue           not parts of the
-    boxes       –                             boxes of square, red.                       square [0.60,  mixture itself
-    sign        –                             what does the sign say? ⏎ SHORT             47             (see SIGNS)
 
 Whether a word or a sentence is wanted cannot be guessed from "what colour is the square?": a model that was taught both gives
 either, or always the one that was more frequent. SHORT takes the doubt away (§3.2: why InstructBLIP answers in words only).
 The sentences stand in data/prompts.py, behind the first question, and hold for the whole conversation.
+A talk is a function (scene, rng, pairs) → turns, in which no mark of a picture stands yet: see datasets.py.
 """
 
 from dataclasses import replace
@@ -27,53 +24,49 @@ from random import Random
 from nanovlm.data.prompts import CAPTION, GROUNDING, LETTER, REGION, SHORT, prompted
 from nanovlm.data.sample import Turn
 from nanovlm.world.ask import FOLLOW_UP, Asked, ask, questions
-from nanovlm.world.drills import OPTIONS, box, boxes_of, enumerated, lists
+from nanovlm.world.drills import OPTIONS, box, enumerated
 from nanovlm.world.say import DESCRIPTIONS, caption, description
 from nanovlm.world.scene import ATTRIBUTES, PAIRS, Object, Scene
 
-# How many of a hundred conversations: short answers lead and one in ten is a letter, as in the paper; lists of lookups hold on to
-# what lessons taught.
-PARTS = {"short": 46, "dense": 22, "sentences": 9, "letters": 10, "caption": 3, "region": 4, "grounding": 4, "chat": 2}
-SIGNS = PARTS | {"sign": 40}  # where signs are in small print: a second digit is learned late
-BOXED = ("region", "grounding", "boxes")  # kinds with boxes in question or answer
 KINDS = ("option", "region", "grounding", "chat")  # what an exam asks beyond the questions of ask.py
 SCIENCE = ("science", "science_text")  # what an exam of view "science" asks
 BLIND = ("chat", "science_text")  # of these, what is asked without a picture
 
 
-def conversation(scene: Scene, rng: Random, pairs: tuple = PAIRS,
-                 parts: dict[str, int] = PARTS) -> tuple[tuple[Turn, ...], bool]:
-    """The turns of one part, and whether they are about a picture; no mark stands in them yet."""
-    part = rng.choices(tuple(parts), parts.values())[0]
-    if part == "dense":
-        return (lists(scene, rng, pairs, parts),), True
-    if part == "boxes":
-        return (boxes_of(scene, rng),), True
-    if part == "sign" and (asked := ask(scene, rng, "reading")):
-        return prompted((asked.turn,), SHORT), True
-    if part == "caption":
-        return (Turn(CAPTION, caption(scene, rng), "caption"),), True
-    if part == "letters":  # these three have one turn, as they are long already and a batch is as long as its longest row
-        return (option(scene, rng, rng.choice(tuple(OPTIONS))),), True
-    if part in ("region", "grounding"):
-        return ({"region": region, "grounding": grounding}[part](scene, rng.choice(scene.objects)),), True
-    if part in ("short", "bare", "sign"):
-        return prompted(questions(scene, rng, pairs), "" if part == "bare" else SHORT), True
-    talk = tuple(replace(turn, answer=sentence(turn)) for turn in questions(scene, rng, pairs)[:2])
-    return (talk, True) if part == "sentences" else (told(scene, rng, talk), False)
+def short(scene: Scene, rng: Random, pairs: tuple = PAIRS) -> tuple[Turn, ...]:
+    return prompted(questions(scene, rng, pairs), SHORT)
 
 
-def description_with_boxes(scene: Scene, rng: Random) -> str:
+def sentences(scene: Scene, rng: Random, pairs: tuple = PAIRS) -> tuple[Turn, ...]:
+    return tuple(replace(turn, answer=sentence(turn)) for turn in questions(scene, rng, pairs)[:2])
+
+
+def letters(scene: Scene, rng: Random, pairs: tuple = PAIRS) -> tuple[Turn, ...]:
+    return (option(scene, rng, rng.choice(tuple(OPTIONS))),)
+
+
+def captioned(scene: Scene, rng: Random, pairs: tuple = PAIRS) -> tuple[Turn, ...]:
+    return (Turn(CAPTION, caption(scene, rng), "caption"),)
+
+
+def regions(scene: Scene, rng: Random, pairs: tuple = PAIRS) -> tuple[Turn, ...]:
+    return (region(scene, rng.choice(scene.objects)),)
+
+
+def grounded(scene: Scene, rng: Random, pairs: tuple = PAIRS) -> tuple[Turn, ...]:
+    return (grounding(scene, rng.choice(scene.objects)),)
+
+
+def read_sign(scene: Scene, rng: Random, pairs: tuple = PAIRS) -> tuple[Turn, ...]:
+    asked = ask(scene, rng, "reading")
+    return prompted((asked.turn,), SHORT) if asked else short(scene, rng, pairs)
+
+
+def with_boxes(scene: Scene, rng: Random) -> str:
     """The objects for a reader without eyes who is asked about boxes: who has read of cells and boxes side by side finds the
     places of things in a picture much sooner.
     """
     return " ".join(f"{thing.cell}: {phrase(thing)} {box(scene, thing)}." for thing in rng.sample(scene.objects, len(scene.objects)))
-
-
-def told(scene: Scene, rng: Random, talk: tuple[Turn, ...]) -> tuple[Turn, ...]:
-    """The same talk about a scene that is not shown but told."""
-    first = talk[0]
-    return (replace(first, question=f"{description(scene, rng, DESCRIPTIONS[:1])}\n{first.question}"), *talk[1:])
 
 
 def sentence(turn: Turn) -> str:
@@ -147,5 +140,4 @@ def examine(scene: Scene, rng: Random, kind: str, about: Object) -> Turn:
         return option(scene, rng, asked.turn.kind, asked)
     if kind in SCIENCE:
         return replace(science(scene, rng, kind == "science", asked), kind=kind)
-    (turn,) = told(scene, rng, (replace(asked.turn, answer=sentence(asked.turn), kind="chat"),))
-    return turn
+    return replace(asked.turn, answer=sentence(asked.turn), kind="chat")
