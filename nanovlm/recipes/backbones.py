@@ -21,7 +21,7 @@ from nanovlm.vit import clip_vit
 TINY_VOCAB = 1024
 TINY_VISION = clip_vit(image_size=48, patch=12, width=128, layers=4, heads=4)  # 16 image tokens
 TINY_LANGUAGE = llama(TINY_VOCAB, width=128, layers=4, heads=8, ffn=352, max_positions=512)
-TINY_T5 = T5Config(TINY_VOCAB, width=64, layers=3, heads=8, head_dim=8, ffn=176, activation="geglu")  # 8 distances
+TINY_T5 = T5Config(TINY_VOCAB, width=128, layers=3, heads=8, head_dim=16, ffn=352, activation="geglu")
 
 SMALL_VOCAB = 16384
 SMALL_VISION = clip_vit(image_size=224, patch=16, width=384, layers=12, heads=6)  # 196 image tokens
@@ -52,7 +52,7 @@ LM_TINY_T5 = replace(
     LM_TINY, name="lm/tiny-t5", config=TINY_T5,
     stages=(replace(LM_TINY.stages[0], name="lm-t5", format="flan_t5", evaluate=("told",),
                     data={name: weight for name, weight in TOLD.items() if name not in ("names", "shots")},
-                    lessons=(LESSONS[0], (0.18, {"told/drills": 8, "told/letter drills": 2}))),))
+                    lessons=(LESSONS[0], (0.18, {"told/drills": 8, "told/letter drills": 2})), steps=10_000, accumulate=2),))
 
 CLIP_SMALL = Recipe(
     "clip/small", CLIP, CLIPConfig(SMALL_VISION, clip_text(SMALL_VOCAB, 384, 6, 6), 256), image_size=224, vocab=SMALL_VOCAB,
