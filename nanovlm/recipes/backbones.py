@@ -21,7 +21,7 @@ from nanovlm.vit import clip_vit
 TINY_VOCAB = 1024
 TINY_VISION = clip_vit(image_size=48, patch=12, width=128, layers=4, heads=4)  # 16 image tokens
 TINY_LANGUAGE = llama(TINY_VOCAB, width=128, layers=4, heads=8, ffn=352, max_positions=512)
-TINY_T5 = T5Config(TINY_VOCAB, width=128, layers=3, heads=8, head_dim=16, ffn=352, activation="geglu")
+TINY_T5 = T5Config(TINY_VOCAB, width=96, layers=3, heads=6, head_dim=16, ffn=264, activation="geglu")
 
 SMALL_VOCAB = 16384
 SMALL_VISION = clip_vit(image_size=224, patch=16, width=384, layers=12, heads=6)  # 196 image tokens
