@@ -109,6 +109,9 @@ class FakeRecords:
     def size(self, real, split):
         return self.count
 
+    def lengths(self, real):
+        return [1] * self.count
+
     def sample(self, real, split, index):
         return fake_sample(f"{real}/{index}", Random(f"{self.seed}/{real}/{split}/{index}"), self.image_size, real == "texts")
 
