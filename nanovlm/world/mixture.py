@@ -31,7 +31,6 @@ from nanovlm.world.scene import ATTRIBUTES, PAIRS, Object, Scene
 SENTENCE = "Answer in a full sentence."  # ours: the paper's line for short answers has no counterpart
 KINDS = ("option", "region", "grounding", "chat")  # what an exam asks beyond the questions of ask.py
 SCIENCE = ("science", "science_text")  # what an exam of view "science" asks
-BLIND = ("chat", "science_text")  # of these, what is asked without a picture
 
 
 def short(scene: Scene, rng: Random, pairs: tuple = PAIRS) -> tuple[Turn, ...]:
