@@ -14,7 +14,8 @@ Legend: S scenes, D width of the encoder, n cells with this fact.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from math import isqrt
 from random import Random
 
 import torch
@@ -24,7 +25,23 @@ from torch.nn import functional as F
 from nanovlm.data.sample import Sample
 from nanovlm.evaluate.pupil import Pupil, chunks
 from nanovlm.recipes.llava import TINY as LLAVA
-from nanovlm.world.scene import CELLS, COLOURS, DIGITS, HELD_OUT, NUMBERS, PAIRS, SEEN, SHAPES, SIZES, WORDS, Scene, Sign, random_scene, render
+from nanovlm.vit import ViT
+from nanovlm.world.scene import (
+    CELLS,
+    COLOURS,
+    DIGITS,
+    HELD_OUT,
+    NUMBERS,
+    PAIRS,
+    SEEN,
+    SHAPES,
+    SIZES,
+    WORDS,
+    Scene,
+    Sign,
+    random_scene,
+    render,
+)
 
 VALUES = {"colour": tuple(COLOURS), "shape": SHAPES, "size": tuple(SIZES), "place": ("nothing", "object", "sign"), "sign": DIGITS + WORDS,
           "tens": DIGITS, "ones": DIGITS}
@@ -73,18 +90,28 @@ def held_out_numbers(n: int) -> list[Scene]:
     return [random_scene(Random(f"val/number/{i}"), PAIRS, including=HELD_OUT, signs=1.0, texts=NUMBERS) for i in range(n)]
 
 
+def patches(vision: ViT) -> Callable[[Tensor], Tensor]:
+    """What LLaVA's projector is given: images (B, 3, h, w) → tokens (B, N, D)."""
+    depth = vision.config.layers + 1 + LLAVA.config.feature_layer
+    return lambda images: vision(images, depth=depth)[:, 1:]
+
+
+def pixels(images: Tensor) -> Tensor:
+    """A probe without an encoder: each pixel is a token of width 3."""
+    return images.flatten(2).transpose(1, 2)
+
+
 @torch.no_grad()
-def features(pupil: Pupil, scenes: Sequence[Scene]) -> Tensor:
-    """The tokens of each cell, (S, 4, 4·D): those that LLaVA's projector is given."""
-    vision = pupil.model.vision
-    depth, half = vision.config.layers + 1 + LLAVA.config.feature_layer, vision.config.grid // 2
+def features(pupil: Pupil, scenes: Sequence[Scene], tokens_of: Callable[[Tensor], Tensor]) -> Tensor:
+    """The tokens of each cell, one after the other: (S, 4, F)."""
     found = []
     for some in chunks(scenes):
-        pictures = [Sample("", (render(scene, vision.config.image_size),)) for scene in some]
-        tokens = vision(pupil.collate.images(pictures)["images"].to(pupil.device), depth=depth)[:, 1:]  # (B, N, D)
+        pictures = [Sample("", (render(scene, pupil.model.config.vision.image_size),)) for scene in some]
+        tokens = tokens_of(pupil.collate.images(pictures)["images"].to(pupil.device))
         B, N, D = tokens.shape
-        grid = tokens.view(B, 2, half, 2, half, D).transpose(2, 3)  # rows and columns of cells, then those within a cell
-        found.append(grid.reshape(B, 4, half * half * D).cpu())
+        side = isqrt(N) // 2  # of a cell, in tokens
+        rows = tokens.view(B, 2, side, 2, side, D).transpose(2, 3)  # (B, 2, 2, side, side, D)
+        found.append(rows.reshape(B, 4, N // 4 * D).cpu())  # (B, 4, N // 4 * D)
     return torch.cat(found)
 
 
@@ -134,13 +161,15 @@ def judge(probes: dict[str, Probe], reading: str, x: Tensor, truth: dict[str, Te
     return {"value": value, "n": n, "chance": often / n, "shuffled": shuffled}
 
 
-def measure(pupil: Pupil, seed: int, scenes: Sequence[int] = SCENES, judged: int = HELD_OUT_SCENES) -> dict:
-    """{"scenes": {number of scenes learned from: {reading: figures}}}."""
+def measure(pupil: Pupil, seed: int, scenes: Sequence[int] = SCENES, judged: int = HELD_OUT_SCENES) -> dict[str, dict]:
+    """{number of scenes learned from: {reading: figures}}, and of the most scenes the same for "pixels"."""
     seen, held_out, numbers = seen_scenes(max(scenes), seed), held_out_scenes(judged), held_out_numbers(judged // 2)
-    x, truth = features(pupil, seen), labels(seen)
-    exams = {reading: (features(pupil, some), labels(some, HELD_OUT)) for reading, some in (("number", numbers), ("", held_out))}
-    found = {}
-    for n in scenes:
-        probes = fit(x[:n], {fact: y[:n] for fact, y in truth.items()})
-        found[str(n)] = {reading: judge(probes, reading, *exams.get(reading, exams[""])) for reading in READINGS}
+    truth, asked, asked_numbers = labels(seen), labels(held_out, HELD_OUT), labels(numbers, HELD_OUT)
+    encode, found = patches(pupil.model.vision), {}
+    for name, tokens_of, sizes in (("", encode, scenes), ("pixels", pixels, (max(scenes),))):
+        x, cells, signs = (features(pupil, some, tokens_of) for some in (seen, held_out, numbers))
+        for n in sizes:
+            probes = fit(x[:n], {fact: y[:n] for fact, y in truth.items()})
+            found[name or str(n)] = {reading: judge(probes, reading, signs, asked_numbers) if reading == "number"
+                                     else judge(probes, reading, cells, asked) for reading in READINGS}
     return found
