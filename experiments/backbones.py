@@ -49,21 +49,22 @@ def measure(name: str, seed: int) -> dict:
     """The recipe's model with this seed, from the cache or trained now."""
     model, tokenizer = trained_model(name, seed=seed)
     recipe = recipes.get(name)
-    return judged(Pupil(model, recipe, recipe.stages[-1], tokenizer, CPU), name, seed, minutes=None)
+    stage = recipe.stages[-1]
+    return judged(Pupil(model, recipe, stage, tokenizer, CPU), name, seed, stage.steps, minutes=None)
 
 
 def collect(folder: Path) -> dict:
     """The model of a run, which knows how long it took."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (stage,) = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["stages"]
-    return judged(load_run(folder), config["recipe"]["name"], config["seed"], None if stage["cached"] else stage["seconds"] / 60)
+    minutes = None if stage["cached"] else round(stage["seconds"] / 60, 1)
+    return judged(load_run(folder), config["recipe"]["name"], config["seed"], stage["steps"], minutes)
 
 
-def judged(pupil: Pupil, name: str, seed: int, minutes: float | None) -> dict:
+def judged(pupil: Pupil, name: str, seed: int, steps: int, minutes: float | None) -> dict:
     world = world_of(recipes.get(name), seed)
     about = {"recipe": name, "seed": seed, "machine": machine(), "versions": versions(), "commit": commit(),
-             "parameters": sum(p.numel() for p in pupil.model.parameters()), "steps": pupil.stage.steps,
-             "minutes": minutes and round(minutes, 1)}
+             "parameters": sum(p.numel() for p in pupil.model.parameters()), "steps": steps, "minutes": minutes}
     if pupil.model.reads.kind == "pairs":
         return {**about, "eval": retrieval.measure(pupil, world), "probe": encoder_probe.measure(pupil, seed)}
     return {**about, "eval": judges.evaluate(pupil, world)}
@@ -71,8 +72,11 @@ def judged(pupil: Pupil, name: str, seed: int, minutes: float | None) -> dict:
 
 def commit() -> str:
     """Of the code that measures; "+" where it has been changed since."""
-    found = subprocess.run(["git", "describe", "--always", "--dirty=+", "--exclude=*"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    return found.stdout.strip() or "unknown"
+    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", "*.py") else "")
+
+
+def git(*words: str) -> str:
+    return subprocess.run(["git", *words], cwd=Path(__file__).parents[1], check=True, capture_output=True, text=True).stdout.strip()
 
 
 # ---- Markdown
