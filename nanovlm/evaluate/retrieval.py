@@ -2,7 +2,8 @@
 
     n pictures × G texts ─► cosine ─► the RERANK best of each row ─► match(picture, text) + cosine ─► recall at 1 and 10
 
-BLIP-2 §4.4: the best by contrast are judged again, by matching plus contrast (as the released code adds them).
+BLIP-2 §4.4: the best by contrast are judged again, by matching plus contrast (as the released code adds them). A model that
+does not match, such as CLIP, is judged by contrast alone, under the plain names.
 """
 
 from collections import defaultdict
@@ -21,16 +22,16 @@ RERANK = 16  # candidates judged again; BLIP-2 has 128, for galleries of 1,000 t
 
 def measure(pupil: Pupil, source: Source) -> dict[str, dict[str, float]]:
     """Each gallery's pictures against its own texts, both ways; the mean over the galleries. `shuffled`: other pictures' truths."""
-    if not pupil.model.reads.matches:
-        raise UserError("This model cannot be judged by retrieval: it does not say whether a picture and a text belong "
-                        "together. Of BLIP-2 only stage 1 does, for example trained_model('blip2/tiny', 'stage1').")
+    if pupil.model.reads.kind != "pairs":
+        raise UserError("This model cannot be judged by retrieval: it does not compare pictures with texts. "
+                        "Of BLIP-2 only stage 1 does, for example trained_model('blip2/tiny', 'stage1').")
     marks = defaultdict(list)  # figure → value, chance, shuffled of each gallery
     galleries = source.galleries()
     for samples in galleries:
         texts = list(dict.fromkeys(s.caption for s in samples))
         right = torch.tensor([[text in s.captions for text in texts] for s in samples])  # (n, G)
         batch = to_device(pupil.collate.images(samples) | pupil.collate.texts(texts), pupil.device)
-        found = retrieve(pupil.model, batch["images"], batch["input_ids"], batch["attention_mask"])
+        found = retrieve(pupil.model, batch["images"], batch["input_ids"], batch["attention_mask"], pupil.model.reads.matches)
         for name, similarity in found.items():
             way, rows, relevant = name[:3], similarity, right
             if way == "t2i":
@@ -45,9 +46,11 @@ def measure(pupil: Pupil, source: Source) -> dict[str, dict[str, float]]:
 
 
 @torch.no_grad()
-def retrieve(model: nn.Module, images: Tensor, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+def retrieve(model: nn.Module, images: Tensor, ids: Tensor, mask: Tensor, matches: bool = True) -> dict[str, Tensor]:
     """Scores (images, texts) under four names: "i2t/itc" and "t2i/itc", and re-ranked "i2t" and "t2i"."""
     cosine = model.score(images, ids, mask)  # (n, G)
+    if not matches:
+        return {"i2t": cosine, "t2i": cosine}
     found = {"i2t/itc": cosine, "t2i/itc": cosine}
     tokens = model.encode_image(images)
     for way in ("i2t", "t2i"):
