@@ -1,4 +1,4 @@
-"""Talk to a trained model about pictures: `python -m nanovlm.chat runs/llava --image photo.png`
+"""Talk to a trained model about pictures: `python -m nanovlm.chat runs/llava --image photo.png`, or `… llava --scene 3`
 
     turns so far + question ─► prompt in the format of training ─► model ─► words, printed as they come ─► turns
 
@@ -27,12 +27,13 @@ from nanovlm.data.sample import IMAGE, Sample, Turn
 from nanovlm.data.transforms import load_image
 from nanovlm.errors import UserError
 from nanovlm.evaluate.pupil import Pupil
-from nanovlm.runs import checkpoint
+from nanovlm.runs import checkpoint, shipped
 from nanovlm.runs.folder import is_run
-from nanovlm.runs.run import model_of
+from nanovlm.runs.run import model_of, shortened
 from nanovlm.runs.setting import Job
 from nanovlm.tokenizer import Tokenizer
 from nanovlm.training import distributed
+from nanovlm.world.datasets import Scenes
 
 ROOM = 128  # tokens of an answer, where none is given
 HELP = "\n".join(line.strip() for line in __doc__.split("\n") if line.startswith(("    > ", "    an empty")))
@@ -87,13 +88,26 @@ class Dialogue:
         yield text[len(said):]
 
 
+def open_model(name: str, device: torch.device | str = "cpu") -> Pupil:
+    """The model of a run's folder, or of this name as it is shipped: llava, blip2/tiny-t5."""
+    recipe = name if "/" in name else f"{name}/tiny"
+    if Path(name).exists() or recipe not in recipes.names() or not shipped.path(recipe, recipes.get(recipe).stage().name).exists():
+        return load_run(name, device)
+    recipe = recipes.get(recipe)
+    return Pupil(model_of(Job(recipe, recipe.stage()), shipped.read(recipe, recipe.stage())).to(device), recipe, recipe.stage(),
+                 shipped.tokenizer(), device)
+
+
 def load_run(path: str | Path, device: torch.device | str = "cpu") -> Pupil:
     """The model that a run has trained, after its last stage, ready to be asked."""
     path = Path(path)
     if not is_run(path):
+        there = ", ".join(name for name in recipes.names() if shipped.path(name, recipes.get(name).stage().name).exists())
         raise UserError(f"{path} is no folder of a run (it has no config.json of ours): name one that train_tiny.py wrote, "
-                        "such as runs/llava.")
+                        f"such as runs/llava, or a shipped model ({there or 'there are none here'}).")
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    if config["steps"] is not None:
+        print(shortened(config["steps"]), file=sys.stderr)
     recipe = recipes.get(config["recipe"]["name"])
     stage = recipe.stages[-1]
     weights = path / f"{stage.name}.pt"
@@ -112,11 +126,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"--max-new-tokens {options.max_new_tokens}: an answer needs room for 1 token or more.")
         if not 0 <= options.temperature < math.inf:
             raise UserError(f"--temperature {options.temperature}: give 0, for the most likely words, or more, such as 0.7.")
-        pupil = load_run(options.run, distributed.choose_device(options.device))
+        pupil = open_model(options.run, distributed.choose_device(options.device))
         if pupil.model.reads.kind == "pairs":
             raise UserError(f"{options.run} holds a {type(pupil.model).__name__}, which compares pictures with texts and was never "
                             "trained to converse: name a run of llava, llava15 or blip2.")
         images = [load_image(image) for image in options.image]
+        if options.scene is not None:
+            scene = Scenes(0, **{"size": pupil.recipe.image_size, **pupil.recipe.world}).held_out("captions", options.scene)
+            images += scene.images
+            print(f"scene {options.scene}: {scene.caption}", file=sys.stderr)
         dialogue = Dialogue(pupil, images, pupil.stage.max_length, options.max_new_tokens, options.temperature, options.seed)
         if options.ask is not None:
             answer(dialogue, options.ask)
@@ -172,8 +190,9 @@ def answer(dialogue: Dialogue, question: str) -> None:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m nanovlm.chat", description="Talk to a trained model about pictures.",
-        epilog='example: python -m nanovlm.chat runs/llava --image photo.png --ask "what is it?"')
-    parser.add_argument("run", help="the folder of a finished run, such as runs/llava")
+        epilog='example: python -m nanovlm.chat llava --scene 3 --ask "what colour is the square?"')
+    parser.add_argument("run", help="the folder of a finished run, such as runs/llava, or a shipped model: llava, llava15, blip2")
+    parser.add_argument("--scene", type=int, metavar="N", help="show it held-out scene N of the embedded world")
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be given several times")
     parser.add_argument("--ask", metavar="QUESTION", help="one question, its answer, and out")
     parser.add_argument("--max-new-tokens", type=int, default=ROOM, metavar="N", help=f"of an answer (default: {ROOM})")

@@ -28,7 +28,7 @@ Rows = list[tuple[object, str, str, str]]  # picture, question, truth, answer
 
 class Pupil:
     def __init__(self, model: nn.Module, recipe: Recipe, stage: Stage, tokenizer: Tokenizer, device: torch.device | str):
-        self.model, self.stage, self.tokenizer, self.device = model.eval(), stage, tokenizer, device
+        self.model, self.recipe, self.stage, self.tokenizer, self.device = model.eval(), recipe, stage, tokenizer, device
         self.collate = make_collate(recipe, replace(stage, augment=False), tokenizer, model.reads)
 
     def read(self, samples: Sequence[Sample]) -> Batch:

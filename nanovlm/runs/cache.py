@@ -55,6 +55,9 @@ class Cache:
         stores = (self.trained, self.shipped) if self.setting.final(job) else (self.shipped, self.trained)
         return next((found for store in stores if (found := store(job)) is not None), None)
 
+    def has(self, job: Job) -> bool:
+        return (self.setting.ships(job) and shipped.path(*job.name).exists()) or (self.kept and self.path(job).exists())
+
     def shipped(self, job: Job) -> State | None:
         return shipped.read(job.recipe, job.stage) if self.setting.ships(job) else None
 

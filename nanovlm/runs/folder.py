@@ -29,12 +29,14 @@ OURS = "nanovlm run"  # config.json says so: the mark by which --overwrite knows
 class RunFolder:
     """The first store of a run, in front of the cache: its folder. Rank 0 alone writes."""
 
-    def __init__(self, recipe: str, out: str | None = None, resume: bool = False, overwrite: bool = False):
+    def __init__(self, recipe: str, out: str | None = None, resume: bool = False, overwrite: bool = False, quick: bool = False):
+        """quick: a shortened run, whose folder says so."""
         self.began, self.resume, self.overwrite = time.monotonic(), resume, overwrite
         self.before = 0.0  # seconds of the run before it was resumed
         self.records: list[dict] = []  # of finished stages, as in summary.json
         self.state: dict | None = None  # the checkpoint to go on from
-        self.path: Path = on_first(lambda: choose(out, recipe.removesuffix("/tiny").replace("/", "-"), resume, overwrite))
+        name = recipe.removesuffix("/tiny").replace("/", "-") + "-quick" * quick
+        self.path: Path = on_first(lambda: choose(out, name, resume, overwrite))
         if resume and (self.path / "last.pt").exists():
             self.state = checkpoint.load(self.path / "last.pt")
             self.records, self.before = self.state["records"], self.state["seconds"]
@@ -60,6 +62,11 @@ class RunFolder:
             stage, step = (self.state["stage"], self.state["step"]) if self.state else (None, 0)
             trim_metrics(self.path / "metrics.jsonl", {r["name"] for r in self.records}, stage, step)
         write_json(self.path / "config.json", self.config)
+
+    def has(self, job: Job) -> bool:
+        """Whether `read` will find it, unless a file proves broken."""
+        known = job.stage.name in {record["name"] for record in self.records}
+        return known or (not self.setting.final(job) and not self.half_way(job) and self.cache.has(job))
 
     def read(self, job: Job) -> State | None:
         """From this folder, or if it is a backbone's from the cache."""

@@ -24,10 +24,10 @@ def warn(text: str) -> None:
 
 
 class Progress:
-    """One stage's bar, or its plain lines."""
+    """One stage's bar, or its plain lines. later: samples of the stages that come, for the time that the whole run has left."""
 
-    def __init__(self, stage: str, first: int, steps: int, batch_size: int):
-        self.stage, self.first, self.steps, self.batch_size = stage, first, steps, batch_size
+    def __init__(self, stage: str, first: int, steps: int, batch_size: int, later: int = 0):
+        self.stage, self.first, self.steps, self.batch_size, self.later = stage, first, steps, batch_size, later
         self.began = self.last = time.monotonic()
         show = sys.stderr.isatty() and distributed.rank() == 0
         self.bar = tqdm(total=steps, initial=first, desc=stage, leave=True, dynamic_ncols=True) if show else None
@@ -42,13 +42,19 @@ class Progress:
         if now - self.last < EVERY and report.step != self.steps:
             return
         self.last = now
-        left = (now - self.began) / (report.step - self.first) * (self.steps - report.step)
+        each = (now - self.began) / (report.step - self.first)
+        left = each * (self.steps - report.step)
+        whole = f", {left + each * self.later / self.batch_size:.0f} s for all stages" if self.later else ""
         speed = self.batch_size / report.seconds
-        say(f"{self.stage} {report.step}/{self.steps}  {losses}  {speed:.0f} samples/s  {left:.0f} s left")
+        say(f"{self.stage} {report.step}/{self.steps}  {losses}  {speed:.0f} samples/s  {left:.0f} s left{whole}")
 
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+def minutes(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
 def report(summary: dict, path: Path) -> None:

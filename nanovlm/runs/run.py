@@ -21,10 +21,10 @@ from nanovlm import recipes
 from nanovlm.evaluate.judges import evaluate
 from nanovlm.evaluate.pupil import Pupil, Rows
 from nanovlm.recipes.stage import as_config, resolve
-from nanovlm.runs import checkpoint
+from nanovlm.runs import checkpoint, shipped
 from nanovlm.runs.cache import Cache
 from nanovlm.runs.folder import OURS, RunFolder, write_json
-from nanovlm.runs.progress import report, say
+from nanovlm.runs.progress import minutes, report, say
 from nanovlm.runs.setting import Job, Setting, find_tokenizer, leave_out_unfit, needs, plan, read_source
 from nanovlm.runs.watch import Watch, interruptible
 from nanovlm.tokenizer import Tokenizer
@@ -66,7 +66,7 @@ def _run(recipe_name: str, options: Options, device: torch.device) -> dict:
     recipe = resolve(recipes.get(recipe_name), options.data is not None, options.steps)
     find_published(recipe, recipe.stages[-1].name)
     source = read_source(recipe, options.data, options.on_missing, options.seed)
-    keep = RunFolder(recipe.name, options.out, options.resume, options.overwrite)
+    keep = RunFolder(recipe.name, options.out, options.resume, options.overwrite, quick=options.steps is not None)
     tokenizer = keep.tokenizer() or find_tokenizer(recipe, source, options.seed, options.from_scratch)
     setting = Setting(recipe, options.seed, device, source, tokenizer, options.steps, options.from_scratch)
     job = Job(recipe, recipe.stages[-1])
@@ -74,7 +74,22 @@ def _run(recipe_name: str, options: Options, device: torch.device) -> dict:
         leave_out_unfit(plan(job, setting), setting)
     keep.begin(setting, Cache(setting, options.cache), config_of(setting, options, plan(job, setting)))
     say(f"{recipe.name} on {source.name}, seed {options.seed}, {device}, into {keep.path}")
+    setting.work = [each for each in plan(job, setting) if not keep.has(each)]
+    announce(setting)
     return finish(setting, keep, weights_after(job, setting, keep))
+
+
+def announce(setting: Setting) -> None:
+    """What will be done, and how long it took where the shipped weights were made."""
+    known = [shipped.seconds(job.recipe.name, job.stage) for job in setting.work]
+    about = "" if None in known or setting.real else f"; about {minutes(sum(known))} of training where the shipped weights were made"
+    say(f"plan: {', '.join(f'{job.stage.name} {job.stage.steps:,} steps' for job in setting.work) or 'nothing to train'}, evaluation{about}")
+    if setting.steps is not None:
+        say(shortened(setting.steps))
+
+
+def shortened(steps: float) -> str:
+    return f"This is a shortened run (--steps {steps:g}): a look at how it works, not at how good it gets."
 
 
 def trained_model(name: str, stage: str | None = None, seed: int = 0) -> tuple[nn.Module, Tokenizer]:
@@ -122,8 +137,10 @@ def train(job: Job, setting: Setting, before: dict[str, State], keep: RunFolder 
                 "random": random_states(), "stage_seconds": seconds + time.monotonic() - began})
 
     blank = not stage.init and stage == recipe.stages[0]
+    place = setting.work.index(job) if job in setting.work else 0
+    later = sum(other.stage.steps * other.stage.batch_size for other in setting.work[place + 1:])
     watch = Watch(model, stage, keep.path if keep else None, setting.device, first, recipe.vocab if blank else None, save,
-                  sampler(model, job, setting))
+                  sampler(model, job, setting), f"[{place + 1}/{len(setting.work)}] " if setting.work else "", later)
     take_steps(model, job, batches, optimiser, first, watch)
     frozen, trained, changed = vitals.compare(prints, vitals.fingerprints(model), stage.trains)
     for warning in changed:
@@ -179,6 +196,8 @@ def finish(setting: Setting, keep: RunFolder, weights: State) -> dict:
                    "trained": sum(p.numel() for name, p in model.named_parameters() if name in learns)},
         "eval": {}, "notes": [], "versions": versions()}
     if distributed.rank() == 0:
+        if setting.steps is not None:
+            summary["notes"].append(shortened(setting.steps))
         if setting.source.skipped:
             record, reason = setting.source.skipped[0]
             summary["notes"].append(f"Records that were left out: {len(setting.source.skipped)}. The first is "

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -43,6 +43,7 @@ class Setting:
     tokenizer: Tokenizer
     steps: float | None = None
     from_scratch: bool = False  # no shipped weights
+    work: list[Job] = field(default_factory=list)  # what this run has to train, in order
 
     def ships(self, job: Job) -> bool:
         """Whether the job's weights may be shipped ones: a backbone's, or if all was asked for as it is shipped, the recipe's own."""

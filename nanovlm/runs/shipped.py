@@ -76,6 +76,16 @@ def load(file: Path) -> tuple[State, dict]:
     return {name: torch.from_numpy(arrays[name].astype(np.float32)) for name in about["tensors"]}, about
 
 
+def seconds(recipe: str, stage: Stage) -> float | None:
+    """How long so many steps took when the weights were made; None where they are not shipped."""
+    file = path(recipe, stage.name)
+    if not file.exists():
+        return None
+    with np.load(file, allow_pickle=False) as stored:
+        about = json.loads(stored["about"].tobytes())
+    return about["seconds"] * stage.steps / about["steps"]
+
+
 def digest(recipe: str, stage: str) -> str:
     return hashlib.sha256(path(recipe, stage).read_bytes()).hexdigest()
 

@@ -29,7 +29,7 @@ from nanovlm.training.loop import Report
 from nanovlm.training.randomness import undisturbed
 
 LOG_STEPS = 10
-SAMPLE_SECONDS = 30.0
+FIRST_SAMPLE, SAMPLE_SECONDS = 10.0, 30.0
 SAVE_SECONDS = 60.0
 
 
@@ -64,14 +64,15 @@ class Watch:
     """One stage's observer.
 
     folder: where lines and pictures go, if anywhere. vocab: given where the weights are random, so that the first loss says
-    something. save: writes last.pt. samples: asks the model held-out questions.
+    something. save: writes last.pt. samples: asks the model held-out questions. place: which stage of how many; later: samples of
+    those that come.
     """
 
     def __init__(self, model: nn.Module, stage: Stage, folder: Path | None, device: torch.device, first: int, vocab: int | None,
-                 save: Callable[[int], None], samples: Callable[[], Rows]):
+                 save: Callable[[int], None], samples: Callable[[], Rows], place: str = "", later: int = 0):
         self.model, self.stage, self.folder, self.device, self.vocab = model, stage, folder, device, vocab
         self.save, self.samples, self.first = save, samples, first
-        self.progress = Progress(stage.name, first, stage.steps, stage.batch_size)
+        self.progress = Progress(place + stage.name, first, stage.steps, stage.batch_size, later)
         self.saved = self.sampled = time.monotonic()
         self.shown = 0
         self.dead: set[str] | None = None  # parameters that had no gradient at any step so far
@@ -93,7 +94,7 @@ class Watch:
         if last or report.step % LOG_STEPS == 0 or report.step == 1:
             self.log(report)
         now = time.monotonic()
-        if now - self.sampled > SAMPLE_SECONDS or last:
+        if now - self.sampled > (SAMPLE_SECONDS if self.shown else FIRST_SAMPLE) or last:
             self.show()
             self.sampled = time.monotonic()
         if now - self.saved > SAVE_SECONDS and not last:
