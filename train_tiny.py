@@ -47,6 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--resume", action="store_true",
                         help="go on with the run in --out (default: the last runs/MODEL)")
     parser.add_argument("--overwrite", action="store_true", help="delete the run in --out first")
+    parser.add_argument("--from-scratch", action="store_true", help="train the backbones too, instead of taking the shipped ones")
     parser.add_argument("--no-cache", action="store_true", help="neither read nor write cached backbones")
     parser.add_argument("--steps", type=float, metavar="X", help="up to 1: this fraction of every stage's steps; "
                         "above 1: this number of steps in every stage")
@@ -68,7 +69,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise UserError(f"--model {options.model!r} {known}; what can be trained: {', '.join(map(repr, MODELS))}.")
         run(options.recipe or f"{options.model}/tiny", Options(
             data=options.data, on_missing=options.on_missing, device=options.device, seed=options.seed, out=options.out,
-            resume=options.resume, overwrite=options.overwrite, cache=not options.no_cache, steps=options.steps))
+            resume=options.resume, overwrite=options.overwrite, cache=not options.no_cache, steps=options.steps,
+            from_scratch=options.from_scratch))
         return 0
     except UserError as error:
         return stop(2, f"{error}")

@@ -28,7 +28,7 @@ from nanovlm.lm_loss import mean_loss
 from nanovlm.recipes.stage import Recipe, Stage
 from nanovlm.runs.setting import Setting
 from nanovlm.training import randomness
-from nanovlm.training.batches import MicroBatches, make_collate
+from nanovlm.training.batches import MicroBatches, Mixture, make_collate
 from nanovlm.training.loop import Report, freeze
 from nanovlm.training.weights import State
 from nanovlm.world.ask import KINDS
@@ -42,7 +42,8 @@ def flops(setting: Setting, stage: Stage) -> int:
     """Of one step's forward and backward pass."""
     model = RECIPE.build(stage)
     freeze(model, stage.trains)
-    batch = MicroBatches(setting.source, stage, 0, make_collate(RECIPE, stage, setting.tokenizer, model.reads))[0]
+    collate = make_collate(RECIPE, stage, setting.tokenizer, model.reads)
+    batch = MicroBatches(Mixture(setting.source, stage, 0), stage, 0, collate)[0]
     with FlopCounterMode(display=False) as counter:
         mean_loss(model.losses(batch)).backward()
     return counter.get_total_flops()
@@ -61,7 +62,7 @@ def curve(setting: Setting, recipe: Recipe, finished: dict[str, State]) -> list[
             points.append({"step": report.step, "loss": round(report.losses["lm"], 4), **judged})
             print(f"  step {report.step}: {judged['value']:.3f} (pictures exchanged {judged['shuffled']:.3f})", flush=True)
 
-    seeds.learn(recipe, stage, setting.source, setting.seed, setting.tokenizer, finished, ask)
+    seeds.learn(recipe, stage, Mixture(setting.source, stage, setting.seed), setting.seed, setting.tokenizer, finished, ask)
     return points
 
 

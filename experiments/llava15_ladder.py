@@ -25,55 +25,41 @@ from torch import nn
 from experiments import seeds
 from nanovlm import metrics, recipes
 from nanovlm.data.prompts import SHORT
-from nanovlm.data.sample import Sample
 from nanovlm.evaluate import judges
 from nanovlm.evaluate.pupil import Pupil
 from nanovlm.papers.llava import LLaVAConfig
-from nanovlm.recipes.stage import Recipe
+from nanovlm.recipes.llava15 import MIXTURE
+from nanovlm.recipes.stage import Diet, Recipe
 from nanovlm.runs.setting import world_of
 from nanovlm.tiling import hd_tiling
 from nanovlm.tokenizer import Tokenizer
+from nanovlm.training.batches import Mixture
 from nanovlm.world.ask import KINDS
-from nanovlm.world.datasets import LESSONS, Scenes
-from nanovlm.world.mixture import PARTS
 
 NAME, TINY = "llava15_ladder", recipes.get("llava15/tiny")
 STEPS = 2400  # of stage 2 where the fraction is 1; stage 1 is always whole
 BASE = replace(TINY, world={"size": 96, "small_print": True}, stages=(
     replace(TINY.stages[0], sizes={"tiling": None}), replace(TINY.stages[1], steps=STEPS)))
-HALF = {"dense": 22, "sentences": 39}
-PROMPT = HALF | {"short": 39}
-MORE = {part: weight for part, weight in PARTS.items() if part not in ("region", "grounding")}
+HALF = {"drills": 19, "unnamed drills": 15, "sentences": 33}
+PROMPT = HALF | {"short": 33}
+MORE = {name: weight for name, weight in MIXTURE.items() if name not in ("regions", "grounding", "box drills")}
 ONE, TWO = (replace(TINY.config, projector_layers=layers) for layers in (1, 2))
 TILED = replace(TWO, tiling=hd_tiling(48))
-RUNGS = {  # name → model, parts of the mixture
-    "linear": (ONE, HALF | {"bare": 39}), "format prompt": (ONE, PROMPT), "MLP": (TWO, PROMPT), "short VQA": (TWO, MORE),
-    "regions": (TWO, PARTS), "resolution": (TILED, PARTS),
-    "tiles alone": (replace(TILED, tiling=replace(TILED.tiling, whole="none")), PARTS)}
+RUNGS = {  # name → model, data of stage 2
+    "linear": (ONE, HALF | {"talk": 33}), "format prompt": (ONE, PROMPT), "MLP": (TWO, PROMPT), "short VQA": (TWO, MORE),
+    "regions": (TWO, MIXTURE), "resolution": (TILED, MIXTURE),
+    "tiles alone": (replace(TILED, tiling=replace(TILED.tiling, whole="none")), MIXTURE)}
 NEW = ("option", "region", "grounding")  # kinds
 PER_KIND = 100
 
 
-def recipe_of(config: LLaVAConfig, fraction: float) -> Recipe:
+def recipe_of(config: LLaVAConfig, data: Diet, fraction: float) -> Recipe:
+    """Lessons are about what the rung's data are about."""
     align, tune = BASE.stages
     trains = (*tune.trains, "tiles") if config.tiling else tune.trains
-    stages = align, replace(tune, steps=round(tune.steps * fraction), trains=trains)
-    return replace(BASE, config=config, stages=stages)
-
-
-class Shortened:
-    """A world whose lessons last as short as the stage does: the samples behind the first of them are the same."""
-
-    name = "scenes"
-
-    def __init__(self, world: Scenes, fraction: float):
-        self.world, self.left_out = world, round(LESSONS["mixture"]["lists"] * (1 - fraction))
-
-    def size(self, view: str, split: str) -> int:
-        return self.world.size(view, split)
-
-    def sample(self, view: str, split: str, index: int) -> Sample:
-        return self.world.sample(view, split, index + self.left_out * (view == "mixture"))
+    lessons = tuple((end, {name: weight for name, weight in lists.items() if name in data}) for end, lists in tune.lessons)
+    tune = replace(tune, steps=round(tune.steps * fraction), trains=trains, data=data, lessons=lessons)
+    return replace(BASE, config=config, stages=(align, tune))
 
 
 def judged(model: nn.Module, recipe: Recipe, tokenizer: Tokenizer) -> dict:
@@ -94,13 +80,13 @@ def measure(seed: int, fraction: float) -> dict:
     """Every rung is trained after the same backbones."""
     setting, before = seeds.trained_before(TINY.name, last=2, seed=0)
     rungs = {}
-    for rung, (config, parts) in RUNGS.items():
-        recipe = recipe_of(config, fraction)
-        world = Shortened(Scenes(seed, parts=parts, **recipe.world), fraction)
+    for rung, (config, data) in RUNGS.items():
+        recipe = recipe_of(config, data, fraction)
+        world = world_of(recipe, seed)
         print(f"seed {seed}, {rung}", flush=True)
         align, tune = recipe.stages
-        aligned = seeds.learn(recipe, align, world, seed, setting.tokenizer, before).state_dict()
-        model = seeds.learn(recipe, tune, world, seed, setting.tokenizer, before | {align.name: aligned})
+        aligned = seeds.learn(recipe, align, Mixture(world, align, seed), seed, setting.tokenizer, before).state_dict()
+        model = seeds.learn(recipe, tune, Mixture(world, tune, seed), seed, setting.tokenizer, before | {align.name: aligned})
         rungs[rung] = judged(model, recipe, setting.tokenizer)
     return {"steps": tune.steps, "rungs": rungs}
 

@@ -17,6 +17,7 @@ from experiments import llava15_ladder, seeds
 from nanovlm import recipes
 from nanovlm.runs.run import trained_model
 from nanovlm.tiling import hd_tiling
+from nanovlm.training.batches import Mixture
 
 NAME, HD = "llava15_tiles", recipes.get("llava15/tiny-hd")
 TILINGS = {"the whole": None, "tiles alone": replace(hd_tiling(48), whole="none"), "with tiles": HD.config.tiling}
@@ -35,7 +36,7 @@ def measure(seed: int, fraction: float) -> dict:
         if recipe == HD:
             model, _ = trained_model(HD.name, seed=seed)  # maybe train_tiny.py has left it in the cache
         else:
-            model = seeds.learn(recipe, stage, setting.source, seed, setting.tokenizer, before)
+            model = seeds.learn(recipe, stage, Mixture(setting.source, stage, seed), seed, setting.tokenizer, before)
         rungs[name] = llava15_ladder.judged(model, recipe, setting.tokenizer)
     return {"steps": stage.steps, "rungs": rungs}
 

@@ -31,11 +31,10 @@ from nanovlm.making import instruct
 from nanovlm.making.symbols import Symbols
 from nanovlm.making.teachers import rules
 from nanovlm.runs.run import trained_model
-from nanovlm.runs.setting import MixedText
 from nanovlm.tokenizer import Tokenizer
-from nanovlm.training.batches import ENDLESS
+from nanovlm.training.batches import InTurn, Mixture
 from nanovlm.training.weights import initial_model
-from nanovlm.world.datasets import Scenes
+from nanovlm.world.datasets import Scenes, put_before
 from nanovlm.world.say import captions
 from nanovlm.world.scene import HELD_OUT, PAIRS, SEEN, boxes, random_scene, render
 
@@ -48,34 +47,30 @@ ROOM = 320  # tokens for an answer: four things are described in about 250
 
 
 class Talk:
-    """A teacher's talk about scenes, made when asked for: a source of samples like any other."""
+    """A teacher's talk about scenes, made when asked for: samples like any other. told: a caption stands in the picture's place."""
 
-    name = "scenes, told to a teacher"
+    def __init__(self, seed: int, kinds: Sequence[str], told: bool = False):
+        self.seed, self.kinds, self.told = seed, kinds, told
 
-    def __init__(self, seed: int, kinds: Sequence[str]):
-        self.seed, self.kinds = seed, kinds
+    def __getitem__(self, place: int) -> Sample:
+        return self.sample("train", place, SEEN)
 
-    def size(self, view: str, split: str) -> int:
-        return ENDLESS
-
-    def sample(self, view: str, split: str, index: int) -> Sample:
+    def sample(self, split: str, index: int, among: tuple, including: tuple = ()) -> Sample:
         rng = Random(f"talk/{self.seed}/{split}/{index}")
-        scene = random_scene(rng, SEEN) if split == "train" else random_scene(rng, PAIRS, including=HELD_OUT)
+        scene = random_scene(rng, among, including)
         (kind,) = rng.choices(self.kinds, [SHARES[kind] for kind in self.kinds])
         every = captions(scene)
-        told = Symbols(f"scene-{index}", Path(), tuple(rng.sample(every, min(5, len(every)))), tuple(boxes(scene)))
-        pairs, _, why = instruct.ask(rules, told, kind, rng)
+        symbols = Symbols(f"scene-{index}", Path(), tuple(rng.sample(every, min(5, len(every)))), tuple(boxes(scene)))
+        pairs, _, why = instruct.ask(rules, symbols, kind, rng)
         if not pairs:
-            raise ValueError(f"the teacher has nothing to say of {told}: {why}")
-        before = told.captions[0] if view == "text" else IMAGE
-        turns = [Turn(question, answer, kind) for question, answer in pairs]
-        turns[0] = replace(turns[0], question=f"{before}\n{turns[0].question}")
-        images = () if view == "text" else (render(scene, RECIPE.image_size),)
-        return Sample(f"talk/{index}", images, references=every, turns=tuple(turns))
+            raise ValueError(f"the teacher has nothing to say of {symbols}: {why}")
+        turns = put_before(tuple(Turn(question, answer, kind) for question, answer in pairs))
+        shown = {"told": symbols.captions[:1]} if self.told else {"images": (render(scene, RECIPE.image_size),)}
+        return Sample(f"talk/{index}", references=every, turns=turns, **shown)
 
     def exam(self) -> list[Sample]:
         """Of a conversation now an early, now a late question."""
-        asked = [self.sample("instruct", "val", index) for index in range(PER_KIND)]
+        asked = [self.sample("val", index, PAIRS, HELD_OUT) for index in range(PER_KIND)]
         return [replace(s, turns=s.turns[:1 + i % len(s.turns)]) for i, s in enumerate(asked)]
 
 
@@ -111,17 +106,17 @@ def judged(model: nn.Module, tokenizer: Tokenizer) -> dict[str, dict[str, float]
 
 
 def measure(seed: int, fraction: float) -> dict:
-    world, talk = Scenes(seed), Talk(seed, DIETS["all"])
-    texts = [f"{turn.question}\n{turn.answer}" for i in range(3000) for turn in talk.sample("text", "train", i).turns]
+    world, talk = Scenes(seed), Talk(seed, DIETS["all"], told=True)
+    texts = [f"{turn.question.removeprefix(IMAGE)}\n{turn.answer}" for i in range(3000) for turn in talk[i].turns]
     tokenizer = Tokenizer.train([*world.texts(), *texts, *1000 * template_texts()], RECIPE.vocab)
     eyes = trained_model("clip/tiny", seed=seed)[0].state_dict()
     lesson, (align, tune) = READER.stages[0], RECIPE.stages
-    lesson = replace(lesson, steps=round(2 * lesson.steps * fraction))  # longer sentences take longer to learn
+    lesson = replace(lesson, steps=round(lesson.steps * fraction))
     tune = replace(tune, steps=round(tune.steps * fraction))
     reader, recipe = replace(READER, stages=(lesson,)), replace(RECIPE, stages=(align, tune))
     finished = {"clip": eyes}
-    finished["lm"] = seeds.learn(reader, lesson, MixedText(talk, world), seed, tokenizer, finished).state_dict()
-    finished["align"] = seeds.learn(recipe, align, world, seed, tokenizer, finished).state_dict()
+    finished["lm"] = seeds.learn(reader, lesson, InTurn(talk, Mixture(world, lesson, seed)), seed, tokenizer, finished).state_dict()
+    finished["align"] = seeds.learn(recipe, align, Mixture(world, align, seed), seed, tokenizer, finished).state_dict()
     results = {}
     for diet, kinds in DIETS.items():
         print(f"seed {seed}, {diet}", flush=True)

@@ -11,13 +11,12 @@ import torch
 from torch import nn
 
 from nanovlm import recipes
-from nanovlm.data.source import Source
 from nanovlm.recipes.stage import Recipe, Stage, resolve
 from nanovlm.runs.cache import Cache
 from nanovlm.runs.run import versions, weights_after
 from nanovlm.runs.setting import Job, Setting, make_tokenizer, plan, world_of
 from nanovlm.tokenizer import Tokenizer
-from nanovlm.training.batches import MicroBatches, make_collate, stream
+from nanovlm.training.batches import MicroBatches, Samples, make_collate, stream
 from nanovlm.training.loop import Report, freeze, train_stage
 from nanovlm.training.optim import make_optimiser
 from nanovlm.training.weights import State, initial_model
@@ -35,12 +34,12 @@ def trained_before(name: str, last: int, seed: int) -> tuple[Setting, dict[str, 
     return setting, {job.stage.name: weights_after(job, setting, Cache(setting)) for job in before}
 
 
-def learn(recipe: Recipe, stage: Stage, source: Source, seed: int, tokenizer: Tokenizer, finished: dict[str, State],
+def learn(recipe: Recipe, stage: Stage, samples: Samples, seed: int, tokenizer: Tokenizer, finished: dict[str, State],
           after: Callable[[nn.Module, Report], None] = lambda model, report: None) -> nn.Module:
     """The recipe's model after this stage; `finished` has the stages before it. after: called at every step."""
     model = initial_model(recipe, stage, seed, finished)
     freeze(model, stage.trains)
-    batches = MicroBatches(source, stage, seed, make_collate(recipe, stage, tokenizer, model.reads))
+    batches = MicroBatches(samples, stage, seed, make_collate(recipe, stage, tokenizer, model.reads))
     for report in train_stage(model, stage, stream(batches, 0, CPU), make_optimiser(model, stage), CPU):
         if report.step % 200 == 0:
             print(f"    {stage.name} {report.step}/{stage.steps}: loss {report.losses['lm']:.3f}", flush=True)

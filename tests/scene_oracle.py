@@ -1,10 +1,14 @@
 """An oracle of the embedded world that shares no code with it: it reads captions and questions as a person would.
 
-`read` turns any caption or description back into facts, and `judge` answers any question from these facts alone.
+`read` turns any caption or description back into facts, and `judge` answers any question from these facts alone; `check_sample`
+judges a sample of any data set of talk, shown or told. Tasks and pages: task_oracle.py.
 """
 
 import re
+from dataclasses import replace
 
+from nanovlm.data.prompts import CAPTION, GROUNDING, LETTER, PROMPTS, REGION, SHORT
+from nanovlm.data.sample import Sample, Turn
 from nanovlm.world.scene import CELLS, COLOURS, DIGITS, HELD_OUT, NUMBERS, SHAPES, SIZES, WORDS, Scene
 
 NUMBER_WORDS = {1: "one", 2: "two", 3: "three", 4: "four"}
@@ -135,3 +139,105 @@ def check_conversation(turns, truth: dict) -> str | None:
         answer, it = judge(turn.question, truth, it)
         assert turn.answer == answer, f"{turn} in {truth}"
     return it
+
+
+# --- all ways to ask ---
+
+SAID = {  # sentence → the short answer in it
+    r"Yes, there is\.": "yes", r"No, there is not\.": "no", r"It is on this side: (\w+)\.": None, r"The sign says (\w+)\.": None,
+    r"There (?:is|are) (\w+)\.": None, r"It is in the (top|bottom) (left|right)\.": None,
+    r"It is a (large|small) (\w+ \w+) in the (\w+ \w+)\.": None, r"It is the (.+)\.": None, r"It is a (\w+)\.": None,
+    r"It is (\w+)\.": None}
+CORNERS = {(True, True): "top left", (False, True): "top right", (True, False): "bottom left", (False, False): "bottom right"}
+LISTS = {"notes", "census", "places", "sides"}
+
+
+def in_short(sentence: str) -> str:
+    for pattern, answer in SAID.items():
+        if found := re.fullmatch(pattern, sentence):
+            if answer:
+                return answer
+            return ", ".join((" ".join(found.groups()[:2]), found[3])) if len(found.groups()) == 3 else " ".join(found.groups())
+    raise AssertionError(f"{sentence!r} is no sentence of ours")
+
+
+def boxed(box: str, truth: dict) -> dict[str, str]:
+    """The thing in the cell where the box has its middle; the box is as large as it should be."""
+    left, top, right, bottom = (float(x) for x in re.findall(r"\d\.\d\d", box))
+    thing = truth[CORNERS[(left + right) / 2 < 0.5, (top + bottom) / 2 < 0.5]]
+    assert 0 <= left < right <= 1 and (right - left > 0.36) == (thing["size"] == "large")
+    return thing
+
+
+def check_talk(name: str, turns: tuple[Turn, ...], truth: dict) -> str | None:
+    """Every answer of this data set's talk is right, in the form that is asked for; no mark stands in the turns. As `check_conversation`."""
+    first, *others = turns
+    if name == "talk":
+        return check_conversation(turns, truth)
+    if name in ("short", "signs"):
+        assert first.question.endswith(f"\n{SHORT}")
+        return check_conversation([replace(first, question=first.question.removesuffix(f"\n{SHORT}")), *others], truth)
+    if name == "sentences":
+        assert not any(prompt in turn.question for turn in turns for prompt in PROMPTS)
+        return check_conversation([replace(turn, answer=in_short(turn.answer)) for turn in turns], truth)
+    assert not others, "a batch is as long as its longest row"
+    if name == "captions on demand":
+        assert first.question == CAPTION and read(first.answer) == truth
+    elif name in ("captions", "repeat"):
+        assert first.question == {"captions": "", "repeat": "say it again."}[name] and read(first.answer) == truth
+    elif name == "letters":
+        asked, *choices, last = first.question.split("\n")
+        named = dict(choice.split(". ") for choice in choices)
+        assert last == LETTER and first.kind == "option" and list(named) == list("ABCD")[:len(named)]
+        assert len(set(named.values())) == len(named) >= 2 and named[first.answer] == judge(asked, truth, None)[0]
+    elif name in ("regions", "grounding"):
+        asked, last = first.question.split("\n")
+        box, phrase = (asked, first.answer) if name == "regions" else (first.answer, asked)
+        thing = boxed(box, truth)
+        assert last == {"regions": REGION, "grounding": GROUNDING}[name] and phrase == f"{thing['size']} {thing['colour']} {thing['shape']}"
+    elif name == "box drills":
+        looks = first.question.removeprefix("boxes of ").rstrip(".").split(", ")
+        for look, (said, box) in zip(looks, re.findall(r"([a-z ,]+) (\[.*?\])", first.answer), strict=True):
+            assert said.strip(", ") == look and set(look.split()) <= set(boxed(box, truth).values())
+    elif name == "science":
+        check_science(first, truth)
+    else:  # a scene in which every name gives the answer away has no list of letters
+        assert first.kind in {"drills": LISTS, "letter drills": LISTS | {"letters"}, "unnamed drills": {"notes"}}[name]
+        check_conversation([first], truth)
+    return None
+
+
+def check_science(turn: Turn, truth: dict) -> None:
+    """The reason names the right thing, the letter the right answer, and a context tells the scene."""
+    question, context, options = turn.question.split("\n")
+    assert context == "Context: N/A" or read(context.removeprefix("Context: ")) == truth
+    size, colour, shape, cell, letter = re.fullmatch(
+        r"There is a (\w+) (\w+) (\w+) in the (\w+ \w+)\. The answer is ([A-C])\.", turn.answer).groups()
+    assert {"size": size, "colour": colour, "shape": shape}.items() <= truth[cell].items()
+    named = dict(re.findall(r"\(([A-C])\) ([a-z ]+?)(?= \(|$)", options))
+    assert named[letter] == judge(question, truth, None)[0] and named[letter] in (size, colour, shape, cell)
+
+
+def read_told(text: str) -> tuple[dict, list[str]]:
+    """What is told of one scene, and the boxes in it."""
+    return read(re.sub(r" \[.*?\]", "", text)), re.findall(r"\[.*?\]", text)
+
+
+def unmarked(sample: Sample) -> tuple[Turn, ...]:
+    """The turns, of which only the first has a mark, on a line of its own before the question."""
+    first, *others = sample.turns
+    assert first.question.startswith("<image>\n") and not any("<image>" in turn.question for turn in others)
+    assert len(sample.images) + len(sample.told) == first.question.count("<image>") == 1
+    return replace(first, question=first.question.removeprefix("<image>\n")), *others
+
+
+def check_sample(name: str, sample: Sample) -> str | None:
+    """A sample of a data set of talk, shown or told: what is told is the truth, and the talk is right."""
+    truth, turns = read(sample.references[0]), unmarked(sample)
+    if sample.told:
+        told, boxes = read_told(sample.told[0])
+        asked = re.findall(r"\[.*?\]", " ".join(f"{turn.question} {turn.answer}" for turn in turns))
+        objects = {cell: thing for cell, thing in truth.items() if "shape" in thing}
+        assert told == (objects if boxes else truth) and set(asked) <= set(boxes), "boxes are told where boxes are asked for"
+        assert len(boxes) in (0, len(objects))
+    return check_talk(name.removeprefix("told/"), turns, truth)

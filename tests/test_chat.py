@@ -26,7 +26,7 @@ RED, BLUE = (Image.new("RGB", (48, 48), colour) for colour in ("red", "blue"))
 @pytest.fixture
 def run(tmp_path):
     """What train_tiny.py leaves, untrained."""
-    torch.manual_seed(0)
+    torch.manual_seed(3)
     path, recipe = tmp_path / "run", recipes.get("llava/tiny")
     path.mkdir()
     folder.write_json(path / "config.json", {"what": folder.OURS, "recipe": {"name": recipe.name}})
@@ -58,7 +58,7 @@ def test_an_answer_is_what_generate_gives(run):
     assert dialogue.images == [RED, BLUE] and dialogue.waiting == []
     sample = Sample("x", (RED, BLUE), turns=(*dialogue.turns[:1], Turn("<image>\nand now ?", " ")))
     got = pupil.model.generate(pupil.read([sample]), 12, [TOKENIZER.eos_id])
-    assert pupil.text(got[0].tolist()) == second.strip() != ""
+    assert pupil.text(got[0].tolist(), [TOKENIZER.eos_id]) == second.strip() != ""
     dialogue.begin()
     assert (dialogue.turns, dialogue.images, dialogue.waiting) == ([], [], [RED])
 

@@ -73,7 +73,7 @@ def test_a_healthy_set_is_described(tmp_path, capsys):
     printed = capsys.readouterr().out
     for said in (
         "records   12 usable, 0 without a picture", "pictures  12 files, 11 different", "texts     12, 2 different",
-        "6 times: 'a red hat'", "classes   2: a red hat, a shoe", "pairs     11 to train on, 1 held out",
+        "6 times: 'a red hat'", "classes   2: a red hat, a shoe", "pairs         11 to train on, 1 held out",
         "too few to judge", "problems: none",
     ):
         assert said in printed, said
@@ -152,13 +152,13 @@ def test_nothing_to_train_on_or_to_judge_by_is_said(tmp_path, capsys):
     rows = [talk(i, "<image>\nwhat is it?", f"thing {i}", split="train") for i in range(2, 8)]
     assert main([str(write(tmp_path / "chat.json", [two | {"split": "val"}, *rows]))]) == 0
     printed = capsys.readouterr().out
-    assert "clip      pairs     6 to train on, 0 held out; with none held out it will not be judged" in printed
-    assert "tune      instruct  6 to train on, 1 held out\n" in printed
+    assert "clip      pairs         6 to train on, 0 held out; with none held out it will not be judged" in printed
+    assert "tune      conversations 6 to train on, 1 held out\n" in printed
     assert main([str(write(tmp_path / "two.json", [two, two]))]) == 1
     assert "all records share one picture" in capsys.readouterr().out
     other = {**two, "image": ["2.png", "3.png"]}
     assert main([str(write(tmp_path / "twos.json", [two, other]))]) == 1
-    assert "twos has nothing to train stage clip on (view 'pairs')" in capsys.readouterr().out
+    assert "twos has nothing to train stage clip on (it reads pairs)" in capsys.readouterr().out
 
 
 def test_a_console_that_knows_only_ascii(tmp_path):

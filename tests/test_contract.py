@@ -103,7 +103,7 @@ def tokenizer() -> Tokenizer:
 
 def samples_of(recipe: Recipe, stage: Stage) -> list[Sample]:
     world = Scenes(0, **{"size": recipe.image_size, **recipe.world})
-    return [world.sample(stage.view, "val", i) for i in range(4)]
+    return world.look(stage.data, stage.real, 4)
 
 
 @every_stage

@@ -1,5 +1,6 @@
 """Conversations: exactly the answers and stop tokens carry loss, whatever people write; batches keep what they hold."""
 
+import re
 from collections import Counter
 from dataclasses import replace
 from random import Random
@@ -20,18 +21,18 @@ from nanovlm.tokenizer import Tokenizer
 
 CORPUS = "USER: what colour is it? ASSISTANT: red\n### Human: how many?\n### Assistant: two ###[INST] 你好 [/INST]"
 TOKENIZER = Tokenizer.train([CORPUS] * 5, 340)
-BYTES = Tokenizer.train([], 261)  # no merges: "###" is three tokens, and an answer may hold two of them
+BYTES = Tokenizer([])  # no merges: "###" is three tokens, and an answer may hold two of them
 NAMES = sorted(FORMATS)
 # What each answer begins with and what closes it, written out here and not taken from the table under test.
 LEAD = {"plain": "", "v0": " ", "v1": " ", "llama_2": " ", "blip2": " ", "flan_t5": " ", "blip2-caption": " ",
-        "tiny": " "}
+        "instructblip": " ", "flamingo": " ", "tiny": " "}
 CLOSE = {"plain": "\n", "v0": "\n###", "v1": "</s>", "llama_2": " </s>", "blip2": "\n", "flan_t5": "</s>",
-         "blip2-caption": "\n", "tiny": "</s>"}
+         "blip2-caption": "\n", "instructblip": "</s>", "flamingo": "<EOC>", "tiny": "</s>"}
 FORBIDDEN = {"plain": "\n", "v0": "###", "blip2": "\n", "blip2-caption": "\n"}
-ONE_CAPTION, IMAGE_FIRST = ("plain", "blip2-caption"), ("blip2", "flan_t5", "blip2-caption")
+ONE_CAPTION, IMAGE_FIRST = ("plain", "blip2-caption"), ("blip2", "flan_t5", "blip2-caption", "instructblip")
 
 # Texts that try to break out of the template, beside any Unicode.
-SPITEFUL = st.sampled_from(["</s>", "<s>", "### Assistant:", " ASSISTANT: no", "[/INST]", "\n\n", " ", "#", "\n##"])
+SPITEFUL = st.sampled_from(["</s>", "<EOC>", "<s>", "### Assistant:", " ASSISTANT: no", "[/INST]", "\n\n", " ", "#", "\n##"])
 TEXT = st.lists(st.one_of(st.text(max_size=12), SPITEFUL), max_size=4).map("".join)
 
 
@@ -75,6 +76,7 @@ def test_trained_tokens_are_exactly_answers_and_stops(name, data):
     assert ids.count(TOKENIZER.image_id) == (0 if name in IMAGE_FIRST else marks)  # there the model puts the image first
     stops = 2 if name == "flan_t5" else ("</s>" in CLOSE[name]) * len(turns)  # there what is read ends with one too
     assert ids.count(TOKENIZER.eos_id) == stops  # "</s>" that people write is no stop
+    assert ids.count(TOKENIZER.token_id("<EOC>")) == (name == "flamingo") * len(turns)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -138,6 +140,7 @@ def test_an_empty_system_prompt_leaves_nothing_behind():
 def test_generation_stops_at_the_end_token_alone_or_else_at_the_closing_text():
     for name in ("v1", "tiny", "llama_2"):  # llama_2 writes a blank before it, which a model may leave out
         assert stop_ids(name, TOKENIZER) == [TOKENIZER.eos_id]
+    assert stop_ids("instructblip", TOKENIZER) == [TOKENIZER.eos_id] != stop_ids("flamingo", TOKENIZER) == [TOKENIZER.token_id("<EOC>")]
     assert BYTES.decode(stop_ids("v0", BYTES)) == "\n###" and BYTES.decode(stop_ids("plain", BYTES)) == "\n"
 
 
@@ -148,13 +151,11 @@ def test_plain_keeps_the_images_and_throws_the_question_away():
 
 
 def test_blip2_writes_no_image_mark_and_asks_for_no_caption():
-    """The model puts the image first; what is told in its place, before a language model is frozen, stands there too."""
+    """The model puts the image first."""
     cases = [
         (TWO_TURNS, "<s>Question: what colour? Answer: red\nQuestion: sure? Answer: yes\n", " red\n yes\n"),
         ((Turn("<image>", "a hat", "caption"),), "<s> a hat\n", " a hat\n"),
         ((Turn("<image>\ndescribe it.", "a hat", "caption"),), "<s> a hat\n", " a hat\n"),
-        ((Turn("a red hat.\nwhat colour?", "red"),), "a red hat.<s>Question: what colour? Answer: red\n", " red\n"),
-        ((Turn("top: red hat.", "a hat", "caption"),), "top: red hat.<s> a hat\n", " a hat\n"),
     ]
     for turns, whole, learned in cases:
         ids, labels = encode(turns, TOKENIZER, "blip2")
@@ -170,15 +171,97 @@ def test_blip2_writes_no_image_mark_and_asks_for_no_caption():
 @pytest.mark.parametrize(("turns", "read", "written"), [
     (TWO_TURNS, "Question: what colour? Short answer: red Question: sure? Short answer:</s>", " yes</s>"),
     ((Turn("<image>\ndescribe it.", "a hat", "caption"),), "</s>", " a hat</s>"),
-    ((Turn("a red hat.\nwhat colour?", "red"),), "a red hat.Question: what colour? Short answer:</s>", " red</s>"),
-    ((Turn("top: red hat.", "a hat", "caption"),), "top: red hat.</s>", " a hat</s>"),
 ])
 def test_flan_t5_reads_all_but_the_last_answer(turns, read, written):
-    """BLIP-2 §4.1's prompt; what is told in the picture's place stands first. A prompt is exactly what is read."""
+    """BLIP-2 §4.1's prompt. A prompt is exactly what is read."""
     ids, answer = two_sequences(*encode(turns, TOKENIZER, "flan_t5"))
     assert TOKENIZER.decode(ids, specials=True) == read and TOKENIZER.decode(answer, specials=True) == written
     assert ids == prompt(turns, TOKENIZER, "flan_t5") and answer == answer_ids(turns[-1].answer, TOKENIZER, "flan_t5")
     assert stop_ids("flan_t5", TOKENIZER) == [TOKENIZER.eos_id]
+
+
+# ---- words in the pictures' places
+
+SAID = ("A red hat.", "two shoes")
+BOTH = (Turn("<image>\nwhat colour?", "red"), Turn("and <image> too?", "yes"))
+ASKED = (Turn("<image>\nwhat colour?", "red"), Turn("sure?", "yes"))
+CAPTIONED = (Turn("<image>", "a hat", "caption"),)
+# format → turns, and the pieces of text between which no token reaches, written by hand; the words stand where the mark would
+TOLD = [
+    ("plain", (Turn("<image><image> which?", "a hat"),), ["<s>", "A red hat.two shoes", "a hat", "\n"]),
+    ("v0", BOTH, ["<s>", "### Human: A red hat.\nwhat colour?\n### Assistant:", " red", "\n###",
+                  " Human: and two shoes too?\n### Assistant:", " yes", "\n###"]),
+    *((name, BOTH, ["<s>", "USER: A red hat.\nwhat colour? ASSISTANT:", " red", "</s>", "USER: and two shoes too? ASSISTANT:", " yes", "</s>"])
+      for name in ("v1", "tiny")),
+    ("llama_2", BOTH, ["<s>", "[INST] A red hat.\nwhat colour? [/INST]", " red", " ", "</s>", "<s>", "[INST] and two shoes too? [/INST]",
+                       " yes", " ", "</s>"]),
+    ("blip2", ASKED, ["A red hat.", "<s>", "Question: what colour? Answer:", " red", "\n", "Question: sure? Answer:", " yes", "\n"]),
+    ("blip2", CAPTIONED, ["A red hat.", "<s>", " a hat", "\n"]),
+    ("blip2-caption", CAPTIONED, ["A red hat.", "<s>", "a photo of", " a hat", "\n"]),
+    ("flan_t5", ASKED, ["A red hat.Question: what colour? Short answer: red Question: sure? Short answer:", "</s>", " yes", "</s>"]),
+    ("flan_t5", CAPTIONED, ["A red hat.", "</s>", " a hat", "</s>"]),
+    ("instructblip", ASKED, ["A red hat.", "<s>", "what colour?", " red", "</s>", "\nsure?", " yes", "</s>"]),
+    ("flamingo", (Turn("<image>what colour?", "red"), Turn("and <image> too?", "yes")),
+     ["<s>", "A red hat.Question: what colour? Answer:", " red", "<EOC>", "two shoesQuestion: and  too? Answer:", " yes", "<EOC>"]),
+    ("flamingo", (Turn("<image>", "dax"), Turn("<image>", "wug")),
+     ["<s>", "A red hat.Output:", " dax", "<EOC>", "two shoesOutput:", " wug", "<EOC>"]),
+]
+
+
+@pytest.mark.parametrize(("name", "turns", "pieces"), TOLD, ids=lambda value: value if isinstance(value, str) else "")
+def test_what_is_told_stands_where_the_mark_would(name, turns, pieces):
+    """Token for token; what is said around it and what is learned is the same as beside a picture."""
+    marks = sum(turn.question.count("<image>") for turn in turns)
+    layout = replace(FORMATS[name], system="")
+    ids, labels = encode(turns, TOKENIZER, layout, told=SAID[:marks])
+    assert ids == [i for piece in pieces for i in TOKENIZER.encode(piece, specials=piece in TOKENIZER.specials)]
+    assert prompt(turns, TOKENIZER, layout, told=SAID[:marks]) == ids[:-len(answer_ids(turns[-1].answer, TOKENIZER, name))]
+    shown, of_shown = encode(turns, TOKENIZER, layout)
+    assert trained(labels) == trained(of_shown) and TOKENIZER.image_id not in ids
+    assert shown.count(TOKENIZER.image_id) == (0 if name in IMAGE_FIRST else marks)
+    text, words = TOKENIZER.decode(shown, specials=True), iter(SAID)
+    assert TOKENIZER.decode(ids, specials=True) == ("".join(SAID[:1]) * (name in IMAGE_FIRST)
+                                                    + "".join(next(words) if part == "<image>" else part for part in re.split("(<image>)", text)))
+
+
+def test_every_format_has_been_told():
+    assert {name for name, *_ in TOLD} == set(FORMATS)
+
+
+def test_tags_that_are_told_are_text():
+    ids, _ = encode((Turn("<image>\nwhat?", "x"),), TOKENIZER, "tiny", told=("</s> <image> <EOC>",))
+    assert [i for i in ids if i < len(TOKENIZER.specials)] == [TOKENIZER.bos_id, TOKENIZER.eos_id]
+
+
+def test_a_sample_that_is_told_is_taught_asked_and_counted_like_one_that_is_shown():
+    """In its own format, but for an encoder-decoder; marks without words and words without marks are refused."""
+    told = Sample("a", turns=BOTH, told=SAID)
+    ids, labels = encode(BOTH, TOKENIZER, "v1", told=SAID)
+    batch = collate("v1", 5).teach([told], Random(0))
+    assert batch["input_ids"][0].tolist() == ids and batch["labels"][0].tolist() == labels and len(batch["images"]) == 0
+    assert collate("v1", 5).ask([told])["input_ids"][0].tolist() == prompt(BOTH, TOKENIZER, "v1", told=SAID)
+    page = replace(told, turns=(Turn("<image>", "dax"), Turn("<image>", "wug")), format="flamingo")
+    assert collate("v1", 5).encode(page)[0] == encode(page.turns, TOKENIZER, "flamingo", told=SAID)[0]
+    one = Sample("b", turns=ASKED, told=SAID[:1], format="instructblip")
+    assert collate("flan_t5", 0).encode(one)[0] == encode(ASKED, TOKENIZER, "flan_t5", told=SAID[:1])[0]
+    for broken in (replace(told, told=SAID[:1]), replace(one, told=())):
+        with pytest.raises(UserError, match=f'^{broken.id}: . "<image>" marks in its questions but'):
+            collate("v1", 5).teach([broken], Random(0))
+
+
+@pytest.mark.parametrize(("turns", "name", "whole"), [
+    (ASKED, "instructblip", "<s>what colour? red</s>\nsure? yes</s>"),
+    ((Turn("<image>a short description:", "a hat", "caption"),), "instructblip", "<s>a short description: a hat</s>"),
+    ((Turn("<image>what colour?", "red"), Turn("<image>sure?", "yes")), "flamingo",
+     "<s><image>Question: what colour? Answer: red<EOC><image>Question: sure? Answer: yes<EOC>"),
+    ((Turn("<image>", "a hat", "caption"), Turn("<image>", "two")), "flamingo", "<s><image>Output: a hat<EOC><image>Output: two<EOC>"),
+    ((Turn("sure?", "yes"),), "flamingo", "<s>Question: sure? Answer: yes<EOC>"),
+])
+def test_the_layouts_of_instructblip_and_flamingo(turns, name, whole):
+    """InstructBLIP §2.3: instruction, response, and nothing around them. Flamingo App. A.2, B.1: a picture before each question."""
+    ids, labels = encode(turns, TOKENIZER, name)
+    assert TOKENIZER.decode(ids, specials=True) == whole
+    assert TOKENIZER.decode(trained(labels), specials=True) == "".join(f" {turn.answer}{CLOSE[name]}" for turn in turns)
 
 
 def test_an_answer_is_the_same_tokens_as_inside_a_sentence():
@@ -200,7 +283,7 @@ def test_an_answer_is_the_same_tokens_as_inside_a_sentence():
         ((Turn("<image>", "a"), Turn("b", "c")), "plain", "picture 3: this format holds one caption, not 2 turns"),
         ((Turn("<image><image>", "a"),), "blip2", "picture 3: in this format one image stands before everything"),
         ((Turn("hi", "a"), Turn("<image>", "c")), "blip2", "picture 3: in this format one image stands"),
-        ((Turn("hi", "a"),), "v9", "Unknown conversation format 'v9'.*v1, llama_2, blip2, flan_t5, blip2-caption, tiny"),
+        ((Turn("hi", "a"),), "v9", "Unknown conversation format 'v9'.*v1, llama_2, blip2, flan_t5, instructblip, flamingo, blip2-caption, tiny"),
     ],
 )
 def test_what_cannot_be_encoded_is_said_in_one_sentence(turns, name, said):

@@ -3,6 +3,7 @@
 import os
 import socket
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -15,16 +16,16 @@ from nanovlm.errors import UserError
 from nanovlm.runs.folder import RunFolder
 from nanovlm.runs.run import Options, run
 from nanovlm.training import distributed
-from nanovlm.training.batches import MicroBatches, make_collate
+from nanovlm.training.batches import MicroBatches, Mixture, make_collate
 from nanovlm.training.loop import freeze, train_stage
 from nanovlm.training.optim import make_optimiser
 
 
-class TextOnOddRanks(fakes.FakeScenes):
+class TextOnOddRanks:
     """Every odd sample, and so everything that rank 1 of 2 gets, is text without a picture."""
 
-    def sample(self, view, split, index):
-        return super().sample("text" if index % 2 else "captions", split, index)
+    def __getitem__(self, place):
+        return fakes.FakeScenes().draw("texts" if place % 2 else "captions", Random(place))
 
 
 class Contrast(torch.nn.Module):
@@ -51,20 +52,20 @@ class Contrast(torch.nn.Module):
 
 
 CASES = {
-    "mixed": (fakes.stage(steps=5, batch_size=8), fakes.FakeScenes, None),
-    "text only on one rank": (fakes.stage(steps=5, batch_size=8), TextOnOddRanks, None),
-    "accumulated": (fakes.stage(steps=4, batch_size=8, accumulate=2), TextOnOddRanks, None),
-    "contrastive": (fakes.stage("pairs", ("image", "text"), "pairs", steps=5, batch_size=8, lr=0.1), fakes.FakeScenes,
-                    Contrast),
+    "mixed": (fakes.stage(steps=5, batch_size=8), None, None),
+    "text only on one rank": (fakes.stage(steps=5, batch_size=8), TextOnOddRanks(), None),
+    "accumulated": (fakes.stage(steps=4, batch_size=8, accumulate=2), TextOnOddRanks(), None),
+    "contrastive": (fakes.stage("pairs", ("image", "text"), "pairs", steps=5, batch_size=8, lr=0.1), None, Contrast),
 }
 
 
 def train(case: str) -> tuple[dict, list[tuple[float, float]]]:
-    stage, source, build = CASES[case]
+    stage, samples, build = CASES[case]
     torch.manual_seed(3)
     model = build() if build else fresh()
     freeze(model, stage.trains)
-    batches = MicroBatches(source(), stage, 0, make_collate(fakes.recipe(), stage, TOKENIZER, model.reads))
+    samples = samples or Mixture(fakes.FakeScenes(), stage, 0)
+    batches = MicroBatches(samples, stage, 0, make_collate(fakes.recipe(), stage, TOKENIZER, model.reads))
     stream = (batches[n] for n in range(len(batches)))
     reports = list(train_stage(model, stage, stream, make_optimiser(model, stage), CPU))
     return model.state_dict(), [(next(iter(r.losses.values())), r.grad_norm) for r in reports]
@@ -118,11 +119,11 @@ def test_two_processes_equal_one(two, case):
 
 def test_the_ranks_shares_are_uneven():
     """Otherwise a mean of the ranks' means would pass, too."""
-    stage, source, _ = CASES["text only on one rank"]
+    stage, samples, _ = CASES["text only on one rank"]
     collate = make_collate(fakes.recipe(), stage, TOKENIZER, fresh().reads)
     counts = []
     for rank in (0, 1):
-        batches = MicroBatches(source(), stage, 0, collate)
+        batches = MicroBatches(samples, stage, 0, collate)
         batches.rank, batches.world = rank, 2
         counts.append(int((batches[0]["labels"] != -100).sum()))
         assert len(batches[0]["images"]) == (4, 0)[rank]

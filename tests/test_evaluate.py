@@ -34,7 +34,7 @@ def tokenizer():
 def test_a_contrastive_model_chooses_among_captions(tokenizer, monkeypatch):
     recipe = recipes.get("clip/tiny")
     model = recipes.build("clip/tiny", "cpu")
-    samples = [SOURCE.sample("pairs", "val", i) for i in range(5)]
+    samples = [SOURCE.held_out("vague pairs", i) for i in range(5)]
     seen = []
 
     def score(images, input_ids, attention_mask):
@@ -155,7 +155,7 @@ def test_the_most_likely_of_several_answers_is_chosen(tokenizer):
     recipe, classes = recipes.get("llava/tiny"), ["red", "top left", "a large square", "no"]
     model = bite(recipes.build("llava/tiny", "cpu"), seed=4)
     pupil = Pupil(model, recipe, recipe.stages[-1], tokenizer, "cpu")
-    samples = [Sample(str(i), SOURCE.sample("captions", "val", i).images, turns=(Turn(f"<image>\nwhat{' else' * (i % 3)}?", "?"),))
+    samples = [Sample(str(i), SOURCE.held_out("captions", i).images, turns=(Turn(f"<image>\nwhat{' else' * (i % 3)}?", "?"),))
                for i in range(BATCH + 4)]
     chosen = pupil.answer(samples, among=classes)
     for sample, choice in [*zip(samples, chosen)][::13]:

@@ -247,7 +247,7 @@ class Listener(nn.Module):
 @pytest.mark.parametrize("asks", [True, False])
 def test_in_training_and_in_an_exam_only_a_model_that_asks_is_told(asks):
     recipe, tokenizer, model = recipes.get("blip2/tiny-vqa"), Tokenizer.train(Scenes().texts()[:200], 500), Listener(asks)
-    samples = [Scenes().sample("instruct", "val", i) for i in range(3)]
+    samples = [Scenes().held_out("talk", i) for i in range(3)]
     batch = make_collate(recipe, replace(recipe.stages[0], augment=False), tokenizer, model.reads)(samples, None)
     pupil = Pupil(model, recipe, recipe.stages[0], tokenizer, "cpu")
     pupil.answer(samples)

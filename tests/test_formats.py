@@ -13,7 +13,7 @@ from PIL import Image
 from nanovlm.contract import Reads
 from nanovlm.data.collate import Collate
 from nanovlm.data.formats import read, scan
-from nanovlm.data.sample import TEXTS, VIEWS, Turn
+from nanovlm.data.sample import REAL, Turn
 from nanovlm.data.transforms import Transform
 from nanovlm.errors import UserError
 from nanovlm.tokenizer import Tokenizer
@@ -97,7 +97,7 @@ def test_coco_captions_wherever_its_pictures_usually_lie(tmp_path, where):
 
 def test_llava_conversations(tmp_path):
     source = read(llava_set(tmp_path))
-    seen = {sample.id.split("(id ")[1][:-1]: sample for sample in everything(source, "instruct")}
+    seen = {sample.id.split("(id ")[1][:-1]: sample for sample in everything(source, "conversations")}
     assert set(seen) == {LLAVA[0]["id"], "text", "7", "c"}
     assert seen["7"].turns == (Turn("<image>\nwhat is it?", "a hat"), Turn("and <image>?", "a shoe"))
     assert [image.getpixel((0, 0)) for image in seen["7"].images] == [
@@ -109,10 +109,9 @@ def test_llava_conversations(tmp_path):
     assert pairs == {"a beautiful painting of chernobyl by nekro.", "a shoe"}
     assert pairs == {sample.turns[0].answer for sample in everything(source, "captions")}
     # to the language model, a caption stands where the picture would
-    told = {sample.turns[0].question for sample in everything(source, "text")}
-    assert {"2 + 2?", "a hat\nwhat is it?", "what?\na shoe"} < told
-    assert not any(sample.images for sample in everything(source, "text"))
-    assert not any("<image>" in turn.question for sample in everything(source, "text") for turn in sample.turns)
+    told = {(sample.turns[0].question, sample.told) for sample in everything(source, "texts")}
+    assert {("2 + 2?", ()), ("<image>\nwhat is it?", ("a hat", "a hat")), ("what?\n<image>", ("a shoe",))} < told
+    assert not any(sample.images for sample in everything(source, "texts"))
 
 
 def conversation(*values, first="human"):
@@ -150,14 +149,15 @@ def test_tags_in_captions_and_answers_are_text(tmp_path, kind):
                                          else {"caption": [f"{i} {TAG}", TAG] if kind == "several" else f"{i} {TAG}"})
                 for i in range(12)]
         write(tmp_path / "captions.jsonl", "\n".join(map(json.dumps, rows)))
-    source, tokenizer = read(tmp_path), Tokenizer.train([], 261)
+    source, tokenizer = read(tmp_path), Tokenizer([])
     collate = Collate(tokenizer, "tiny", Transform(8), Reads())
-    for view in VIEWS:
+    for view in REAL:
         samples = everything(source, view)
         assert len(samples) >= 12 and all(TAG in sample.caption for sample in samples)
         for sample in samples if view != "pairs" else ():
             ids, labels = collate.encode(sample)
-            assert ids.count(tokenizer.image_id) == len(sample.images) == (view not in TEXTS)
+            assert ids.count(tokenizer.image_id) == len(sample.images) == (view != "texts")
+            assert sample.told == (sample.caption,) * (view == "texts")
             assert [i for i in ids if i < len(tokenizer.specials) and i != tokenizer.image_id] == [tokenizer.bos_id, tokenizer.eos_id]
             assert f" {sample.caption}</s>" == tokenizer.decode([i for i in labels if i >= 0], specials=True)
 
@@ -236,7 +236,7 @@ def test_videos_are_no_letters(tmp_path):
         read(file)
     source = read(file, on_missing="skip")
     assert [record for record, _ in source.skipped] == [f"a.jsonl line {i}" for i in (3, 4, 5, 6)]
-    assert {sample.id for sample in everything(source, "instruct")} == {f"a.jsonl line {i}" for i in (1, 2, 7)}
+    assert {sample.id for sample in everything(source, "conversations")} == {f"a.jsonl line {i}" for i in (1, 2, 7)}
 
 
 def test_half_a_character_is_said_with_its_record(tmp_path):
@@ -397,7 +397,7 @@ def test_clothes():
     source = read(SHARED / "clothes")
     assert (source.size("pairs", "train"), source.size("pairs", "val")) == (3068, 341)
     assert len(source.labels) == 10 and "a photo of a t-shirt" in source.labels and not source.few
-    assert sum(source.sample("text", "val", i).caption == "a photo of a t-shirt" for i in range(341)) == 81
+    assert sum(source.sample("texts", "val", i).caption == "a photo of a t-shirt" for i in range(341)) == 81
 
 
 @pytest.mark.skipif(not (SHARED / "emoji").is_dir(), reason="../shared/data/emoji is not on this machine")
@@ -405,6 +405,6 @@ def test_emoji():
     source = read(SHARED / "emoji")
     assert (source.size("captions", "train"), source.size("captions", "val")) == (4236, 450)
     assert source.labels == () and not source.few and source.skipped == []
-    captions = [{source.sample("text", split, i).caption for i in range(source.size("text", split))}
+    captions = [{source.sample("texts", split, i).caption for i in range(source.size("texts", split))}
                 for split in ("train", "val")]
     assert [len(names) for names in captions] == [1412, 150] and not captions[0] & captions[1]

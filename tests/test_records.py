@@ -11,7 +11,7 @@ from nanovlm.data import records
 from nanovlm.data.collate import Collate
 from nanovlm.data.formats import read
 from nanovlm.data.prompts import SHORT
-from nanovlm.data.sample import TEXTS, VIEWS, Sample, Turn
+from nanovlm.data.sample import REAL, Sample, Turn
 from nanovlm.data.transforms import Transform
 from nanovlm.errors import UserError
 from nanovlm.tokenizer import Tokenizer
@@ -34,11 +34,11 @@ def test_records_that_share_a_picture_stay_on_one_side(tmp_path):
     for i in (*range(10), *range(20, 30)):  # a copy under another name
         (tmp_path / f"{i + 10}.png").write_bytes((tmp_path / f"{i}.png").read_bytes())
     source = read(write(tmp_path / "chat.json", rows))
-    sides = [{image.getpixel((0, 0)) for i in range(source.size("instruct", split))
-              for image in source.sample("instruct", split, i).images} for split in ("train", "val")]
+    sides = [{image.getpixel((0, 0)) for i in range(source.size("conversations", split))
+              for image in source.sample("conversations", split, i).images} for split in ("train", "val")]
     assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 20
     # i, its copy i + 10, and i + 20, i + 30 through the records of two pictures: ten groups of eight records
-    assert (source.size("instruct", "train"), source.size("instruct", "val")) == (72, 8)
+    assert (source.size("conversations", "train"), source.size("conversations", "val")) == (72, 8)
 
 
 def test_the_split_does_not_depend_on_the_order_of_the_lines(tmp_path):
@@ -111,21 +111,22 @@ def test_few_captions_for_many_pictures_are_classes(classes):
 
 
 def test_each_view_says_the_same_in_its_own_way(classes):
-    for i in range(classes.size("instruct", "train")):
-        shown, told = classes.sample("instruct", "train", i), classes.sample("text", "train", i)
+    for i in range(classes.size("conversations", "train")):
+        shown, told = classes.sample("conversations", "train", i), classes.sample("texts", "train", i)
         assert len(shown.images) == 1 and told.images == ()
         assert shown.turns[0].question.startswith("<image>\n") and shown.turns[0].answer == shown.caption
-        assert told.turns[0].question == shown.turns[0].question.replace("<image>", shown.caption)
-        assert classes.sample("instruct", "train", i).turns == shown.turns  # deterministic
-    assert len({sample.turns[0].question for sample in everything(classes, "instruct")}) > 1
+        assert told.turns == shown.turns and told.told == (shown.caption,) and shown.told == ()
+        assert told.turns[0].question.count("<image>") == 1
+        assert classes.sample("conversations", "train", i).turns == shown.turns  # deterministic
+    assert len({sample.turns[0].question for sample in everything(classes, "conversations")}) > 1
     assert not set(classes.texts()) - {"a hat", "a shoe", "a shirt", *records.QUESTIONS}
 
 
 def test_the_tokenizers_texts_hold_nothing_of_the_held_out_side(llava):
     source = read(llava)
-    held_out = source.sample("instruct", "val", 0)
-    kept = {turn.answer for i in range(source.size("instruct", "train"))
-            for turn in source.sample("instruct", "train", i).turns}
+    held_out = source.sample("conversations", "val", 0)
+    kept = {turn.answer for i in range(source.size("conversations", "train"))
+            for turn in source.sample("conversations", "train", i).turns}
     assert kept <= set(source.texts())
     assert {turn.answer for turn in held_out.turns} - kept
     assert not ({turn.answer for turn in held_out.turns} - kept) & set(source.texts())
@@ -135,7 +136,7 @@ def test_the_exam_cuts_conversations_and_their_pictures_alike(llava):
     rows = json.loads(llava.read_text())
     write(llava, [{**row, "split": "val" if row["id"] in (7, "c") else "train"} for row in rows])
     source = read(llava)
-    assert source.size("instruct", "val") == 2
+    assert source.size("conversations", "val") == 2
     for sample in source.exam(5):
         assert len(sample.images) == sum(turn.question.count("<image>") for turn in sample.turns)
     assert len(source.exam(1)) == 1 and len(source.exam(5)) == 2
@@ -156,7 +157,7 @@ def test_galleries_hold_each_caption_once(tmp_path):
 
 def test_unknown_views_and_empty_ones(llava):
     source = read(llava)
-    with pytest.raises(UserError, match="no view 'videos' of split 'train'.*pairs, captions, described, instruct, mixture, science, text, told"):
+    with pytest.raises(UserError, match="no view 'videos' of split 'train'.*pairs, captions, conversations, prompted, texts"):
         source.size("videos", "train")
     rows = [row for row in json.loads(llava.read_text()) if row["id"] in (7, "text")]
     write(llava, rows + [{**rows[0], "id": "more"}])
@@ -165,21 +166,30 @@ def test_unknown_views_and_empty_ones(llava):
 
 
 def test_what_is_read_before_is_told_in_the_picture_s_place(tmp_path):
-    """A language model reads the caption where the picture will stand; LLaVA-1.5's reads the sentence about the answer too."""
+    """A language model reads the caption where the picture will stand; LLaVA-1.5 reads the sentence about the answer as well."""
     draw(tmp_path, *(f"{i}.png" for i in range(20)))
     turns = [{"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": "a hat"}]
     rows = [{"image": f"{i}.png", "conversations": turns, "caption": f"hat {i}", "form": "short"} for i in range(20)]
     source = read(write(tmp_path / "made.json", rows))
-    plain, told = (source.sample(view, "train", 0) for view in ("text", "told"))
-    assert not plain.images and not told.images and plain.turns[0].question == f"{plain.caption}\nwhat is it?"
-    assert told.turns[0].question == f"{plain.turns[0].question}\n{SHORT}" and told.turns[0].answer == "a hat"
+    plain, told, asked = (source.sample(view, "train", 0) for view in ("conversations", "texts", "prompted"))
+    assert not told.images and told.told == (plain.caption,) and told.turns == plain.turns == (Turn("<image>\nwhat is it?", "a hat"),)
+    assert asked.turns[0].question == f"{plain.turns[0].question}\n{SHORT}" and asked.turns[0].answer == "a hat" and asked.images
+    ids, _ = COLLATE.encode(told)
+    assert f"USER: {plain.caption}\nwhat is it? ASSISTANT:" in COLLATE.tokenizer.decode(ids, specials=True)
+
+
+def test_each_picture_of_a_talk_is_told_where_it_stood(llava):
+    """Of two pictures both by the one caption that there is; where there is no picture nothing is told."""
+    told = {sample.id.split("(id ")[1][:-1]: sample for sample in everything(read(llava), "texts")}
+    assert told["7"].told == ("a hat", "a hat") and told["text"].told == ()
+    assert [turn.question for turn in told["7"].turns] == ["<image>\nwhat is it?", "and <image>?"]
 
 
 # ---- what a stage cannot read
 
 LONG = " ".join(f"word{i}" for i in range(480))
 LIMIT = 200
-COLLATE = Collate(Tokenizer.train([], 261), "tiny", Transform(8), Reads(image_tokens=16), LIMIT)  # a byte is a token
+COLLATE = Collate(Tokenizer([]), "tiny", Transform(8), Reads(image_tokens=16), LIMIT)  # a byte is a token
 
 
 @pytest.fixture(params=["in memory", "on disk"])
@@ -200,20 +210,20 @@ def test_what_is_too_long_is_left_out_and_counted_before_it_is_met(long_texts):
         before = [long_texts.size(view, split) for split in ("train", "val")]
         long_texts.leave_out(view, COLLATE.problem if view == "captions" else lambda sample: None)
         assert [long_texts.size(view, split) for split in ("train", "val")] == before and long_texts.skipped == []
-    for view in ("text", "instruct", "text"):
+    for view in ("texts", "conversations", "texts"):
         long_texts.leave_out(view, COLLATE.problem)
         samples = everything(long_texts, view)
         assert {sample.id for sample in samples} == {f"a.jsonl line {i + 1}" for i in range(30) if i not in (1, 11, 21)}
         for index, sample in enumerate(samples):
             ids, labels = COLLATE.encode(sample)
             assert sum(label >= 0 for label in labels) > 1 and len(ids) <= LIMIT
-            if view in TEXTS:  # what is told and what is learned is the same, and of a long caption its beginning
-                assert sample.turns[0].question.startswith(f"{sample.caption}\n")
+            if view == "texts":  # what is told and what is learned is the same, and of a long caption its beginning
+                assert sample.told == (sample.caption,) and sample.turns[0].question.startswith("<image>\n")
                 assert len(sample.caption) > 40 or "thing" in sample.caption, index
                 assert sample.turns[0].answer == sample.caption and (sample.caption + " ") in f"{sample.references[0]} "
     reason = "cut to 200 tokens, no answer is left to learn from; raise the maximum length or shorten the question."
     assert sorted(long_texts.skipped) == sorted((f"a.jsonl line {i}", reason) for i in (2, 12, 22))  # once each
-    assert long_texts.size("mixture", "train") + long_texts.size("mixture", "val") == 30
+    assert long_texts.size("prompted", "train") + long_texts.size("prompted", "val") == 30
 
 
 def test_no_question_of_those_that_may_be_asked_makes_it_too_long(tmp_path):
@@ -222,15 +232,15 @@ def test_no_question_of_those_that_may_be_asked_makes_it_too_long(tmp_path):
     rows = [{"image": f"{i}.png", "caption": f"{i:02} " + "x" * (47 + i // 2)} for i in range(40)]
     source = read(write(tmp_path / "a.jsonl", "\n".join(json.dumps(row) for row in rows)))
     tight = Collate(COLLATE.tokenizer, "tiny", Transform(8), Reads(), max_length=105)
-    source.leave_out("text", tight.problem)
-    assert len({sample.caption for sample in everything(source, "text")}) > 20
-    for index in range(source.size("text", "train") * 5):
-        tight.encode(source.sample("text", "train", index))
+    source.leave_out("texts", tight.problem)
+    assert len({sample.caption for sample in everything(source, "texts")}) > 20
+    for index in range(source.size("texts", "train") * 5):
+        tight.encode(source.sample("texts", "train", index))
 
 
 def test_where_nothing_is_left_it_is_said(long_texts):
-    with pytest.raises(UserError, match=r"^a: no record can be used \(view instruct\); a.jsonl line \d+: too green$"):
-        long_texts.leave_out("instruct", lambda sample: "too green")
+    with pytest.raises(UserError, match=r"^a: no record can be used \(view conversations\); a.jsonl line \d+: too green$"):
+        long_texts.leave_out("conversations", lambda sample: "too green")
     long_texts.leave_out("captions", lambda sample: None if "thing" in sample.caption else "no thing")
     assert all("thing" in sample.caption for sample in everything(long_texts, "captions"))
     assert ("a.jsonl line 1", "no thing") in long_texts.skipped
@@ -247,11 +257,11 @@ def test_without_a_picture_to_judge_by_there_are_no_exams_of_pictures(tmp_path, 
         two = {"from": "human", "value": "<image><image>\nwhat are they?"}
         rows.append({"image": ["8.png", "9.png"], "conversations": [two, turns[1]], "split": "val"})
     source = read(write(tmp_path / "chat.json", rows))
-    for view in ("pairs", "captions", "described"):
+    for view in ("pairs", "captions"):
         assert source.size(view, "val") == 0 and source.exam(view=view) == []
         with pytest.raises(UserError, match=f"chat: no usable record of split val fits the view {view}"):
             source.sample(view, "val", 0)
     assert source.galleries() == [] and source.exams(("captions", "classes")) == []
-    assert all(source.size(view, "val") == 1 for view in VIEWS if view not in ("pairs", "captions", "described"))
+    assert all(source.size(view, "val") == 1 for view in REAL if view not in ("pairs", "captions"))
     assert [exam.samples[0].turns[-1] for exam in source.exams(("answers",))] == [
         Turn({"text only": "2 + 2?"}.get(held_out, "<image><image>\nwhat are they?"), "a hat")]

@@ -193,7 +193,7 @@ def test_the_key_covers_imports_of_imports(monkeypatch, tmp_path):
 
 def test_the_identity_of_data_follows_texts_and_pictures():
     def identity(**changes):
-        source = fakes.FakeScenes(**{"seed": 1, "count": 4, **changes})
+        source = fakes.FakeRecords(**{"seed": 1, "count": 4, **changes})
         return cache.data_identity(source)
 
     assert identity() == identity()
@@ -220,7 +220,7 @@ def test_what_a_stage_cannot_learn_from_is_left_out_before_the_first_step(world,
     assert summary["notes"][0].startswith("Records that were left out: 1. The first is own.json record 2: ")
     assert [stage["name"] for stage in summary["stages"]] == ["see", "align", "tune"]
     monkeypatch.setattr(runs, "train", lambda job, *rest: pytest.fail(f"{job.stage.name} was trained"))
-    with pytest.raises(UserError, match=r"^own: no record can be used \(view instruct\); own.json record 0: "):
+    with pytest.raises(UserError, match=r"^own: no record can be used \(view conversations\); own.json record 0: "):
         of_length(2, "b")
     assert not (world / "b").exists(), "an empty folder would take a name"
     kept = (world / "a/summary.json").read_bytes()
@@ -239,13 +239,13 @@ def test_what_an_exam_cannot_ask_is_left_out_too(world):
     recipe = resolve(recipes.get("blip2/tiny"), real=True)
     source = read(data)
     setting = Setting(recipe, 0, torch.device("cpu"), source, Tokenizer.train(source.texts(), 300))
-    assert source.size("instruct", "val") == 3
+    assert source.size("conversations", "val") == 3
     leave_out_unfit([Job(recipe, recipe.stages[-1])], setting)
     pupil = Pupil(recipe.build(recipe.stages[-1]), recipe, recipe.stages[-1], setting.tokenizer, "cpu")
     [exam] = source.exams(recipe.stages[-1].evaluate)
     assert [sample.turns[-1].answer for sample in exam.samples] == ["red c"] and len(pupil.answer(exam.samples, 2)) == 1
     assert [record for record, _ in source.skipped] == ["talk.json record 3", "talk.json record 4"]
-    assert source.size("instruct", "train") == 2
+    assert source.size("conversations", "train") == 2
 
 
 @pytest.mark.parametrize("name", ["fake/tiny", "tuned/tiny"])

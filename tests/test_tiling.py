@@ -27,9 +27,8 @@ from nanovlm.runs.setting import world_of
 from nanovlm.tiling import NEXT_GRIDS, SIX_TILES, Tiles, hd_tiling, llava_next_tiling
 from nanovlm.tokenizer import Tokenizer
 from nanovlm.training import vitals
-from nanovlm.training.batches import MicroBatches, make_collate
+from nanovlm.training.batches import Mixture, make_collate
 from nanovlm.training.weights import initial_model
-from nanovlm.world.datasets import LESSONS
 
 SIDE, G = 20, 4  # of a view, in pixels and in tokens
 FIVE = [(20, 20), (13, 41), (50, 22), (31, 37), (20, 59)]  # (height, width): each takes another grid but one
@@ -298,7 +297,7 @@ def test_the_tiny_recipe_sees_small_print():
     tiny, hd = recipes.get("llava15/tiny"), recipes.get("llava15/tiny-hd")
     world, tokenizer = world_of(hd, 0), Tokenizer([])
     assert world.exam(1, ["reading"])[0].turns[-1].answer == "10"
-    sample = next(s for s in (world.sample("captions", "train", i) for i in range(99)) if "number" in s.caption)
+    sample = next(s for s in (world.draw("captions", Random(i)) for i in range(99)) if "number" in s.caption)
     for recipe, views, tokens in ((tiny, 1, 16), (hd, 5, 88)):
         stage = recipe.stages[-1]
         with torch.device("meta"):
@@ -320,10 +319,11 @@ def test_hd_goes_on_from_the_tuned_model():
     assert all(torch.equal(start[name], tuned[name]) for name in tuned)
 
 
-def test_hd_goes_on_behind_the_samples_of_the_tuned_model():
-    """Its lessons among them: what they taught is known."""
-    (tuned,), (hd,) = recipes.get("llava15/tiny").stages[1:], recipes.get("llava15/tiny-hd").stages
+def test_hd_meets_other_samples_than_the_tuned_model():
+    """And no lessons: what they taught is known."""
+    tuned, hd = recipes.get("llava15/tiny").stages[-1], recipes.get("llava15/tiny-hd").stages[-1]
+    assert tuned.lessons and not hd.lessons
     world = world_of(recipes.get("llava15/tiny-hd"), 0)
-    begins = [MicroBatches(world, stage, 0, None).indices(step) for stage, step in ((tuned, tuned.steps - 1), (hd, 0), (hd, 1))]
-    assert [i for indices in begins for i in indices] == list(range(begins[0][0], begins[0][0] + 96))
-    assert begins[1][0] >= LESSONS["mixture"]["lists"]
+    one, two = ({image.tobytes() for place in range(200) for image in Mixture(world, replace(stage, data=hd.data, lessons=()), 0)[place].images}
+                for stage in (tuned, hd))
+    assert len(one) == len(two) > 190 and not one & two

@@ -20,6 +20,7 @@ CORPUS = [
     "two red cubes, one green cone: 17 things; 4 left of 12.\n",
     "how many red cubes are there?  three\tof them ... </s> naïve café 東京タワー 🙂🙂\n",
 ] * 5
+S = len(Tokenizer.SPECIALS)
 TOK = Tokenizer.train(CORPUS, 350)
 UNHURRIED = settings(deadline=None)  # a busy machine is no failure
 # Text that is likely to meet merges, specials written by users, and characters that trip regexes.
@@ -34,7 +35,7 @@ AWKWARD = st.lists(
 @given(AWKWARD)
 def test_decode_is_the_inverse_of_encode_on_any_text(text):
     ids = TOK.encode(text)
-    assert min(ids, default=5) >= 5, "ordinary text must never yield a special token"
+    assert min(ids, default=S) >= S, "ordinary text must never yield a special token"
     assert TOK.decode(ids) == text
     assert TOK.decode(TOK.encode(text, specials=True), specials=True) == text
 
@@ -57,7 +58,7 @@ def test_the_split_is_the_documented_one():
 @UNHURRIED
 @given(st.lists(st.integers(0, len(TOK) - 1)))
 def test_decode_takes_any_ids_and_drops_specials_unless_told(ids):
-    ordinary = [i for i in ids if i >= 5]
+    ordinary = [i for i in ids if i >= S]
     assert TOK.decode(ids) == TOK.decode(ordinary)
     if ids == ordinary:
         assert TOK.decode(ids, specials=True) == TOK.decode(ids)
@@ -74,7 +75,7 @@ def test_specials_are_matched_only_on_request_and_longest_first():
     assert TOK.image_id not in TOK.encode("a<image>b") and TOK.decode(TOK.encode("<image>")) == "<image>"
     nested = Tokenizer([], specials=("<s>", "<s>2", "</s>"))
     assert nested.encode("<s>2<s>", specials=True) == [1, 0]
-    assert [TOK.token_id(s) for s in Tokenizer.SPECIALS] == [0, 1, 2, 3, 4]
+    assert [TOK.token_id(s) for s in Tokenizer.SPECIALS] == list(range(S))
     assert (TOK.pad_id, TOK.bos_id, TOK.eos_id, TOK.image_id) == (0, 1, 2, 3)
 
 
@@ -114,13 +115,13 @@ def merges_as_bytes(tok: Tokenizer) -> list[tuple[bytes, bytes]]:
 
 
 def test_incremental_training_equals_recounting_everything():
-    assert merges_as_bytes(TOK) == slow_train(CORPUS, 350 - 261)
+    assert merges_as_bytes(TOK) == slow_train(CORPUS, 350 - S - 256)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.text("aab \n", max_size=30), max_size=6), st.integers(0, 25))
 def test_incremental_training_equals_recounting_on_random_texts_full_of_ties(texts, wanted):
-    tok = Tokenizer.train(texts, 261 + wanted)
+    tok = Tokenizer.train(texts, S + 256 + wanted)
     # Two spellings of one token (aa+a, a+aa) are two ids for us and one key of `age` in the slow version; skip these.
     slow = slow_train(texts, wanted)
     if len({b"".join(pair) for pair in slow}) == len(slow):
@@ -136,9 +137,9 @@ def test_training_depends_neither_on_the_order_of_the_texts_nor_on_how_they_are_
 def test_a_small_corpus_gives_a_smaller_vocabulary_and_a_large_one_exactly_the_size_asked_for():
     assert len(TOK) == 350
     small = Tokenizer.train(["abab"], 768)
-    assert len(small) == 5 + 256 + 1 and merges_as_bytes(small) == [(b"a", b"b")]  # "ab ab" is seen once: no merge
+    assert len(small) == S + 256 + 1 and merges_as_bytes(small) == [(b"a", b"b")]  # "ab ab" is seen once: no merge
     untrained = Tokenizer.train([], 768)
-    assert len(untrained) == 261 and untrained.encode("é") == [5 + 0xC3, 5 + 0xA9]
+    assert len(untrained) == S + 256 and untrained.encode("é") == [S + 0xC3, S + 0xA9]
 
 
 def test_training_a_megabyte_and_encoding_are_fast():
@@ -162,8 +163,8 @@ def hf_twin(tok: Tokenizer) -> tokenizers.Tokenizer:
     others = [b for b in range(256) if b not in printable]
     letter = {b: chr(b) for b in printable} | {b: chr(256 + n) for n, b in enumerate(others)}
     name = ["".join(letter[b] for b in raw) for raw in tok._bytes]
-    vocab = {name[i]: i for i in range(5, len(tok))}
-    assert len(vocab) == len(tok) - 5
+    vocab = {name[i]: i for i in range(S, len(tok))}
+    assert len(vocab) == len(tok) - S
     twin = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[(name[a], name[b]) for a, b in tok.merges]))
     split = pre_tokenizers.Split(tokenizers.Regex(SPLIT.pattern), behavior="isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -186,7 +187,7 @@ def test_the_library_learns_the_same_merges():
     rng = random.Random(5)
     words = ["".join(rng.choices("abcdefgh", k=rng.randint(2, 7))) for _ in range(150)]
     lines = [rng.choice(words) for _ in range(2000)]
-    tok = Tokenizer.train(["\n".join(lines)], 261 + 120)
+    tok = Tokenizer.train(["\n".join(lines)], S + 256 + 120)
     twin = tokenizers.Tokenizer(models.BPE())
     twin.pre_tokenizer = pre_tokenizers.Split("\n", behavior="removed")
     trainer = trainers.BpeTrainer(vocab_size=8 + 120, min_frequency=2, show_progress=False)
@@ -214,7 +215,7 @@ def test_plain_values_give_the_same_tokenizer():
         ({"merges": [[70, 71], [9999, 70]]}, r"merges\[1\]"),
         ({"merges": [[70, 71, 72]]}, r"merges\[0\]"),
         ({"merges": [[0, 70]]}, r"merges\[0\]"),  # a special token inside a merge
-        ({"merges": [[70, 71], [70, 262]]}, r"merges\[1\]"),  # a merge of itself
+        ({"merges": [[70, 71], [70, S + 257]]}, r"merges\[1\]"),  # a merge of itself
         ({"merges": [[70, 71], [70, 71]]}, r"merges\[1\] repeats"),
         ({"merges": [[70, True]]}, r"merges\[0\]"),
     ],
@@ -236,11 +237,11 @@ def test_bad_arguments_are_refused_with_a_sentence():
         TOK.encode("ok \ud800")
     with pytest.raises(UserError, match="lone surrogate"):
         Tokenizer.train(["\udfff"], 300)
-    with pytest.raises(UserError, match="260 is too small.*261"):
-        Tokenizer.train(CORPUS, 260)
+    with pytest.raises(UserError, match=f"{S + 255} is too small.*{S + 256}"):
+        Tokenizer.train(CORPUS, S + 255)
     with pytest.raises(UserError, match="-100 is outside"):
         TOK.decode([70, -100])
     with pytest.raises(UserError, match="350 is outside the vocabulary 0..349"):
         TOK.decode([len(TOK)])
-    with pytest.raises(UserError, match="<mask>"):
+    with pytest.raises(UserError, match="<mask>.*<EOC>"):
         TOK.token_id("<mask>")

@@ -11,10 +11,9 @@ from torch import nn
 from nanovlm.errors import UserError
 from nanovlm.recipes.stage import Stage, resolve
 from nanovlm.runs import checkpoint
-from nanovlm.runs.setting import MixedText
 from nanovlm.tokenizer import Tokenizer
 from nanovlm.training import randomness, vitals, weights
-from nanovlm.training.batches import MicroBatches, make_collate, stream
+from nanovlm.training.batches import Epochs, InTurn, MicroBatches, Mixture, make_collate, stream
 from nanovlm.training.loop import TrainingFailed, freeze, train_stage
 from nanovlm.training.optim import lr_at, make_optimiser
 
@@ -22,15 +21,18 @@ CPU = torch.device("cpu")
 TOKENIZER = Tokenizer.train(fakes.FakeScenes().texts(), fakes.VOCAB)
 
 
-def micro_batches(stage: Stage, model: nn.Module, source=None) -> list[dict]:
-    collate = make_collate(fakes.recipe(), stage, TOKENIZER, model.reads)
-    batches = MicroBatches(source or fakes.FakeScenes(), stage, 0, collate)
+def scenes(stage: Stage) -> Mixture:
+    return Mixture(fakes.FakeScenes(), stage, 0)
+
+
+def micro_batches(stage: Stage, model: nn.Module) -> list[dict]:
+    batches = MicroBatches(scenes(stage), stage, 0, make_collate(fakes.recipe(), stage, TOKENIZER, model.reads))
     return [batches[n] for n in range(len(batches))]
 
 
-def train(stage: Stage, model: nn.Module, source=None) -> list:
+def train(stage: Stage, model: nn.Module) -> list:
     freeze(model, stage.trains)
-    return list(train_stage(model, stage, micro_batches(stage, model, source), make_optimiser(model, stage), CPU))
+    return list(train_stage(model, stage, micro_batches(stage, model), make_optimiser(model, stage), CPU))
 
 
 def fresh(seed: int = 3) -> fakes.FakeVLM:
@@ -158,38 +160,41 @@ def test_a_loss_that_is_no_number_stops_before_the_weights_are_touched():
 
 
 def test_every_epoch_shows_every_sample_once_in_another_order():
-    s = fakes.stage(batch_size=6, steps=7)
-    batches = MicroBatches(fakes.FakeScenes(count=14), s, 5, None)
-    order = [i for step in range(7) for i in batches.indices(step)]  # 42 places: three epochs of 14
+    s, own = fakes.stage(batch_size=6, steps=7), fakes.FakeRecords(count=14)
+    batches = MicroBatches(Epochs(own, s, 5), s, 5, lambda samples, rng: [sample.id for sample in samples])
+    order = [name for step in range(7) for name in batches[step]]  # 42 places: three epochs of 14
     epochs = [order[start:start + 14] for start in (0, 14, 28)]
-    assert all(sorted(epoch) == list(range(14)) for epoch in epochs)
+    assert all(sorted(epoch) == sorted(f"conversations/{i}" for i in range(14)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    other = MicroBatches(fakes.FakeScenes(count=14), s, 6, None)
-    assert other.indices(0) != batches.indices(0)
+    assert [Epochs(own, s, 6)[place].id for place in range(14)] != epochs[0]
+    backwards = Epochs(own, s, 5)
+    assert [backwards[place].id for place in reversed(range(42))] == order[::-1], "an order is a function of its epoch"
+    with pytest.raises(UserError, match=r"own has nothing to train stage tune on \(it reads conversations\)"):
+        Epochs(fakes.FakeRecords(count=0), s, 5)
 
 
 def test_a_batch_depends_on_its_step_alone():
     s, model = replace(fakes.stage(accumulate=3, steps=4), augment=True), fresh()
     collate = make_collate(fakes.recipe(), s, TOKENIZER, model.reads)
-    straight = [MicroBatches(fakes.FakeScenes(), s, 0, collate)[n] for n in range(12)]
-    again = MicroBatches(fakes.FakeScenes(), s, 0, collate)[7]
+    straight = [MicroBatches(scenes(s), s, 0, collate)[n] for n in range(12)]
+    again = MicroBatches(scenes(s), s, 0, collate)[7]
     assert all(torch.equal(again[key], straight[7][key]) for key in again)
 
 
 def test_ranks_and_micro_batches_share_the_global_batch_without_overlap():
     s, seen = fakes.stage(batch_size=12, accumulate=2, steps=1), []
     for rank in range(3):
-        batches = MicroBatches(fakes.FakeScenes(), s, 0, lambda samples, rng: [sample.id for sample in samples])
+        batches = MicroBatches(scenes(s), s, 0, lambda samples, rng: [sample.id for sample in samples])
         batches.rank, batches.world = rank, 3
         seen += batches[0] + batches[1]
-    assert sorted(seen) == sorted(f"instruct/{i}" for i in range(12))
+    assert sorted(seen) == sorted(f"scenes/tune/{i}" for i in range(12))
     with pytest.raises(UserError, match="batch_size 7"):
-        MicroBatches(fakes.FakeScenes(), fakes.stage(batch_size=7, accumulate=2), 0, None)
+        MicroBatches(scenes(s), fakes.stage(batch_size=7, accumulate=2), 0, None)
 
 
 def test_the_stream_starts_at_any_step_and_draws_no_random_numbers_of_ours():
     s, model = fakes.stage(accumulate=2, steps=4), fresh()
-    batches = MicroBatches(fakes.FakeScenes(), s, 0, make_collate(fakes.recipe(), s, TOKENIZER, model.reads))
+    batches = MicroBatches(scenes(s), s, 0, make_collate(fakes.recipe(), s, TOKENIZER, model.reads))
     before = torch.get_rng_state()
     late = list(stream(batches, 3, CPU))
     assert torch.equal(before, torch.get_rng_state())
@@ -203,16 +208,17 @@ def test_a_broken_sample_stops_the_stream_with_its_own_sentence():
     def collate(samples, rng):
         raise UserError(f"{samples[0].id} is broken.")
 
-    with pytest.raises(UserError, match="^instruct/0 is broken.$"):
-        next(stream(MicroBatches(fakes.FakeScenes(), s, 0, collate), 0, CPU))
+    with pytest.raises(UserError, match="^scenes/tune/0 is broken.$"):
+        next(stream(MicroBatches(scenes(s), s, 0, collate), 0, CPU))
 
 
 def test_half_of_the_texts_are_the_worlds():
-    own, world = fakes.FakeScenes(seed=1, count=3), fakes.FakeScenes(seed=2)
-    mixed = MixedText(own, world)
-    samples = [mixed.sample("text", "train", i) for i in range(8)]
-    assert samples[1::2] == [world.sample("text", "train", i) for i in range(4)]
-    assert samples[::2] == [own.sample("text", "train", i) for i in (0, 1, 2, 0)]
+    s = fakes.stage(data="texts")
+    own, world = Epochs(fakes.FakeRecords(3, seed=1), s, 0), Mixture(fakes.FakeScenes(seed=2), s, 0)
+    samples = [InTurn(own, world)[place] for place in range(8)]
+    assert samples[1::2] == [world[place] for place in (1, 3, 5, 7)], "by the places of the stage, so that lessons end where they should"
+    assert samples[::2] == [own[place] for place in range(4)]
+    assert {sample.id for sample in samples[:6:2]} == {f"texts/{i}" for i in range(3)}
 
 
 # ---- recipes
@@ -250,14 +256,14 @@ def test_published_weights_that_are_not_there_are_asked_for(monkeypatch):
 
 
 def test_a_part_without_gradient_is_named():
-    model, s = fresh(), fakes.stage(view="text", format="tiny", steps=1)  # no image: nothing reaches the bridge
+    model, s = fresh(), fakes.stage(data="texts", format="tiny", steps=1)  # no image: nothing reaches the bridge
     train(s, model)
     assert vitals.without_gradient(model) == {"bridge.weight", "bridge.bias"}
     assert "2 of 7" in vitals.gradient_warning({"bridge.weight", "bridge.bias"}, 7)
 
 
 def test_a_model_that_ignores_its_images_is_told_from_one_that_looks():
-    s = fakes.stage("align", view="captions", format="plain", steps=1, batch_size=8)
+    s = fakes.stage("align", data="captions", format="plain", steps=1, batch_size=8)
     seeing, blind = fresh(), fresh()
     nn.init.normal_(seeing.bridge.weight, std=30)
     nn.init.zeros_(blind.bridge.weight)

@@ -6,7 +6,7 @@ random states matter), uneven token counts, batches without images, and a backbo
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
@@ -68,30 +68,28 @@ class FakeVLM(nn.Module):
 
 
 class FakeScenes:
-    """Pictures of one colour; a third of the conversations has no picture, and answers have 1 to 6 words."""
+    """Pictures of one colour, in data sets "talk", of which about a third has no picture, "captions" and "texts"."""
 
     name = "scenes"
     skipped = ()
 
-    def __init__(self, seed=0, size=4, small_print=False, count=1_000_000):
-        self.seed, self.image_size, self.count = seed, size, count
-
-    def size(self, view, split):
-        return self.count
+    def __init__(self, seed=0, size=4, small_print=False):
+        self.seed, self.image_size = seed, size
 
     def texts(self):
         return [" ".join(WORDS)] * 3
 
-    def sample(self, view, split, index):
-        rng = Random(f"{self.seed}/{view}/{split}/{index}")
-        picture = Image.new("RGB", (self.image_size, self.image_size), tuple(rng.randrange(256) for _ in range(3)))
-        answer = " ".join(rng.choices(WORDS, k=rng.randint(1, 6)))
-        if view == "text" or (view == "instruct" and index % 3 == 0):
-            return Sample(f"{view}/{index}", (), answer, turns=(Turn("what?", answer),))
-        return Sample(f"{view}/{index}", (picture,), answer, turns=(Turn("<image>\nwhat?", answer),))
+    def draw(self, name, rng):
+        return fake_sample("", rng, self.image_size, name == "texts" or (name == "talk" and rng.random() < 1 / 3))
+
+    def held_out(self, name, index):
+        return replace(self.draw(name, Random(f"val/{name}/{index}")), id=f"val/{index}")
+
+    def look(self, diet, real, n):
+        return [self.held_out(max(diet, key=diet.get), i) for i in range(n)]
 
     def exams(self, names, n=0):
-        return [Exam(name, [self.sample("instruct", "val", i) for i in range(n or 4)]) for name in names]
+        return [Exam(name, [self.held_out("talk", i) for i in range(n or 4)]) for name in names]
 
     def galleries(self):
         return []
@@ -100,9 +98,38 @@ class FakeScenes:
         return []
 
 
-def stage(name="tune", trains=("bridge", "language"), view="instruct", format="tiny", steps=20, batch_size=6, lr=1e-2,
-          **more):
-    return Stage(name, trains, view, format=format, steps=steps, batch_size=batch_size, lr=lr, **more)
+class FakeRecords:
+    """As many samples as one likes; to be met in epochs."""
+
+    name = "own"
+
+    def __init__(self, count, seed=0, size=4):
+        self.count, self.seed, self.image_size = count, seed, size
+
+    def size(self, real, split):
+        return self.count
+
+    def lengths(self, real):
+        return [1] * self.count
+
+    def sample(self, real, split, index):
+        return fake_sample(f"{real}/{index}", Random(f"{self.seed}/{real}/{split}/{index}"), self.image_size, real == "texts")
+
+
+def fake_sample(name, rng, size, blind):
+    """An answer of 1 to 6 words."""
+    picture = Image.new("RGB", (size, size), tuple(rng.randrange(256) for _ in range(3)))
+    answer = " ".join(rng.choices(WORDS, k=rng.randint(1, 6)))
+    if blind:
+        return Sample(name, caption=answer, turns=(Turn("what?", answer),))
+    return Sample(name, (picture,), caption=answer, turns=(Turn("<image>\nwhat?", answer),))
+
+
+READ = {"talk": "conversations"}  # what is read of a person's records in the place of a data set; else of the same name
+
+
+def stage(name="tune", trains=("bridge", "language"), data="talk", format="tiny", steps=20, batch_size=6, lr=1e-2, **more):
+    return Stage(name, trains, {data: 1}, real=READ.get(data, data), format=format, steps=steps, batch_size=batch_size, lr=lr, **more)
 
 
 def recipe(name="fake/tiny", stages=None, dropout=0.1):

@@ -26,7 +26,7 @@ from nanovlm import recipes
 from nanovlm.data.collate import Collate
 from nanovlm.data.formats import Found, scan
 from nanovlm.data.records import Records
-from nanovlm.data.sample import TEXTS, Sample
+from nanovlm.data.sample import Sample
 from nanovlm.data.transforms import load_image
 from nanovlm.errors import UserError
 from nanovlm.lm_loss import IGNORE
@@ -143,12 +143,12 @@ def go_through_stages(records: Records, recipe: Recipe) -> list[str]:
         shown += [(stage, collate)] if reads.kind != "pairs" else []  # pairs are a picture and its caption, with nothing around it
         try:
             leave_out_unfit([job], setting)
-            MicroBatches(setting.training_data_for(job), stage, setting.seed, collate)
+            MicroBatches(setting.samples(job), stage, setting.seed, collate)
         except UserError as error:
             problems.append(str(error))
-        train, val = (records.size(stage.view, split) for split in ("train", "val"))
-        judged = "" if val or stage.view in TEXTS else "; with none held out it will not be judged"
-        print(f"  {stage.name:<9} {stage.view:<9} {train:,} to train on, {val:,} held out{judged}")
+        train, val = (records.size(stage.real, split) for split in ("train", "val"))
+        judged = "" if val or stage.real == "texts" else "; with none held out it will not be judged"
+        print(f"  {stage.name:<9} {stage.real:<13} {train:,} to train on, {val:,} held out{judged}")
     if records.labels:
         print(f"  classes   {len(records.labels)}: {', '.join(records.labels)}")
     if records.few:
@@ -156,8 +156,8 @@ def go_through_stages(records: Records, recipe: Recipe) -> list[str]:
     for stage, collate in shown:
         print(f"\nthe first samples as stage {stage.name} reads them, in format {stage.format}; what is trained stands in "
               f"{'green' if sys.stdout.isatty() else ' '.join(marks())}")
-        for i in range(min(SHOWN, records.size(stage.view, "train"))):
-            sample = records.sample(stage.view, "train", i)
+        for i in range(min(SHOWN, records.size(stage.real, "train"))):
+            sample = records.sample(stage.real, "train", i)
             print(f"  {sample.id}\n    {marked(sample, collate)}")
     return problems + [f"{record}: {reason}" for record, reason in records.skipped]
 

@@ -7,7 +7,7 @@ it, sentences included, and is read as any conversations are.
     what colour is the square? ⏎ Answer the question using …        red
 
 The sentence stands on a line of its own behind the first question of a conversation. Sets that are read here without theirs
-(VQAv2, plain captions) get it in the view "mixture".
+(VQAv2, plain captions) get it where a stage reads "prompted" ones, see records.py.
 """
 
 from collections.abc import Sequence

@@ -33,11 +33,11 @@ class Sample:
 
     id: str
     images: tuple = ()  # PIL images (RGB) or paths, in the order of the "<image>" marks
-    told: tuple[str, ...] = ()  # instead of pictures: the words that stand in the marks' places
     caption: str = ""
     references: tuple[str, ...] = ()  # all captions that count as right
     negatives: tuple[str, ...] = ()  # captions that are wrong in one point
     turns: tuple[Turn, ...] = ()
+    told: tuple[str, ...] = ()  # instead of pictures: the words that stand in the marks' places
     label: str = ""
     format: str = ""  # of its conversation, where it is not the stage's
     form: str = ""  # "short": its answers are of a word or two, and in a mixture that has to be said

@@ -22,7 +22,7 @@ import nanovlm
 from nanovlm.data.source import Source
 from nanovlm.errors import UserError
 from nanovlm.recipes.stage import as_config
-from nanovlm.runs import checkpoint
+from nanovlm.runs import checkpoint, shipped
 from nanovlm.runs.setting import Job, Setting, needs
 from nanovlm.training import distributed
 from nanovlm.training.weights import State
@@ -43,15 +43,24 @@ def folder() -> Path:
 
 
 class Cache:
-    """The second store of a run: stages by the key of everything that made them."""
+    """The second store of a run: backbones as they are shipped, and stages by the key of everything that made them."""
 
-    def __init__(self, setting: Setting):
-        self.setting = setting
+    def __init__(self, setting: Setting, kept: bool = True):
+        """kept: False neither reads nor writes the folder."""
+        self.setting, self.kept = setting, kept
         self.keys: dict[tuple[str, str], str] = {}
 
     def read(self, job: Job) -> State | None:
-        """The weights under the job's key, or None. A broken entry counts as none: it is made anew."""
-        return distributed.from_first(self._read(self.path(job)) if distributed.rank() == 0 else None)
+        """The weights of the job, or None. Of the recipe that was asked for what was trained here comes before what is shipped."""
+        stores = (self.trained, self.shipped) if self.setting.final(job) else (self.shipped, self.trained)
+        return next((found for store in stores if (found := store(job)) is not None), None)
+
+    def shipped(self, job: Job) -> State | None:
+        return shipped.read(job.recipe, job.stage) if self.setting.ships(job) else None
+
+    def trained(self, job: Job) -> State | None:
+        """A broken entry counts as none: it is made anew."""
+        return distributed.from_first(self._read(self.path(job)) if self.kept and distributed.rank() == 0 else None)
 
     def _read(self, path: Path) -> State | None:
         if not path.exists():
@@ -64,7 +73,7 @@ class Cache:
 
     def write(self, job: Job, weights: State, record: dict | None = None) -> State:
         """A cache that cannot be written costs time, not the run. Of a person's own data only the backbones are kept."""
-        if distributed.rank() == 0 and (not self.setting.real or not self.setting.final(job)):
+        if self.kept and distributed.rank() == 0 and (not self.setting.real or not self.setting.final(job)):
             try:
                 folder().mkdir(parents=True, exist_ok=True)
                 checkpoint.save(self.path(job), {"model": weights})
@@ -77,6 +86,8 @@ class Cache:
 
     def key(self, job: Job) -> str:
         """Stages behind this one play no part, so that whoever needs this one only finds it too."""
+        if not self.setting.final(job) and self.shipped(job) is not None:
+            self.keys.setdefault(job.name, shipped.digest(*job.name))
         if job.name not in self.keys:
             setting, stages = self.setting, job.recipe.stages
             recipe = replace(job.recipe, stages=stages[:stages.index(job.stage) + 1])
@@ -98,17 +109,27 @@ class Cache:
 
 
 def source_text(*modules: str) -> str:
-    """sha256 of the files of nanovlm that these modules are made of, imports of imports included."""
+    """sha256 of the files of nanovlm that these modules are made of, imports of imports included; comments and docstrings play no part."""
     seen, waiting = {}, [path for module in modules if (path := _path(module))]
     while waiting:
         path = waiting.pop()
         if path not in seen:
-            seen[path] = path.read_bytes()
+            seen[path] = _code(path)
             waiting += [p for module in _imports(path) if (p := _path(module))]
     digest = hashlib.sha256()
     for path in sorted(seen):
-        digest.update(str(path.relative_to(PACKAGE)).encode() + b"\0" + seen[path] + b"\0")
+        digest.update(str(path.relative_to(PACKAGE)).encode() + b"\0" + seen[path].encode() + b"\0")
     return digest.hexdigest()
+
+
+def _code(path: Path) -> str:
+    """The syntax tree without docstrings, as text."""
+    tree = ast.parse(path.read_bytes())
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+            del body[0]
+    return ast.dump(tree)
 
 
 def _path(module: str) -> Path | None:

@@ -42,7 +42,7 @@ class RunFolder:
     def tokenizer(self) -> Tokenizer | None:
         return Tokenizer.from_dict(self.state["tokenizer"]) if self.state else None
 
-    def begin(self, setting: Setting, cache: Cache | None, config: dict) -> None:
+    def begin(self, setting: Setting, cache: Cache, config: dict) -> None:
         """Put down, or compare, what was asked for; a run that was stopped before its first checkpoint begins at the beginning."""
         self.setting, self.cache, self.config = setting, cache, config
         on_first(self._put_down)
@@ -66,18 +66,19 @@ class RunFolder:
         path = self.path / f"{job.stage.name}.pt"
         if job.stage.name in {record["name"] for record in self.records}:
             return checkpoint.load(path)
-        if self.cache is None or self.setting.final(job) or self.half_way(job):
+        if self.setting.final(job) or self.half_way(job):
             return None
-        weights = self.cache.read(job)
-        if weights is not None:
-            say(f"{job.stage.name}: from the cache")
-            self._keep(job, weights, {"name": job.stage.name, "seconds": 0.0, "steps": job.stage.steps, "cached": True,
-                                      "frozen": {}, "trained": {}})
-        return weights
+        for name, store in (("shipped", self.cache.shipped), ("cached", self.cache.trained)):
+            if (weights := store(job)) is not None:
+                say(f"{job.stage.name}: {'shipped' if name == 'shipped' else 'from the cache'}")
+                self._keep(job, weights, {"name": job.stage.name, "seconds": 0.0, "steps": job.stage.steps,
+                                          "cached": True, "shipped": name == "shipped", "frozen": {}, "trained": {}})
+                return weights
+        return None
 
     def write(self, job: Job, weights: State, record: dict) -> State:
         self._keep(job, weights, record)
-        return weights if self.cache is None else self.cache.write(job, weights)
+        return self.cache.write(job, weights)
 
     def _keep(self, job: Job, weights: State, record: dict) -> None:
         """A stage is finished: its weights, and a last.pt that says so."""

@@ -25,7 +25,7 @@ from nanovlm.runs import checkpoint
 from nanovlm.runs.cache import Cache
 from nanovlm.runs.folder import OURS, RunFolder, write_json
 from nanovlm.runs.progress import report, say
-from nanovlm.runs.setting import Job, Setting, leave_out_unfit, make_tokenizer, needs, plan, read_source
+from nanovlm.runs.setting import Job, Setting, find_tokenizer, leave_out_unfit, needs, plan, read_source
 from nanovlm.runs.watch import Watch, interruptible
 from nanovlm.tokenizer import Tokenizer
 from nanovlm.training import distributed, vitals
@@ -49,6 +49,7 @@ class Options:
     overwrite: bool = False
     cache: bool = True
     steps: float | None = None
+    from_scratch: bool = False
 
 
 def run(recipe_name: str, options: Options = Options()) -> dict:
@@ -66,12 +67,12 @@ def _run(recipe_name: str, options: Options, device: torch.device) -> dict:
     find_published(recipe, recipe.stages[-1].name)
     source = read_source(recipe, options.data, options.on_missing, options.seed)
     keep = RunFolder(recipe.name, options.out, options.resume, options.overwrite)
-    tokenizer = keep.tokenizer() or make_tokenizer(recipe, source, options.seed)
-    setting = Setting(recipe, options.seed, device, source, tokenizer, options.steps)
+    tokenizer = keep.tokenizer() or find_tokenizer(recipe, source, options.seed, options.from_scratch)
+    setting = Setting(recipe, options.seed, device, source, tokenizer, options.steps, options.from_scratch)
     job = Job(recipe, recipe.stages[-1])
     if setting.real:
         leave_out_unfit(plan(job, setting), setting)
-    keep.begin(setting, Cache(setting) if options.cache else None, config_of(setting, options, plan(job, setting)))
+    keep.begin(setting, Cache(setting, options.cache), config_of(setting, options, plan(job, setting)))
     say(f"{recipe.name} on {source.name}, seed {options.seed}, {device}, into {keep.path}")
     return finish(setting, keep, weights_after(job, setting, keep))
 
@@ -79,12 +80,12 @@ def _run(recipe_name: str, options: Options, device: torch.device) -> dict:
 def trained_model(name: str, stage: str | None = None, seed: int = 0) -> tuple[nn.Module, Tokenizer]:
     """A tiny recipe's model after its last stage or after `stage`, in eval(), on the CPU; and its tokenizer.
 
-    Trained on the embedded world: taken from the cache, where `train_tiny.py` leaves every stage of such a run, or
-    trained now and then kept there.
+    Trained on the embedded world: taken from the cache, where `train_tiny.py` leaves every stage of such a run, or as it is
+    shipped (seed 0), or trained now and then kept.
     """
     recipe = resolve(recipes.get(name), real=False)
     source = read_source(recipe, None, "error", seed)
-    setting = Setting(recipe, seed, distributed.choose_device("auto"), source, make_tokenizer(recipe, source, seed))
+    setting = Setting(recipe, seed, distributed.choose_device("auto"), source, find_tokenizer(recipe, source, seed))
     job = Job(recipe, recipe.stage(stage))
     return model_of(job, weights_after(job, setting, Cache(setting))), setting.tokenizer
 
@@ -203,7 +204,7 @@ def config_of(setting: Setting, options: Options, jobs: list[Job]) -> dict:
     return {
         "what": OURS, "recipe": as_config(setting.recipe), "backbones": list(backbones.values()), "seed": setting.seed,
         "data": str(Path(options.data).resolve()) if options.data else "scenes", "on_missing": options.on_missing,
-        "steps": options.steps,
+        "steps": options.steps, "from_scratch": options.from_scratch,
         "machine": {"device": str(setting.device), "processes": distributed.world(), **versions()}}
 
 

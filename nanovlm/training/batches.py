@@ -25,14 +25,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from nanovlm.contract import Batch, Reads
 from nanovlm.data.collate import Collate
-from nanovlm.data.sample import Sample
 from nanovlm.data.records import Records
+from nanovlm.data.sample import Sample
 from nanovlm.data.transforms import Transform
 from nanovlm.errors import UserError
 from nanovlm.recipes.stage import Recipe, Stage
 from nanovlm.tokenizer import SPLIT, Tokenizer
 from nanovlm.training import distributed
 from nanovlm.world.datasets import Scenes
+
 
 def make_collate(recipe: Recipe, stage: Stage, tokenizer: Tokenizer, reads: Reads) -> Collate:
     """What makes the stage's batches, for a model that reads so."""

@@ -292,6 +292,7 @@ SETS: dict[str, DataSet] = {
     **{f"told/{name}": DataSet(told(talk, mixture.with_boxes if name in BOXED else _variously,
                                     IN_BLIP2 if name in ("talk", "drills") else 0.0),
                                IN_LISTS if name in LISTS else (0,), texts=True) for name, talk in TALKS.items()},
+    "told/sentences on demand": DataSet(told(mixture.sentences_on_demand), texts=True),
     "told/talk": DataSet(told(lambda scene, rng, pairs: conversation(scene, rng, pairs, LONG_TALK), blip2=IN_BLIP2), texts=True),
 }
 CORPUS = 4000  # texts

@@ -96,6 +96,8 @@ def told_in_turn(kind: str, index: int, draw: Callable[[Random], Scene],
             shown, turns = tasks.examine(draw, rng, detail)
         else:
             scene, turns = _examined(kind, detail, index, draw)
+            if kind == "chat":
+                turns = (replace(turns[0], question=f"{turns[0].question}\n{mixture.SENTENCE}"),)
             shown = (scene,)
         boxed = kind in ("region", "grounding")
         told = (mixture.with_boxes(shown[0], rng) if boxed else " then ".join(description(s, rng, DESCRIPTIONS[:1]) for s in shown),)

@@ -28,9 +28,9 @@ from nanovlm.world.drills import OPTIONS, box, enumerated
 from nanovlm.world.say import DESCRIPTIONS, caption, description
 from nanovlm.world.scene import ATTRIBUTES, PAIRS, Object, Scene
 
+SENTENCE = "Answer in a full sentence."  # ours: the paper's line for short answers has no counterpart
 KINDS = ("option", "region", "grounding", "chat")  # what an exam asks beyond the questions of ask.py
 SCIENCE = ("science", "science_text")  # what an exam of view "science" asks
-BLIND = ("chat", "science_text")  # of these, what is asked without a picture
 
 
 def short(scene: Scene, rng: Random, pairs: tuple = PAIRS) -> tuple[Turn, ...]:
@@ -39,6 +39,12 @@ def short(scene: Scene, rng: Random, pairs: tuple = PAIRS) -> tuple[Turn, ...]:
 
 def sentences(scene: Scene, rng: Random, pairs: tuple = PAIRS) -> tuple[Turn, ...]:
     return tuple(replace(turn, answer=sentence(turn)) for turn in questions(scene, rng, pairs)[:2])
+
+
+def sentences_on_demand(scene: Scene, rng: Random, pairs: tuple = PAIRS) -> tuple[Turn, ...]:
+    """For a reader who is also given short answers to bare questions, as LLaVA's talk has them."""
+    first, *others = sentences(scene, rng, pairs)
+    return (replace(first, question=f"{first.question}\n{SENTENCE}"), *others)
 
 
 def letters(scene: Scene, rng: Random, pairs: tuple = PAIRS) -> tuple[Turn, ...]:

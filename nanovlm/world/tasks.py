@@ -159,7 +159,7 @@ def llava(scene: Scene, rng: Random, pairs: tuple) -> tuple[Turn, ...]:
         conclusion = "There are as many of both." if large == small else f"More are {'large' if large > small else 'small'}."
         return (Turn("are there more large or more small objects?", f"{numbers}. {conclusion}", "llava"),)
     asked = _asked(scene, rng, pairs)
-    return (replace(asked.turn, answer=sentence(asked.turn), kind="llava"),)
+    return (Turn(f"in a sentence, {asked.turn.question}", sentence(asked.turn), "llava"),)
 
 
 def _counted(n: int, size: str) -> str:

@@ -1,0 +1,155 @@
+"""The tiny models as they were trained once, in weights/: what a run begins with, and what notebooks and chat open at once.
+
+    weights/clip-tiny@clip.npz     every tensor in half precision, and `about`: recipe, seed, command, versions, figures, answers
+    weights/llava-tiny@tune.npz    the parts that learned; of a part that stands in another file as well, that file's name
+    weights/tokenizer.json         one for all
+
+    python -m nanovlm.runs.shipped runs/llava     puts a finished run of seed 0 there, stage by stage
+
+The papers begin with CLIP and Vicuna; who trains a paper's stages here begins with these. Loading never runs code: the files hold
+arrays and one text. `answers` are those of the rounded weights to held-out questions; a test asks them again.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import nanovlm
+from nanovlm import recipes
+from nanovlm.errors import UserError
+from nanovlm.evaluate.pupil import Pupil
+from nanovlm.files import replacing
+from nanovlm.recipes.stage import Recipe, Stage, resolve
+from nanovlm.runs import checkpoint
+from nanovlm.tokenizer import Tokenizer
+from nanovlm.training.weights import State
+from nanovlm.world.datasets import Scenes
+
+ASKED = 36  # questions whose answers are stored
+
+
+def folder() -> Path:
+    """weights/ beside the package, or $NANOVLM_SHIPPED."""
+    return Path(os.environ.get("NANOVLM_SHIPPED") or Path(nanovlm.__file__).parent.parent / "weights")
+
+
+def path(recipe: str, stage: str) -> Path:
+    return folder() / f"{recipe.replace('/', '-')}@{stage}.npz"
+
+
+def tokenizer() -> Tokenizer | None:
+    file = folder() / "tokenizer.json"
+    return Tokenizer.from_dict(json.loads(file.read_text(encoding="utf-8")), str(file)) if file.exists() else None
+
+
+def read(recipe: Recipe, stage: Stage) -> State | None:
+    """float32 tensors by name, or None: there is no such file, or it was made for another model of this name."""
+    file = path(recipe.name, stage.name)
+    if not file.exists():
+        return None
+    state, _ = load(file)
+    with torch.device("meta"):
+        wanted = {name: tensor.shape for name, tensor in recipe.build(stage).state_dict().items()}
+    if wanted != {name: tensor.shape for name, tensor in state.items()}:
+        print(f"{file.name} holds another {recipe.name} than today's recipe: it is trained anew.", file=sys.stderr)
+        return None
+    return state
+
+
+def load(file: Path) -> tuple[State, dict]:
+    """The tensors, those that stand in other files too, and what is told about them."""
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+        about = json.loads(arrays.pop("about").tobytes())
+        others = {part: load(folder() / other)[0] for part, other in about["shared"].items()}
+        arrays |= {name: others[name.split(".")[0]][name].numpy() for name in about["tensors"] if name not in arrays}
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise UserError(f"The shipped weights {file} cannot be read ({error}): restore the file, or train with --from-scratch.") from error
+    return {name: torch.from_numpy(arrays[name].astype(np.float32)) for name in about["tensors"]}, about
+
+
+def digest(recipe: str, stage: str) -> str:
+    return hashlib.sha256(path(recipe, stage).read_bytes()).hexdigest()
+
+
+def write(weights: State, about: dict, file: Path) -> None:
+    """Half precision; a part whose every tensor stands in another file of the folder is named, not stored."""
+    arrays = {name: tensor.numpy().astype(np.float16) for name, tensor in weights.items()}
+    shared = {}
+    for part in dict.fromkeys(name.split(".")[0] for name in arrays):
+        names = [name for name in arrays if name.split(".")[0] == part]
+        if other := next((other for other in sorted(folder().glob("*.npz")) if other != file and _has(other, arrays, names)), None):
+            shared[part] = other.name
+    about = {**about, "tensors": list(arrays), "shared": shared}
+    text = np.frombuffer(json.dumps(about).encode(), dtype=np.uint8)
+    stored = {name: array for name, array in arrays.items() if name.split(".")[0] not in shared}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(file) as beside, open(beside, "wb") as out:
+        np.savez_compressed(out, about=text, **stored)
+
+
+def _has(other: Path, arrays: dict[str, np.ndarray], names: list[str]) -> bool:
+    with np.load(other, allow_pickle=False) as stored:  # of the file itself: no chains of references
+        return set(names) <= set(stored.files) and all(np.array_equal(stored[name], arrays[name]) for name in names)
+
+
+def answers(weights: State, recipe: Recipe, stage: Stage, words: Tokenizer) -> list[str]:
+    """To ASKED held-out questions, or the captions that it likes best."""
+    model = recipe.build(stage)
+    model.load_state_dict(weights)
+    world = Scenes(0, **{"size": recipe.image_size, **recipe.world})
+    with torch.inference_mode():
+        return [answer for *_, answer in Pupil(model, recipe, stage, words, "cpu").examples(world, ASKED)]
+
+
+def export(run: Path, stages: Sequence[str] = ()) -> list[Path]:
+    """The stages of a finished run, all of its own unless named."""
+    config, summary = (json.loads((run / name).read_text(encoding="utf-8")) for name in ("config.json", "summary.json"))
+    recipe = resolve(recipes.get(config["recipe"]["name"]), real=False)
+    if config["data"] != "scenes" or config["steps"] is not None:
+        raise UserError(f"{run} is no full run on the embedded world: only such a run is shipped.")
+    words = Tokenizer.from_dict(checkpoint.load(run / "last.pt")["tokenizer"])
+    known = tokenizer()
+    if known is None:
+        with replacing(folder() / "tokenizer.json") as beside:
+            beside.write_text(json.dumps(words.to_dict()) + "\n", encoding="utf-8")
+    elif known.to_dict() != words.to_dict():
+        raise UserError(f"{run} has another tokenizer than {folder()}: train it on the shipped backbones.")
+    seconds = {record["name"]: record["seconds"] for record in summary["stages"]}
+    written = []
+    for stage in [recipe.stage(name) for name in stages] or recipe.stages:
+        weights = {name: tensor.half().float() for name, tensor in checkpoint.load(run / f"{stage.name}.pt").items()}
+        file = path(recipe.name, stage.name)
+        write(weights, {
+            "recipe": recipe.name, "stage": stage.name, "seed": summary["seed"], "steps": stage.steps,
+            "command": f"python train_tiny.py --recipe {recipe.name} --seed {summary['seed']}", "versions": summary["versions"],
+            "seconds": seconds[stage.name], "figures": summary["eval"] if stage.evaluate else {},
+            "answers": answers(weights, recipe, stage, words)}, file)
+        written.append(file)
+    return written
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m nanovlm.runs.shipped", description="Put a finished run's weights into weights/.")
+    parser.add_argument("run", type=Path, help="the folder of a finished run, such as runs/llava")
+    parser.add_argument("--stages", nargs="+", default=(), metavar="STAGE", help="which of its stages (default: all of its own)")
+    options = parser.parse_args(argv)
+    try:
+        for file in export(options.run, options.stages):
+            print(f"{file}: {file.stat().st_size:,} bytes")
+        return 0
+    except (UserError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
