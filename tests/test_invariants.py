@@ -24,6 +24,7 @@ from nanovlm.papers.blip2 import BLIP2, BLIP2Config, BLIP2Stage1
 from nanovlm.papers.clip import CLIP, CLIPConfig
 from nanovlm.papers.language_model import LanguageModel
 from nanovlm.papers.llava import LLaVA, LLaVAConfig
+from nanovlm.papers.masked_language_model import MaskedLanguageModel
 from nanovlm.qformer import QFormerConfig
 from nanovlm.recipes.stage import Stage
 from nanovlm.t5 import T5Config
@@ -372,10 +373,20 @@ def stage1_batch(rows: list[int]) -> dict:
             "image_group": torch.tensor([images[row] for row in rows])}
 
 
-# models whose pairs meet across ranks: build, what learns, batch by the numbers of pairs, how many pairs
+def masked_batch(rows: list[int]) -> dict:
+    """Texts by number, of which ever more words are hidden: ranks have different numbers of them."""
+    ids = torch.stack([torch.randint(4, V, (9,), generator=torch.Generator().manual_seed(row)) for row in rows])
+    hidden = torch.arange(9) % 7 <= torch.tensor(rows)[:, None] % 4  # (B, 9)
+    return {"input_ids": ids.masked_fill(hidden, 1), "attention_mask": torch.arange(9) < 9 - torch.tensor(rows)[:, None] % 2,
+            "labels": ids.masked_fill(~hidden, -100)}
+
+
+# models whose batches are not made of examples: build, what learns, batch by the numbers of its rows, how many rows; of the
+# first two pairs meet across ranks
 PAIRED = {
     "clip": (build_clip, ("vision", "text", "image_projection", "text_projection", "temperature"), clip_batch, 6),
     "blip2 stage 1": (lambda: BLIP2Stage1(blip2_config(text=19)), recipes.blip2.BRIDGE_1, stage1_batch, 4),
+    "bert": (lambda: MaskedLanguageModel(BertConfig(V, 24, 2, 3, 34, max_positions=19, dropout=0.0)), ("bert", "word_head"), masked_batch, 6),
 }
 
 
