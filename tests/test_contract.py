@@ -146,7 +146,7 @@ def test_a_prompt_made_by_what_it_reads_is_all_that_a_model_answers_to(tokenizer
     recipe, stage = tiny_stages()[name]
     torch.manual_seed(0)
     model = recipe.build(stage).eval()
-    if not hasattr(model, "prefill"):
+    if not hasattr(model, "generate"):
         assert model.reads.kind == "pairs"
         return
     collate = make_collate(recipe, replace(stage, format="plain") if model.reads.kind == "pairs" else stage, tokenizer, model.reads)
