@@ -140,18 +140,6 @@ class WordHead(nn.Module):
         return F.linear(self(hidden), words.weight, self.bias)
 
 
-class MaskedLM(nn.Module):
-    """BERT as it was pre-trained: each word from all the others, ids (B, T) → logits (B, T, V)."""
-
-    def __init__(self, config: BertConfig):
-        super().__init__()
-        self.bert = Bert(config)
-        self.head = WordHead(config.width, config.vocab, config.eps)
-
-    def forward(self, input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self.head.logits(self.bert(input_ids, mask), self.bert.embeddings.words)
-
-
 def initialise(module: nn.Module) -> None:
     """What enters a map with variance 1 leaves with it, whatever the width; embeddings Normal(0, 0.02), as in BERT.
 

@@ -127,9 +127,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not 0 <= options.temperature < math.inf:
             raise UserError(f"--temperature {options.temperature}: give 0, for the most likely words, or more, such as 0.7.")
         pupil = open_model(options.run, distributed.choose_device(options.device))
-        if pupil.model.reads.kind == "pairs":
-            raise UserError(f"{options.run} holds a {type(pupil.model).__name__}, which compares pictures with texts and was never "
-                            "trained to converse: name a run of llava, llava15 or blip2.")
+        if pupil.model.reads.kind in ("pairs", "masked"):
+            does = "compares pictures with texts" if pupil.model.reads.kind == "pairs" else "fills gaps in texts"
+            raise UserError(f"{options.run} holds a {type(pupil.model).__name__}, which {does} and was never trained to converse: "
+                            "name a run of llava, llava15 or blip2.")
         images = [load_image(image) for image in options.image]
         if options.scene is not None:
             scene = Scenes(0, **{"size": pupil.recipe.image_size, **pupil.recipe.world}).held_out("captions", options.scene)

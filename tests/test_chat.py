@@ -233,6 +233,11 @@ def test_whoever_only_compares_is_refused(untrained, capsys, name):
     assert "compares pictures with texts and was never trained to converse" in capsys.readouterr().err
 
 
+def test_whoever_only_fills_gaps_is_refused(untrained, capsys):
+    assert main([untrained("bert/tiny"), "--ask", "x"]) == 2
+    assert "fills gaps in texts and was never trained to converse" in capsys.readouterr().err
+
+
 def test_a_tiled_picture(run):
     """Its size goes along with the views."""
     pupil = load_run(run)

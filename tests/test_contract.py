@@ -57,7 +57,9 @@ def test_every_papers_model_is_a_tiny_stages():
 
 @every_stage
 def test_a_model_has_what_the_contract_promises(name):
-    """Whoever answers has all three of ANSWERS; a model that compares pictures with texts may have none, and then scores."""
+    """Whoever answers has all three of ANSWERS; a model that compares pictures with texts may have none, and then scores; one that
+    reads masked texts fills them, and writes nothing.
+    """
     recipe, stage = tiny_stages()[name]
     with torch.device("meta"):
         model = recipe.build(stage)
@@ -73,7 +75,8 @@ def test_a_model_has_what_the_contract_promises(name):
         if method == "losses" or hasattr(model, method):
             assert parameters(getattr(model, method)) == parameters(getattr(Paper, method)), method
     assert inspect.signature(model.losses).parameters["gather"].default is alone
-    assert sum(hasattr(model, method) for method in ANSWERS) in ((0, 3) if reads.kind == "pairs" else (3,))
+    answers = [hasattr(model, method) for method in ANSWERS]
+    assert sum(answers) in {"pairs": (0, 3), "masked": (1,)}.get(reads.kind, (3,)) and (reads.kind == "pairs" or answers[-1])
     assert (reads.kind == "pairs") == model.whole_batch == hasattr(model, "score")
     assert reads.matches == hasattr(model, "match")
 
@@ -91,6 +94,7 @@ def test_pictures_take_places_only_where_they_stand_among_words():
     assert got["blip2/tiny-vqa@vqa"] == ("conversations", 0, False, True, False, False)
     assert got["llava/tiny@align"] == got["llava/tiny@tune"] == got["llava15/tiny@tune"] == talk
     assert got["llava15/tiny-hd@hd"] == ("conversations", 16, True, False, False, False)
+    assert got["bert/tiny@bert"] == ("masked", 0, *[False] * 4)
     assert got["lm/tiny@lm"] == got["lm/tiny-t5@lm-t5"] == ("texts", 0, *[False] * 4)
 
 
@@ -113,7 +117,7 @@ def test_a_batch_made_by_what_it_reads_is_all_that_a_model_learns_from(tokenizer
     torch.manual_seed(0)
     model = recipe.build(stage)
     batch = make_collate(recipe, stage, tokenizer, model.reads)(samples_of(recipe, stage), Random(0))
-    allowed = {"images", "input_ids", "attention_mask"}
+    allowed = {"input_ids", "attention_mask"} | ({"images"} if model.reads.kind != "masked" else set())
     allowed |= {"text_group", "image_group"} if model.reads.kind == "pairs" else {"labels"}
     allowed |= {"image_sizes"} if model.reads.tiling else set()
     allowed |= {"qformer_input_ids", "qformer_attention_mask"} if model.reads.question else set()
@@ -129,7 +133,8 @@ def test_a_batch_made_by_what_it_reads_is_all_that_a_model_learns_from(tokenizer
     losses = model.losses(batch, gather)
     torch.manual_seed(1)
     again = model.losses(batch)
-    assert set(losses) == ({"clip/tiny@clip": {"itc"}}.get(name, {"itc", "itm", "itg"}) if model.whole_batch else {"lm"})
+    assert set(losses) == ({"clip/tiny@clip": {"itc"}}.get(name, {"itc", "itm", "itg"}) if model.whole_batch else
+                           {"mlm" if model.reads.kind == "masked" else "lm"})
     for key, (total, count) in losses.items():
         assert total.shape == count.shape == () and total.requires_grad and not count.requires_grad
         assert total > 0 and count > 0 and torch.equal(total, again[key][0])
@@ -141,13 +146,15 @@ def test_a_prompt_made_by_what_it_reads_is_all_that_a_model_answers_to(tokenizer
     recipe, stage = tiny_stages()[name]
     torch.manual_seed(0)
     model = recipe.build(stage).eval()
-    if not hasattr(model, "prefill"):
+    if not hasattr(model, "generate"):
         assert model.reads.kind == "pairs"
         return
     collate = make_collate(recipe, replace(stage, format="plain") if model.reads.kind == "pairs" else stage, tokenizer, model.reads)
     batch = collate.ask(samples_of(recipe, stage))
     said = model.generate(batch, 3, stop_ids(stage.format, tokenizer), temperature=0.0)
     assert said.dtype == torch.int64 and len(said) == 4 and 1 <= said.shape[1] <= 3
+    if model.reads.kind == "masked":
+        return
     with torch.no_grad():
         logits, cache = model.prefill(batch)
         assert isinstance(cache, KVCache) and logits.shape == (4, recipe.vocab)

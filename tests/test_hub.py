@@ -30,7 +30,7 @@ from oracles import (
 from test_llava import conversations, expanded, padded
 from tools import bite, close, randn, random_ids
 
-from nanovlm.bert import Bert, MaskedLM
+from nanovlm.bert import Bert
 from nanovlm.errors import UserError
 from nanovlm.hub import CLASSES, from_hf, load
 from nanovlm.hub.configs import IMAGE_TOKEN_INDEX
@@ -39,6 +39,7 @@ from nanovlm.papers.blip2 import BLIP2, BLIP2Stage1
 from nanovlm.papers.clip import CLIP as OurCLIP
 from nanovlm.papers.language_model import LanguageModel
 from nanovlm.papers.llava import LLaVA
+from nanovlm.papers.masked_language_model import MaskedLanguageModel
 from nanovlm.vit import ViT
 
 
@@ -48,7 +49,7 @@ def hf_bert_alone(seed: int) -> torch.nn.Module:
 
 ALL = [(hf_clip_vision, ViT), (hf_llama, LanguageModel), (hf_opt, LanguageModel), (hf_llava, LLaVA), (hf_next, LLaVA),
        (hf_clip, OurCLIP), (hf_t5, LanguageModel), (hf_t5_exact, LanguageModel), (hf_t5_first, LanguageModel),
-       (hf_bert, MaskedLM), (hf_bert_alone, Bert), (hf_blip2, BLIP2), (hf_blip2_retrieval, BLIP2Stage1),
+       (hf_bert, MaskedLanguageModel), (hf_bert_alone, Bert), (hf_blip2, BLIP2), (hf_blip2_retrieval, BLIP2Stage1),
        (hf_blip2_t5, BLIP2)]
 
 
@@ -75,7 +76,7 @@ def test_what_comes_back_is_in_eval(build, section, tmp_path):
     hf.save_pretrained(tmp_path)
     for model in (load(tmp_path), from_hf(*parts(hf))):
         assert not any(part.training for part in model.modules())
-        call = (lambda m=model: m(ids)) if section is None else (lambda m=model: m.image_prefix(images))
+        call = (lambda m=model: m(ids).logits) if section is None else (lambda m=model: m.image_prefix(images))
         assert torch.equal(call(), call())
         model.train()
         assert not torch.equal(call(), call())

@@ -24,6 +24,7 @@ from nanovlm.papers.blip2 import BLIP2, BLIP2Config, BLIP2Stage1
 from nanovlm.papers.clip import CLIP, CLIPConfig
 from nanovlm.papers.language_model import LanguageModel
 from nanovlm.papers.llava import LLaVA, LLaVAConfig
+from nanovlm.papers.masked_language_model import MaskedLanguageModel
 from nanovlm.qformer import QFormerConfig
 from nanovlm.recipes.stage import Stage
 from nanovlm.t5 import T5Config
@@ -372,18 +373,25 @@ def stage1_batch(rows: list[int]) -> dict:
             "image_group": torch.tensor([images[row] for row in rows])}
 
 
-# models whose pairs meet across ranks: build, what learns, batch by the numbers of pairs, how many pairs
-PAIRED = {
+def masked_batch(rows: list[int]) -> dict:
+    """Texts by number, each with other words hidden and more of them: ranks have different numbers."""
+    ids, hidden = randn(6, 9)[rows].abs().mul(9).long() % (V - 4) + 4, torch.arange(9) <= torch.tensor(rows)[:, None]
+    return {"input_ids": ids.masked_fill(hidden, 1), "attention_mask": ids > 0, "labels": ids.masked_fill(~hidden, -100)}
+
+
+# build, what learns, batch by the numbers of its rows, how many rows; pairs of the first two meet across ranks
+OTHERS = {
     "clip": (build_clip, ("vision", "text", "image_projection", "text_projection", "temperature"), clip_batch, 6),
     "blip2 stage 1": (lambda: BLIP2Stage1(blip2_config(text=19)), recipes.blip2.BRIDGE_1, stage1_batch, 4),
+    "bert": (lambda: MaskedLanguageModel(BertConfig(V, 24, 2, 3, 34, max_positions=19, dropout=0.0)), ("bert", "word_head"), masked_batch, 6),
 }
 
 
 def share(case: Case | str, rank: int, world: int) -> tuple[nn.Module, tuple[str, ...], list[dict]]:
     """(model, what learns, this rank's batches of three steps)."""
     torch.manual_seed(4)
-    if case in PAIRED:
-        build, trains, batch, pairs = PAIRED[case]
+    if case in OTHERS:
+        build, trains, batch, pairs = OTHERS[case]
         return build(), trains, [batch(list(range(pairs))[rank::world])] * 3
     # the even ones have pictures and long answers, the odd ones none: rank 1 of 2 reads text only
     rows = examples(case, 12, seed=4)
@@ -406,7 +414,7 @@ def worker(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", RANK=str(rank))
     distributed.start("cpu")
-    torch.save([trained(case, rank, 2) for case in (*CASES, *PAIRED)], Path(folder) / f"{rank}.pt")
+    torch.save([trained(case, rank, 2) for case in (*CASES, *OTHERS)], Path(folder) / f"{rank}.pt")
     distributed.stop()
 
 
@@ -420,14 +428,14 @@ def two_processes(tmp_path_factory) -> list[list]:
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("case", [*CASES, *PAIRED], ids=lambda case: case if case in PAIRED else case.name)
+@pytest.mark.parametrize("case", [*CASES, *OTHERS], ids=lambda case: case if case in OTHERS else case.name)
 def test_two_processes_equal_one(case, two_processes):
     """Same losses, same weights, though one rank has only text and the other longer answers."""
     weights, losses = trained(case, 0, 1)
     start = bite(share(case, 0, 1)[0], 5).state_dict()
     assert max((weights[name] - start[name]).abs().max() for name in weights) > 1e-2  # they learned something
     for results in two_processes:
-        theirs, their_losses = results[[*CASES, *PAIRED].index(case)]
+        theirs, their_losses = results[[*CASES, *OTHERS].index(case)]
         for mine, other in zip(losses, their_losses, strict=True):
             assert other == pytest.approx(mine, rel=3e-5)  # sums in another order, over three steps of Adam
         for name, tensor in weights.items():

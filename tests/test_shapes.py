@@ -16,7 +16,7 @@ from torch import nn
 import nanovlm
 from nanovlm import masks, metrics, plots, recipes
 from nanovlm.attention import Attention, KVCache
-from nanovlm.bert import BertConfig, MaskedLM
+from nanovlm.bert import Bert, BertConfig
 from nanovlm.contract import Reads
 from nanovlm.data.collate import Collate
 from nanovlm.data.sample import Sample
@@ -29,6 +29,7 @@ from nanovlm.papers.blip2 import BLIP2, BLIP2Config, BLIP2Stage1
 from nanovlm.papers.clip import CLIP, CLIPConfig
 from nanovlm.papers.language_model import LanguageModel
 from nanovlm.papers.llava import LLaVA, LLaVAConfig
+from nanovlm.papers.masked_language_model import MaskedLanguageModel
 from nanovlm.qformer import QFormerConfig
 from nanovlm.t5 import T5Config
 from nanovlm.tiling import hd_tiling
@@ -124,14 +125,23 @@ def run_blip2() -> None:
     answer(on_t5, batch)
     second.losses(batch | {"labels": input_ids})
     answer(second, batch)
-    MaskedLM(text)(input_ids)
-    MaskedLM(text).bert(input_ids, masks.causal_with_padding(mask, T), torch.randn(B, 49, 26), KVCache(), maps=[])
+    Bert(text)(input_ids, masks.causal_with_padding(mask, T), torch.randn(B, 49, 26), KVCache(), maps=[])
     second.qformer(second.encode_image(images))
     first.qformer(first.encode_image(images), input_ids, masks.unimodal(9, mask))
     world = Scenes(size=28)
     world.galleries = lambda: [[world.sample("captions", "val", index) for index in range(19)]]
     recipe = replace(recipes.get("blip2/tiny"), image_size=28)
     retrieval.measure(Pupil(first, recipe, recipe.stage("stage1"), TOKENIZER, "cpu"), world)
+
+
+def run_masked_language_model() -> None:
+    model = MaskedLanguageModel(BertConfig(VOCAB, width=34, layers=2, heads=2, ffn=37, max_positions=64))
+    input_ids, mask = ids(B, T), torch.ones(B, T, dtype=torch.bool)
+    mask[1, 6:] = False
+    labels = input_ids.masked_fill(torch.rand(B, T) > 0.4, -100)
+    model(input_ids, mask, labels).loss.backward()
+    model.losses({"input_ids": input_ids, "attention_mask": mask, "labels": labels})
+    model.generate({"input_ids": input_ids, "attention_mask": mask, "masked": mask & (torch.arange(T) < 3)}, 2, [])
 
 
 def run_the_rest() -> None:
@@ -156,6 +166,7 @@ def checker() -> ShapeChecker:
         run_encoder_decoder()
         run_llava()
         run_blip2()
+        run_masked_language_model()
         run_the_rest()
     return checker
 

@@ -4,7 +4,9 @@
             │           (an encoder-decoder's labels are sequences of their own)
             ├─► ask     images, input_ids, attention_mask                             padded on the left, to answer
             │                                                                         (on the right for an encoder)
-            └─► pairs   images, input_ids, attention_mask, who is equal to whom, wrong captions
+            ├─► pairs   images, input_ids, attention_mask, who is equal to whom, wrong captions
+            ├─► masked  input_ids with words hidden, attention_mask, labels           see masking.py
+            └─► blanks  input_ids with the last answer hidden, attention_mask, masked
 
 What a model wants besides, it says in `reads` (contract.py): views of tiled pictures with their sizes, the question for a
 bridge that reads.
@@ -23,6 +25,7 @@ from PIL import Image
 
 from nanovlm.contract import Batch, Reads
 from nanovlm.data.conversation import Format, encode, find_format, prompt, two_sequences
+from nanovlm.data.masking import hide, written
 from nanovlm.data.sample import IMAGE, Sample, Turn
 from nanovlm.data.transforms import Transform, load_image
 from nanovlm.errors import UserError
@@ -44,7 +47,7 @@ class Collate:
 
     def __call__(self, samples: Sequence[Sample], rng: Random) -> Batch:
         """What the model learns from."""
-        return self.pairs(samples, rng) if self.reads.kind == "pairs" else self.teach(samples, rng)
+        return {"pairs": self.pairs, "masked": self.masked}.get(self.reads.kind, self.teach)(samples, rng)
 
     # ---- conversations and texts
 
@@ -84,8 +87,8 @@ class Collate:
         return self.format if find_format(self.format).separate else sample.format or self.format
 
     def problem(self, sample: Sample) -> str | None:
-        """Why this stage cannot learn from the sample; None where it can. Captions of pairs are cut, and always fit."""
-        if self.reads.kind == "pairs":
+        """Why this stage cannot learn from the sample; None where it can. Pairs' captions and masked texts are cut, and always fit."""
+        if self.reads.kind in ("pairs", "masked"):
             return None
         try:
             if self.reads.kind == "conversations" and find_format(self.format).image_first and len(sample.images) != 1:
@@ -97,6 +100,8 @@ class Collate:
 
     def ask(self, samples: Sequence[Sample]) -> Batch:
         """images, input_ids and attention_mask (B, T) up to where the last answer would begin: there every row ends."""
+        if self.reads.kind == "masked":
+            return self.blanks(samples)
         prompts = [prompt(sample.turns, self.tokenizer, self.layout(sample), name=sample.id, told=sample.told) for sample in samples]
         if find_format(self.format).separate:  # the answer begins elsewhere
             batch = _pad_right(prompts, self.tokenizer.pad_id)
@@ -129,6 +134,27 @@ class Collate:
             asked = " ".join(turn.question.replace(IMAGE, "").strip() for turn in sample.turns)
             rows.append([self.tokenizer.bos_id, *self.tokenizer.encode(asked)[2 - PAIR_LENGTH:], self.tokenizer.eos_id])
         return {f"qformer_{name}": tensor for name, tensor in _pad_right(rows, self.tokenizer.pad_id).items()}
+
+    # ---- masked texts
+
+    def masked(self, samples: Sequence[Sample], rng: Random) -> Batch:
+        """input_ids (B, T), "<s> text </s>", some words hidden; attention_mask; labels (B, T): what stood there, or −100."""
+        texts = [[*before, *answer] for before, answer in (written(sample, self.tokenizer) for sample in samples)]
+        rows = [hide(text[:self.max_length - 2] if self.max_length else text, self.tokenizer, rng) for text in texts]
+        batch = _pad_right([self.framed(ids) for ids, _ in rows], self.tokenizer.pad_id)
+        batch["labels"] = _pad_right([[IGNORE, *labels, IGNORE] for _, labels in rows], IGNORE)["input_ids"]
+        return batch
+
+    def blanks(self, samples: Sequence[Sample]) -> Batch:
+        """input_ids (B, T), "<s> text </s>", with a [MASK] for each token of the last answer; attention_mask; masked (B, T)."""
+        blank = self.tokenizer.token_id("[MASK]")
+        texts = [written(sample, self.tokenizer) for sample in samples]
+        batch = _pad_right([self.framed([*before, *[blank] * len(answer)]) for before, answer in texts], self.tokenizer.pad_id)
+        return {**batch, "masked": batch["input_ids"] == blank}
+
+    def framed(self, ids: Sequence[int]) -> list[int]:
+        """"<s>" stands for BERT's [CLS], "</s>" for its [SEP]."""
+        return [self.tokenizer.bos_id, *ids, self.tokenizer.eos_id]
 
     # ---- pairs
 

@@ -27,13 +27,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nanovlm.bert import Bert, MaskedLM
+from nanovlm.bert import Bert
 from nanovlm.errors import UserError
 from nanovlm.hub import configs, disk, names
 from nanovlm.papers.blip2 import BLIP2, BLIP2Stage1
 from nanovlm.papers.clip import CLIP
 from nanovlm.papers.language_model import LanguageModel
 from nanovlm.papers.llava import LLaVA
+from nanovlm.papers.masked_language_model import MaskedLanguageModel
 from nanovlm.vit import ViT
 
 State = dict[str, Tensor]
@@ -55,8 +56,8 @@ CLASSES = {
     "OPTForCausalLM": Published("opt", LanguageModel, configs.opt_decoder, names.OPT, {"^decoder.": "^model.decoder."}),
     "T5ForConditionalGeneration": Published("t5", LanguageModel, configs.t5, names.T5, {}),
     "BertModel": Published("bert", Bert, configs.bert, names.BERT, {"^bert.": "^", **names.OLD_BERT}),
-    "BertForMaskedLM": Published("bert", MaskedLM, configs.bert, names.MASKED_LM, names.OLD_BERT),
-    "BertForPreTraining": Published("bert", MaskedLM, configs.bert, names.MASKED_LM, names.OLD_BERT),
+    "BertForMaskedLM": Published("bert", MaskedLanguageModel, configs.bert, names.MASKED_LM, names.OLD_BERT),
+    "BertForPreTraining": Published("bert", MaskedLanguageModel, configs.bert, names.MASKED_LM, names.OLD_BERT),
     "Blip2ForConditionalGeneration": Published("blip-2", BLIP2, configs.blip2, names.BLIP2, {}),
     "Blip2ForImageTextRetrieval": Published(  # without word head and temperature
         "blip-2", BLIP2Stage1, partial(configs.blip2, retrieval=True), names.BLIP2_RETRIEVAL, {}),

@@ -118,8 +118,8 @@ BERT = rows({
 })
 MASKED_LM = rows({
     **under("bert.", "bert.", BERT),
-    "cls.predictions.transform.{dense,LayerNorm}": "head.{transform,norm}",
-    "cls.predictions.{bias,decoder}": "head.{bias,decoder}",  # the decoder is the embedding once more
+    "cls.predictions.transform.{dense,LayerNorm}": "word_head.{transform,norm}",
+    "cls.predictions.{bias,decoder}": "word_head.{bias,decoder}",  # the decoder is the embedding once more
 })
 BLIP2 = {**BLIP2_EYES, "language_projection": "projection", **under("language_model.", "", OPT | T5)}
 BLIP2_RETRIEVAL = rows({
@@ -154,7 +154,7 @@ ORIGINAL_LLAVA = rows({
 # second copies that some files hold and our models do without: ours, and what it must be equal to
 TIED = rows({
     "language.{head,encoder.embedding,decoder.embedding}.weight": "language.{embedding,embedding,embedding}.weight",
-    "head.decoder.{weight,bias}": "{bert.embeddings.words.weight,head.bias}",
+    "word_head.decoder.{weight,bias}": "{bert.embeddings.words.weight,word_head.bias}",
 })
 # some files hold them, some do not: what is computed; a bias that T5 never reads; BERT's heads for pairs of sentences
 NOT_OURS = ("inv_freq", "position_ids", "decoder.version", "EncDecAttention.relative_attention_bias.weight",

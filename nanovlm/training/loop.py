@@ -26,6 +26,7 @@ from nanovlm.recipes.stage import Stage, within
 from nanovlm.training import distributed
 from nanovlm.training.optim import lr_at, set_lr
 
+BY_LABELS = ("lm", "mlm")  # losses whose count is that of the labels
 
 class TrainingFailed(Exception):
     """The loss or the gradient is no longer a number; `batches` are the micro-batches that did it."""
@@ -105,14 +106,14 @@ def _backward(wrapped: nn.Module, micro: list[Batch], device: torch.device, stag
     world = distributed.world()
     sums: dict[str, Tensor] = {}
     # of several micro-batches the labels tell the count before the first of them goes forward
-    counts = {"lm": _all_sum(sum(trained_tokens(batch) for batch in micro))} if len(micro) > 1 else {}
+    counts = dict.fromkeys(BY_LABELS, _all_sum(sum(map(trained_tokens, micro)))) if len(micro) > 1 else {}
     for i, batch in enumerate(micro):
         last = i == len(micro) - 1
         with nullcontext() if last or world == 1 else wrapped.no_sync():
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 losses = wrapped(batch)
             counts = counts or {name: _all_sum(count) for name, (_, count) in losses.items()}
-            if losses.keys() != counts.keys():
+            if not losses.keys() <= counts.keys():
                 raise UserError(f"Stage {stage.name} has accumulate={stage.accumulate} and the losses {sorted(losses)}, whose "
                                 "counts are known only when all of the batch has been seen; set accumulate to 1.")
             # DDP takes the mean of the ranks' gradients; we want their sum.
@@ -125,7 +126,7 @@ def _backward(wrapped: nn.Module, micro: list[Batch], device: torch.device, stag
 
 
 def trained_tokens(batch: Batch) -> Tensor:
-    """How many tokens a language model learns to say; the first of a row is never one, as nothing stands before it."""
+    """How many tokens a language model learns to say; the first of a row is never one, as nothing stands before it, nor hidden."""
     return (batch["labels"] != IGNORE).sum()
 
 

@@ -1,6 +1,6 @@
 """Vital signs: the bugs that let the loss fall all the same.
 
-    at the first step     loss beside that of a blind guess     ln V for "lm" and "itg", ln of the candidates for "itc",
+    at the first step     loss beside that of a blind guess     ln V for "lm", "mlm", "itg", ln of the candidates for "itc",
                                                                 H(1/3) for "itm"
     at steps 1 to 3       a part that should learn has no gradient
     at half time, end     the loss with the pictures exchanged = the loss with the right ones: the model ignores them
@@ -25,7 +25,7 @@ SAME = 0.002  # relative difference of two losses below which they count as equa
 
 def guess(name: str, batch: dict, vocab: int, world: int) -> float | None:
     """The loss of a model that knows nothing, as it should be at a random initialisation; None where we cannot say."""
-    if name in ("lm", "itg"):
+    if name in ("lm", "mlm", "itg"):
         return math.log(vocab)
     if name == "itm":
         return PRIOR

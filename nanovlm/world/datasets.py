@@ -20,6 +20,7 @@ A stage names data sets and their weights (recipes/stage.py). Each is drawn by i
     drills, letter drills, …        lists of lookups, see drills.py; "unnamed drills": notes of objects in colours without names
     short, sentences, letters, …    LLaVA-1.5's ways to ask, see mixture.py; signs: what a sign says, and nothing else
     science, science texts          question, context, options → reason, letter: ScienceQA in small, half of it without pictures
+    caption texts                   a caption and nothing else: for BERT, which is to read captions
     told/…                          each of these talks about a scene that is told where the picture will stand later
     told/repeat, told/boxes, …      what only a reader without eyes can be asked
     names, shots                    pages, see pages.py
@@ -72,6 +73,7 @@ class DataSet:
     signs: float = 0.4  # how often a sign stands in it
     numbers: bool = False  # of which some say a number of two digits
     texts: bool = False  # no pictures: all pairs may be told, and numbers
+    corpus: bool = True  # of texts: the tokenizer learns from it
 
 
 class Scenes:
@@ -88,7 +90,7 @@ class Scenes:
 
     def texts(self) -> list[str]:
         """A corpus that holds every word of the world, for the tokenizer; whatever the signs say, it is the same one."""
-        plain, names = Scenes(self.seed), [name for name in SETS if SETS[name].texts]
+        plain, names = Scenes(self.seed), [name for name, made in SETS.items() if made.texts and made.corpus]
         samples = [plain.draw(name, Random(f"{self.seed}/corpus/{name}/{i}")) for name in names for i in range(CORPUS // len(names))]
         return ["\n".join([*sample.told, *(text for turn in sample.turns for text in (turn.question.replace(IMAGE, ""), turn.answer))])
                 for sample in samples]
@@ -251,6 +253,10 @@ def unnamed_drill(world: Scenes, scene: Scene, rng: Random, pairs: tuple) -> Sam
     return shown(one(drills.colourless))(world, recoloured(scene, rng), rng, pairs)
 
 
+def caption_text(world: Scenes, scene: Scene, rng: Random, pairs: tuple) -> Sample:
+    return Sample("", caption=caption(scene, rng))
+
+
 def science_text(world: Scenes, scene: Scene, rng: Random, pairs: tuple) -> Sample:
     return Sample("", turns=(mixture.science(scene, rng, shown=False),))
 
@@ -285,7 +291,7 @@ SETS: dict[str, DataSet] = {
     "pairs": DataSet(pair), "vague pairs": DataSet(vague_pair, signs=0.5, numbers=True),
     "captions": DataSet(captioned), "unnamed captions": DataSet(unnamed_captioned), "unnamed drills": DataSet(unnamed_drill),
     "science texts": DataSet(science_text), "names": DataSet(names, texts=True), "shots": DataSet(shots, texts=True),
-    "told/tasks": DataSet(told_task, texts=True),
+    "told/tasks": DataSet(told_task, texts=True), "caption texts": DataSet(caption_text, texts=True, corpus=False),
     "told/repeat": DataSet(told(one(drills.repeat), _plainly, IN_BLIP2), IN_LISTS, texts=True),
     "told/captions": DataSet(told(lambda scene, rng, pairs: (Turn("", caption(scene, rng), "caption"),), blip2=1.0), texts=True),
     **{name: DataSet(shown(talk), IN_LISTS if name in LISTS else (0,)) for name, talk in TALKS.items()},
