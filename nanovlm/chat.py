@@ -30,10 +30,9 @@ from nanovlm.evaluate.pupil import Pupil
 from nanovlm.runs import checkpoint, shipped
 from nanovlm.runs.folder import is_run
 from nanovlm.runs.run import model_of, shortened
-from nanovlm.runs.setting import Job
+from nanovlm.runs.setting import Job, world_of
 from nanovlm.tokenizer import Tokenizer
 from nanovlm.training import distributed
-from nanovlm.world.datasets import Scenes
 
 ROOM = 128  # tokens of an answer, where none is given
 HELP = "\n".join(line.strip() for line in __doc__.split("\n") if line.startswith(("    > ", "    an empty")))
@@ -133,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                             "name a run of llava, llava15 or blip2.")
         images = [load_image(image) for image in options.image]
         if options.scene is not None:
-            scene = Scenes(0, **{"size": pupil.recipe.image_size, **pupil.recipe.world}).held_out("captions", options.scene)
+            scene = world_of(pupil.recipe, 0).held_out("captions", options.scene)
             images += scene.images
             print(f"scene {options.scene}: {scene.caption}", file=sys.stderr)
         dialogue = Dialogue(pupil, images, pupil.stage.max_length, options.max_new_tokens, options.temperature, options.seed)

@@ -56,11 +56,11 @@ def test_vqav2_is_one_conversation_for_each_picture(vqa):
 def test_in_a_mixture_the_form_is_said(vqa):
     """Of what has short answers, and of plain captions; elsewhere the questions stay as they are."""
     records = formats.read(vqa)
-    for view, ending in (("instruct", "?"), ("mixture", f"?\n{SHORT}")):
+    for view, ending in (("conversations", "?"), ("prompted", f"?\n{SHORT}")):
         assert records.sample(view, "train", 0).turns[0].question.endswith(ending)
     (vqa.parent / "c.jsonl").write_text("".join(json.dumps({"image": f"train2014/COCO_train2014_{n:012}.jpg", "caption": f"a {n}"}) + "\n"
                                                 for n in (458752, 262146)))
-    asked = formats.read(vqa.parent / "c.jsonl").sample("mixture", "train", 0).turns[0].question
+    asked = formats.read(vqa.parent / "c.jsonl").sample("prompted", "train", 0).turns[0].question
     assert asked.endswith(f"\n{CAPTION}")
 
 
@@ -70,7 +70,7 @@ def test_val2014_alone_is_split_as_any_set(vqa):
     for picture in list((vqa.parent / "train2014").iterdir()):
         picture.rename(vqa.parent / "val2014" / picture.name.replace("train", "val"))
     vqa.write_text(json.dumps({**QUESTIONS, "data_subtype": "val2014"}))
-    assert [formats.read(vqa).size("instruct", split) for split in ("train", "val")] == [1, 1]
+    assert [formats.read(vqa).size("conversations", split) for split in ("train", "val")] == [1, 1]
 
 
 @pytest.mark.parametrize(("change", "complaint"), [
@@ -135,7 +135,7 @@ def test_a_mark_that_people_wrote_is_text(vqa, science):
 def test_an_exam_asks_in_the_words_of_its_view(vqa):
     """What was trained with the line is judged with it."""
     records = formats.read(vqa)
-    assert records.exam(view="mixture")[0].turns[0].question.endswith(SHORT)
+    assert records.exam(view="prompted")[0].turns[0].question.endswith(SHORT)
     assert SHORT not in records.exam()[0].turns[0].question
 
 

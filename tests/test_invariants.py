@@ -306,7 +306,7 @@ def test_a_beam_of_one_is_greedy(case, monkeypatch):
 def train(model: nn.Module, trains: tuple[str, ...], batches: list[dict], lr: float) -> list[float]:
     """Through the package's one loop; → the losses."""
     freeze(model, trains)
-    stage = Stage("heart", trains, "instruct", steps=len(batches), batch_size=10, lr=lr)
+    stage = Stage("heart", trains, {"talk": 1}, steps=len(batches), batch_size=10, lr=lr)
     reports = train_stage(model, stage, batches, make_optimiser(model, stage), CPU)
     return [report.losses["lm"] for report in reports]
 
@@ -403,7 +403,7 @@ def trained(case: Case | str, rank: int, world: int) -> tuple[dict, list[dict]]:
     model, trains, batches = share(case, rank, world)
     bite(model, 5)
     freeze(model, trains)
-    stage = Stage("both", trains, "instruct", steps=3, batch_size=6, lr=0.3, clip=1.0)
+    stage = Stage("both", trains, {"talk": 1}, steps=3, batch_size=6, lr=0.3, clip=1.0)
     # not AdamW: it takes a step of full size where a gradient is nothing but rounding
     optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     reports = list(train_stage(model, stage, batches, optimiser, CPU))

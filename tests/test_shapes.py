@@ -129,7 +129,7 @@ def run_blip2() -> None:
     second.qformer(second.encode_image(images))
     first.qformer(first.encode_image(images), input_ids, masks.unimodal(9, mask))
     world = Scenes(size=28)
-    world.galleries = lambda: [[world.sample("captions", "val", index) for index in range(19)]]
+    world.galleries = lambda: [[world.held_out("captions", index) for index in range(19)]]
     recipe = replace(recipes.get("blip2/tiny"), image_size=28)
     retrieval.measure(Pupil(first, recipe, recipe.stage("stage1"), TOKENIZER, "cpu"), world)
 

@@ -145,7 +145,8 @@ def install(patch=setattr):
     """Put the fakes where a run looks for the real ones; `patch` may be a monkeypatch's setattr."""
     patch(recipes, "RECIPES", {**recipes.RECIPES, "eyes/tiny": EYES, "fake/tiny": recipe()})
     patch(setting, "Scenes", FakeScenes)
-    patch(setting, "template_texts", list)  # they would take all of so small a vocabulary
+    patch(setting, "template_texts", list)  # these would take all of so small a vocabulary
+    patch(setting, "PROMPTS", ())
     patch(watch, "save_curves", lambda *paths: None)  # drawing takes longer than all else here
     patch(watch, "save_samples", lambda rows, path: save_samples(rows[:1], path))
 

@@ -48,5 +48,5 @@ def table() -> str:
         for stage in recipe.stages:
             model = build(name, stage=stage.name)
             lines.append(f"{name:<28}{recipe.image_size:>7}{sum(p.numel() for p in model.parameters()):>16,}  {stage.name:<10}"
-                         f"{f'{stage.steps:,} × {stage.batch_size:,}':>16}{stage.lr:>9.0e}  {', '.join(stage.trains)}")
+                         f"{f'{stage.steps:,} × {stage.batch_size:,}':>16}{stage.lr:>9.1e}  {', '.join(stage.trains)}")
     return "\n".join(lines)

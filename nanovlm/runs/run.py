@@ -25,7 +25,8 @@ from nanovlm.runs import checkpoint, shipped
 from nanovlm.runs.cache import Cache
 from nanovlm.runs.folder import OURS, RunFolder, write_json
 from nanovlm.runs.progress import minutes, report, say
-from nanovlm.runs.setting import Job, Setting, find_tokenizer, leave_out_unfit, needs, plan, read_source
+from nanovlm.runs.setting import Job, Setting, leave_out_unfit, needs, plan, read_source
+from nanovlm.runs.shipped import find_tokenizer
 from nanovlm.runs.watch import Watch, interruptible
 from nanovlm.tokenizer import Tokenizer
 from nanovlm.training import distributed, vitals
@@ -67,7 +68,7 @@ def _run(recipe_name: str, options: Options, device: torch.device) -> dict:
     find_published(recipe, recipe.stages[-1].name)
     source = read_source(recipe, options.data, options.on_missing, options.seed)
     keep = RunFolder(recipe.name, options.out, options.resume, options.overwrite, quick=options.steps is not None)
-    tokenizer = keep.tokenizer() or find_tokenizer(recipe, source, options.seed, options.from_scratch)
+    tokenizer = keep.tokenizer() or find_tokenizer(recipe, source, options.seed, options.from_scratch or options.data is not None)
     setting = Setting(recipe, options.seed, device, source, tokenizer, options.steps, options.from_scratch)
     job = Job(recipe, recipe.stages[-1])
     if setting.real:

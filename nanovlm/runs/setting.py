@@ -15,7 +15,6 @@ from nanovlm.data.prompts import PROMPTS
 from nanovlm.data.records import real_view
 from nanovlm.data.source import Source
 from nanovlm.recipes.stage import Recipe, Stage, resolve
-from nanovlm.runs import shipped
 from nanovlm.tokenizer import Tokenizer
 from nanovlm.training.batches import Epochs, InTurn, Mixture, Samples, make_collate
 from nanovlm.training.weights import needed_stages
@@ -84,12 +83,6 @@ def read_source(recipe: Recipe, data: str | None, on_missing: str, seed: int) ->
 def world_of(recipe: Recipe, seed: int) -> Scenes:
     """The embedded world as this recipe is to see it."""
     return Scenes(seed, **{"size": recipe.image_size, **recipe.world})
-
-
-def find_tokenizer(recipe: Recipe, source: Source, seed: int, from_scratch: bool = False) -> Tokenizer:
-    """The shipped one goes with the shipped backbones."""
-    kept = None if from_scratch or not isinstance(source, Scenes) else shipped.tokenizer()
-    return kept or make_tokenizer(recipe, source, seed)
 
 
 def make_tokenizer(recipe: Recipe, source: Source, seed: int) -> Tokenizer:

@@ -23,14 +23,15 @@ import torch
 
 import nanovlm
 from nanovlm import recipes
+from nanovlm.data.source import Source
 from nanovlm.errors import UserError
 from nanovlm.evaluate.pupil import Pupil
 from nanovlm.files import replacing
 from nanovlm.recipes.stage import Recipe, Stage, resolve
 from nanovlm.runs import checkpoint
+from nanovlm.runs.setting import make_tokenizer, world_of
 from nanovlm.tokenizer import Tokenizer
 from nanovlm.training.weights import State
-from nanovlm.world.datasets import Scenes
 
 ASKED = 36  # questions whose answers are stored
 
@@ -42,6 +43,11 @@ def folder() -> Path:
 
 def path(recipe: str, stage: str) -> Path:
     return folder() / f"{recipe.replace('/', '-')}@{stage}.npz"
+
+
+def find_tokenizer(recipe: Recipe, source: Source, seed: int, real: bool = False) -> Tokenizer:
+    """The shipped one goes with the shipped backbones; real: none of these is wanted."""
+    return (None if real else tokenizer()) or make_tokenizer(recipe, source, seed)
 
 
 def tokenizer() -> Tokenizer | None:
@@ -115,9 +121,8 @@ def answers(weights: State, recipe: Recipe, stage: Stage, words: Tokenizer) -> l
     """To ASKED held-out questions, or the captions that it likes best."""
     model = recipe.build(stage)
     model.load_state_dict(weights)
-    world = Scenes(0, **{"size": recipe.image_size, **recipe.world})
     with torch.inference_mode():
-        return [answer for *_, answer in Pupil(model, recipe, stage, words, "cpu").examples(world, ASKED)]
+        return [answer for *_, answer in Pupil(model, recipe, stage, words, "cpu").examples(world_of(recipe, 0), ASKED)]
 
 
 def export(run: Path, stages: Sequence[str] = ()) -> list[Path]:
