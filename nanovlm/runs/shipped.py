@@ -17,6 +17,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -77,7 +78,7 @@ def load(file: Path) -> tuple[State, dict]:
         about = json.loads(arrays.pop("about").tobytes())
         others = {part: load(folder() / other)[0] for part, other in about["shared"].items()}
         arrays |= {name: others[name.split(".")[0]][name].numpy() for name in about["tensors"] if name not in arrays}
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         raise UserError(f"The shipped weights {file} cannot be read ({error}): restore the file, or train with --from-scratch.") from error
     return {name: torch.from_numpy(arrays[name].astype(np.float32)) for name in about["tensors"]}, about
 
@@ -107,7 +108,6 @@ def write(weights: State, about: dict, file: Path) -> None:
     about = {**about, "tensors": list(arrays), "shared": shared}
     text = np.frombuffer(json.dumps(about).encode(), dtype=np.uint8)
     stored = {name: array for name, array in arrays.items() if name.split(".")[0] not in shared}
-    file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as beside, open(beside, "wb") as out:
         np.savez_compressed(out, about=text, **stored)
 
@@ -131,6 +131,7 @@ def export(run: Path, stages: Sequence[str] = ()) -> list[Path]:
     recipe = resolve(recipes.get(config["recipe"]["name"]), real=False)
     if config["data"] != "scenes" or config["steps"] is not None:
         raise UserError(f"{run} is no full run on the embedded world: only such a run is shipped.")
+    folder().mkdir(parents=True, exist_ok=True)
     words = Tokenizer.from_dict(checkpoint.load(run / "last.pt")["tokenizer"])
     known = tokenizer()
     if known is None:
