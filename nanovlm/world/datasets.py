@@ -92,7 +92,8 @@ class Scenes:
         """A corpus that holds every word of the world, for the tokenizer; whatever the signs say, it is the same one."""
         plain, names = Scenes(self.seed), [name for name, made in SETS.items() if made.texts and made.corpus]
         samples = [plain.draw(name, Random(f"{self.seed}/corpus/{name}/{i}")) for name in names for i in range(CORPUS // len(names))]
-        return ["\n".join([*sample.told, *(text for turn in sample.turns for text in (turn.question.replace(IMAGE, ""), turn.answer))])
+        # an answer stands behind a blank, as formats write it: else a word that is only ever an answer would be no token
+        return ["\n".join([*sample.told, *(text for turn in sample.turns for text in (turn.question.replace(IMAGE, ""), f" {turn.answer}"))])
                 for sample in samples]
 
     def draw(self, name: str, rng: Random) -> Sample:
