@@ -4,7 +4,7 @@
     lm/tiny, lm/tiny-t5    questions about scenes that are told in words, in the forms of all six papers; pages of examples
     any other              by the exams that its stage names in `evaluate`
 
-    python -m experiments.backbones                             all of them, from the cache, or trained now
+    python -m experiments.backbones                             all of them: from the cache, shipped, or trained now
     python -m experiments.backbones --only clip/tiny --seed 1   one of them
     python -m experiments.backbones --run runs/clip runs/lm     from runs of train_tiny.py --recipe NAME that are finished
     python -m experiments.backbones --table                     print the stored results as Markdown
@@ -24,6 +24,7 @@ from nanovlm import recipes
 from nanovlm.chat import load_run
 from nanovlm.evaluate import judges, retrieval
 from nanovlm.evaluate.pupil import Pupil
+from nanovlm.runs import shipped
 from nanovlm.runs.run import trained_model, versions
 from nanovlm.runs.setting import world_of
 from nanovlm.world import mixture, tasks
@@ -46,11 +47,13 @@ Figures = dict[str, dict[str, float]]
 
 
 def measure(name: str, seed: int) -> dict:
-    """The recipe's model with this seed, from the cache or trained now."""
+    """The recipe's model with this seed: from the cache, shipped (then it is known how long it took) or trained now."""
     model, tokenizer = trained_model(name, seed=seed)
     recipe = recipes.get(name)
-    stage = recipe.stages[-1]
-    return judged(Pupil(model, recipe, stage, tokenizer, CPU), name, seed, stage.steps, minutes=None)
+    stage, minutes = recipe.stages[-1], None
+    if seed == 0 and (file := shipped.path(name, stage.name)).exists():
+        minutes = round(shipped.load(file)[1]["seconds"] / 60, 1)
+    return judged(Pupil(model, recipe, stage, tokenizer, CPU), name, seed, stage.steps, minutes)
 
 
 def collect(folder: Path) -> dict:
@@ -113,28 +116,31 @@ def probe(run: dict) -> str:
 
 
 def told(runs: list[dict]) -> str:
-    """A row for each form: of each model the mean over its kinds and the worst of them. An encoder-decoder reads no pages."""
+    """A row for each form: of each model the mean over its kinds and the worst of them. Only a decoder reads pages."""
     forms = FORMS | {"all of these": tuple(kind for kinds in FORMS.values() for kind in kinds)} | PAGES
     head = ["told in words, asked", *(f"{run['recipe']}: {what}" for run in runs for what in ("mean", "worst")), "chance", "shuffled", "n"]
-    return markdown([head, *([form, *form_of(kinds, [by_kind(run["eval"]) for run in runs])] for form, kinds in forms.items())])
+    models = [by_kind(run["eval"]) for run in runs]
+    return markdown([head, *([form, *form_of(kinds, models)] for form, kinds in forms.items() if any(kinds[0] in one for one in models))])
 
 
 def form_of(kinds: tuple[str, ...], models: list[Figures]) -> list[str]:
-    cells = []
+    """The controls are those of the first model that was asked."""
+    cells, controls = [], next(figures for figures in models if kinds[0] in figures)
     for figures in models:
         found = {kind: figures[kind]["value"] for kind in kinds if kind in figures}
         worst = min(found, key=found.get, default=None)
         cells += [f"{mean(found.values()):.3f}", f"{found[worst]:.2f} ({worst})"] if found else ["–", "–"]
-    asked = [figures[kind] for kind in kinds for figures in models[:1] if kind in figures]
-    return [*cells, *(f"{mean(one[control] for one in asked):.2f}" for control in ("chance", "shuffled")), str(sum(one["n"] for one in asked))]
+    return [*cells, *(f"{mean(controls[kind][control] for kind in kinds):.2f}" for control in ("chance", "shuffled")),
+            str(sum(controls[kind]["n"] for kind in kinds))]
 
 
 def names(runs: list[dict]) -> str:
     """Recall of a made-up name by how many things were shown with theirs; before any was shown it can only be guessed."""
     shots = range(MOST_SHOTS + 1)
-    rows = [(run["recipe"], by_kind(run["eval"])) for run in runs]
+    rows = [(run["recipe"], key, by_kind(run["eval"])) for run in runs for key in ("value", "shuffled")]
     return markdown([["names, shots", *map(str, shots)], *(
-        [recipe, *(f"{figures[f'names/{n}']['value']:.2f}" for n in shots)] for recipe, figures in rows if "names/0" in figures)])
+        [recipe if key == "value" else f"{recipe}, {key}", *(f"{figures[f'names/{n}'][key]:.2f}" for n in shots)]
+        for recipe, key, figures in rows if "names/0" in figures)])
 
 
 def others(run: dict) -> str:

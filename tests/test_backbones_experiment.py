@@ -118,7 +118,7 @@ def test_mean_and_worst_of_a_form():
     """The mean over the kinds, the name of the worst; a model that was not asked has a dash."""
     kinds = tuple(f"short/{kind}" for kind in "abc")
     asked = {kind: {"value": value, "chance": 0.25, "shuffled": 0.5, "n": 10} for kind, value in zip(kinds, (0.9, 0.6, 0.9))}
-    assert backbones.form_of(kinds, [asked, {}]) == ["0.800", "0.60 (short/b)", "–", "–", "0.25", "0.50", "30"]
+    assert backbones.form_of(kinds, [{}, asked]) == ["–", "–", "0.800", "0.60 (short/b)", "0.25", "0.50", "30"]
     figures = {f"vqa_accuracy/{kind}": figure for kind, figure in asked.items()} | {"vqa_accuracy": asked["short/a"]}
     assert backbones.by_kind(figures) == asked
 
