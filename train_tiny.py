@@ -1,4 +1,4 @@
-"""Train a tiny vision-language model from nothing: its eyes, its language model, then the paper's own stages.
+"""Train a paper's own stages at tiny size, on the eyes and the language model that come with this repository, or from nothing.
 
     python train_tiny.py --model llava
 """
@@ -23,7 +23,8 @@ EXAMPLES = """examples:
   python train_tiny.py --model llava --out runs/a --resume          go on after Ctrl-C, a crash or a full disk
   python train_tiny.py --model llava --out runs/a --overwrite       delete that run and start again
   python train_tiny.py --model llava --device cuda --seed 7         another device, other random numbers
-  python train_tiny.py --model llava --no-cache                     train the backbones anew, for an honest timing
+  python train_tiny.py --model llava --from-scratch                 train its eyes and its language model, too (over an hour)
+  python train_tiny.py --model llava --from-scratch --no-cache      and take nothing of what was trained here before
   python train_tiny.py --recipe clip/tiny                           any recipe by name, here a backbone alone
   torchrun --nproc-per-node 2 train_tiny.py --model llava           two processes, one run
 exit codes: 0 done, 1 training failed or the disk is full, 2 bad usage or input, 130 Ctrl-C (checkpoint saved)"""
@@ -48,7 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
                         help="go on with the run in --out (default: the last runs/MODEL)")
     parser.add_argument("--overwrite", action="store_true", help="delete the run in --out first")
     parser.add_argument("--from-scratch", action="store_true", help="train the backbones too, instead of taking the shipped ones")
-    parser.add_argument("--no-cache", action="store_true", help="neither read nor write cached backbones")
+    parser.add_argument("--no-cache", action="store_true", help="neither read nor write what earlier runs have trained")
     parser.add_argument("--steps", type=float, metavar="X", help="up to 1: this fraction of every stage's steps; "
                         "above 1: this number of steps in every stage")
     return parser

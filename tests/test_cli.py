@@ -83,9 +83,9 @@ def test_help_has_an_example_of_each_use(capsys):
 def test_runs_are_numbered_and_filled_folders_are_safe(world, capsys):
     quick = ("--recipe", "fake/tiny", "--steps", "1")
     assert [train_tiny.main([*quick, "--steps", "2"]) for _ in range(2)] == [0, 0]
-    assert sorted(os.listdir("runs")) == ["fake", "fake-2"]
+    assert sorted(os.listdir("runs")) == ["fake-quick", "fake-quick-2"], "a shortened run is not the model"
     assert train_tiny.main([*quick, "--steps", "2", "--resume"]) == 0, "without --out the last run is meant"
-    assert "runs/fake-2" in capsys.readouterr().out.splitlines()[-1]
+    assert "runs/fake-quick-2" in capsys.readouterr().out.splitlines()[-1]
 
     os.mkdir("mine")
     with open("mine/thesis.txt", "w") as file:
@@ -97,9 +97,9 @@ def test_runs_are_numbered_and_filled_folders_are_safe(world, capsys):
     assert "cannot be written to (Not a directory)" in fails(capsys, 2, *quick, "--out", "mine/thesis.txt/run")
     assert os.listdir("mine") == ["thesis.txt"]
 
-    (world / "runs/fake/old.txt").write_text("x")
-    assert train_tiny.main([*quick, "--steps", "2", "--out", "runs/fake", "--overwrite"]) == 0
-    assert not (world / "runs/fake/old.txt").exists()
+    (world / "runs/fake-quick/old.txt").write_text("x")
+    assert train_tiny.main([*quick, "--steps", "2", "--out", "runs/fake-quick", "--overwrite"]) == 0
+    assert not (world / "runs/fake-quick/old.txt").exists()
 
 
 def test_a_folder_that_cannot_be_written_to_is_said_before_anything_is_made(world, capsys, monkeypatch):
