@@ -29,7 +29,7 @@ def run(tmp_path):
     torch.manual_seed(3)
     path, recipe = tmp_path / "run", recipes.get("llava/tiny")
     path.mkdir()
-    folder.write_json(path / "config.json", {"what": folder.OURS, "recipe": {"name": recipe.name}})
+    folder.write_json(path / "config.json", {"what": folder.OURS, "recipe": {"name": recipe.name}, "steps": None})
     checkpoint.save(path / "tune.pt", recipe.build(recipe.stages[-1]).state_dict())
     checkpoint.save(path / "last.pt", {"tokenizer": TOKENIZER.to_dict()})
     return path
@@ -200,7 +200,7 @@ def untrained(tmp_path):
     def make(name: str) -> str:
         recipe, path = recipes.get(name), tmp_path / "other"
         path.mkdir()
-        folder.write_json(path / "config.json", {"what": folder.OURS, "recipe": {"name": recipe.name}})
+        folder.write_json(path / "config.json", {"what": folder.OURS, "recipe": {"name": recipe.name}, "steps": None})
         checkpoint.save(path / f"{recipe.stages[-1].name}.pt", recipe.build(recipe.stages[-1]).state_dict())
         checkpoint.save(path / "last.pt", {"tokenizer": TOKENIZER.to_dict()})
         return str(path)

@@ -17,7 +17,7 @@ from test_checkpoint import FAKES, stop_after
 
 import train_tiny
 from nanovlm import recipes
-from nanovlm.runs import checkpoint, folder, run
+from nanovlm.runs import checkpoint, folder, run, shipped
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_a_folder_that_cannot_be_written_to_is_said_before_anything_is_made(worl
 
     os.mkdir("there")
     monkeypatch.setattr(folder, "TemporaryFile", read_only)
-    monkeypatch.setattr(run, "make_tokenizer", lambda *inputs: pytest.fail("it goes on"))
+    monkeypatch.setattr(shipped, "make_tokenizer", lambda *inputs: pytest.fail("it goes on"))
     assert "--out there cannot be written to (Read-only file system)" in fails(capsys, 2, "--recipe", "fake/tiny", "--out", "there")
 
 
