@@ -54,7 +54,7 @@ LM_TINY_T5 = replace(
     LM_TINY, name="lm/tiny-t5", config=TINY_T5,
     stages=(replace(LM_TINY.stages[0], name="lm-t5", format="flan_t5", evaluate=("told",),
                     data={name: weight for name, weight in TOLD.items() if name not in ("names", "shots")},
-                    steps=10_000, accumulate=2),))
+                    steps=7_000, accumulate=2),))
 
 # Mostly captions, as BLIP and the Q-Former will read them; and scenes that are told, with what is asked about them.
 HIDDEN = {"caption texts": 30, "told/captions": 10, "told/talk": 20, "told/drills": 6, "told/short": 4, "told/sentences on demand": 3,

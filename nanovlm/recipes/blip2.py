@@ -65,7 +65,7 @@ TINY = Recipe(
         Stage("stage1", BRIDGE_1, BOTH_COLOURS, real="pairs", builds=BLIP2Stage1, steps=1200, batch_size=32, lr=1e-3, weight_decay=0.05,
               betas=(0.9, 0.98), max_length=48, evaluate=("retrieval",), on_data={"augment": True, "steps": 2000},
               init=(("vision", "clip/tiny:vision"),)),
-        Stage("stage2", BRIDGE_2, {"captions": 1}, lessons=((0.78, BOTH_COLOURS),), real="captions", format="blip2", steps=9000, batch_size=16, lr=1e-3, weight_decay=0.05,
+        Stage("stage2", BRIDGE_2, {"captions": 1}, lessons=((0.78, BOTH_COLOURS),), real="captions", format="blip2", steps=7000, batch_size=16, lr=1e-3, weight_decay=0.05,
               betas=(0.9, 0.98), max_length=256, evaluate=("answers", "two"),
               on_data={"augment": True, "steps": 4000, "evaluate": JUDGED}, init=(("language", "lm/tiny:language"),))))
 

@@ -29,7 +29,7 @@ TINY = Recipe(
     stages=(
         Stage("align", ("projector",), {"captions": 1}, real="captions", format="plain", steps=100, batch_size=64, lr=1e-3, max_length=256,
               on_data={"augment": True}, init=(("vision", "clip/tiny:vision"), ("language", "lm/tiny:language"))),
-        Stage("tune", BOTH, {"talk": 72, "drills": 13, "unnamed drills": 15}, lessons=((0.08, LISTS),), format="tiny", steps=4800, batch_size=32, lr=2e-3, betas=(0.9, 0.98), max_length=256,
+        Stage("tune", BOTH, {"talk": 72, "drills": 13, "unnamed drills": 15}, lessons=((0.08, LISTS),), format="tiny", steps=1600, batch_size=32, lr=1e-3, betas=(0.9, 0.98), max_length=256,
               evaluate=JUDGED, on_data={"augment": True, "steps": 2000})))
 
 SMALL = Recipe(

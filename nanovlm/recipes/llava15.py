@@ -42,7 +42,7 @@ PUBLISHED_MIXTURE = {"LLaVA-Instruct": 158, "ShareGPT": 40, "VQAv2": 83, "GQA": 
 TINY = replace(
     llava.TINY, name="llava15/tiny", config=replace(llava.TINY.config, projector_layers=2),
     stages=(llava.TINY.stages[0],
-            replace(llava.TINY.stages[1], data=MIXTURE, lessons=((0.16, LISTS),), real="prompted", fit="pad", steps=4600,
+            replace(llava.TINY.stages[1], data=MIXTURE, lessons=((0.16, LISTS),), real="prompted", fit="pad", steps=2200,
                     evaluate=JUDGED, on_data={"steps": 2000})))
 
 # Pictures of 96 × 96 in five views of 48: 88 image tokens. The numbers in small print are for tiles.
@@ -50,7 +50,7 @@ TINY = replace(
 # tokens, in less than half of the time, and what is left to learn is to read tiles.
 TINY_HD = replace(
     TINY, name="llava15/tiny-hd", config=replace(TINY.config, tiling=hd_tiling(48)), world={"size": 96, "small_print": True},
-    stages=(replace(TINY.stages[1], name="hd", trains=(*llava.BOTH, "tiles"), data=SIGNS, lessons=(), steps=1600,
+    stages=(replace(TINY.stages[1], name="hd", trains=(*llava.BOTH, "tiles"), data=SIGNS, lessons=(), steps=1000,
                     on_data={"steps": 800},
                     init=tuple((part, f"llava15/tiny:{part}") for part in ("vision", *llava.BOTH))),))
 
