@@ -46,7 +46,7 @@ TOLD = {"told/talk": 30, "told/drills": 10, "told/captions": 8, "told/short": 6,
 LM_TINY = Recipe(
     "lm/tiny", LanguageModel, TINY_LANGUAGE, image_size=48, vocab=TINY_VOCAB,
     stages=(Stage("lm", ("language",), TOLD, lessons=LESSONS, real="texts", format="tiny", group=True, steps=11_000, batch_size=32,
-                  accumulate=2, lr=1.5e-3, weight_decay=0.05, betas=(0.9, 0.98), max_length=256, evaluate=("told", "pages"),
+                  accumulate=4, lr=1.5e-3, weight_decay=0.05, betas=(0.9, 0.98), max_length=256, evaluate=("told", "pages"),
                   on_data={"steps": 800}),))
 
 # An encoder reads what is told before all else, so there are no pages; whatever it is asked, it is asked in one format.
