@@ -187,6 +187,8 @@ def test_the_key_covers_imports_of_imports(monkeypatch, tmp_path):
     before = cache.source_text("nanovlm.a")
     (tmp_path / "d.py").write_text("unrelated = 2\n")
     assert cache.source_text("nanovlm.a") == before
+    (tmp_path / "c.py").write_text('"""What a student has written down."""\n\n# and here\nthing = 1\n')
+    assert cache.source_text("nanovlm.a") == before, "a comment retrains nothing"
     (tmp_path / "c.py").write_text("thing = 2\n")
     assert cache.source_text("nanovlm.a") != before
 

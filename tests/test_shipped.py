@@ -1,6 +1,7 @@
 """Shipped weights: what was stored is found again, rounded once; who begins with them and who does not; and those of this repository."""
 
 import json
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -38,6 +39,8 @@ def test_what_was_stored_is_found_again_rounded(world):
     assert list(weights) == list(trained)
     assert all(torch.equal(weights[name], tensor.half().float()) for name, tensor in trained.items())
     assert not all(torch.equal(weights[name], tensor) for name, tensor in trained.items()), "else rounding was never tested"
+    with np.load(files[0]) as stored:
+        assert {stored[name].dtype for name in stored.files} == {np.dtype(np.float16), np.dtype(np.uint8)}
     about = shipped.load(files[1])[1]
     summary = json.loads((world / "a/summary.json").read_text())
     assert about["figures"] == summary["eval"] and about["seed"] == 0 and about["versions"] == summary["versions"]
@@ -90,9 +93,27 @@ def test_a_broken_file_is_one_sentence_and_anothers_is_left_alone(world, capsys)
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(UserError, match="cannot be read.*restore the file"):
         shipped.read(recipe, recipe.stage("align"))
-    np.savez(file, about=np.array([{"a": 1}], dtype=object), allow_pickle=True)
+
+
+class Malice:
+    """What unpickling would run."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.trace),)
+
+
+def test_loading_runs_nobodys_code(world):
+    file = shipped.path("fake/tiny", "align")
+    file.parent.mkdir()
+    np.savez(file, about=np.array([Malice(world / "trace")], dtype=object))
     with pytest.raises(UserError, match="cannot be read"):
-        shipped.read(recipe, recipe.stage("align"))
+        shipped.read(recipes.get("fake/tiny"), recipes.get("fake/tiny").stage("align"))
+    assert not (world / "trace").exists()
+    np.load(file, allow_pickle=True)["about"]
+    assert (world / "trace").exists(), "else nothing was tried"
 
 
 # --- this repository's own ---
