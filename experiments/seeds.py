@@ -14,7 +14,8 @@ from nanovlm import recipes
 from nanovlm.recipes.stage import Recipe, Stage, resolve
 from nanovlm.runs.cache import Cache
 from nanovlm.runs.run import versions, weights_after
-from nanovlm.runs.setting import Job, Setting, make_tokenizer, plan, world_of
+from nanovlm.runs.setting import Job, Setting, plan, world_of
+from nanovlm.runs.shipped import find_tokenizer
 from nanovlm.tokenizer import Tokenizer
 from nanovlm.training.batches import MicroBatches, Samples, make_collate, stream
 from nanovlm.training.loop import Report, freeze, train_stage
@@ -29,7 +30,7 @@ def trained_before(name: str, last: int, seed: int) -> tuple[Setting, dict[str, 
     """Of a recipe that has yet to train its `last` stages: world and tokenizer, and the weights of all stages before, by name."""
     recipe = resolve(recipes.get(name), real=False)
     world = world_of(recipe, seed)
-    setting = Setting(recipe, seed, CPU, world, make_tokenizer(recipe, world, seed))
+    setting = Setting(recipe, seed, CPU, world, find_tokenizer(recipe, world, seed))
     before = plan(Job(recipe, recipe.stages[-1]), setting)[:-last]
     return setting, {job.stage.name: weights_after(job, setting, Cache(setting)) for job in before}
 
