@@ -1,4 +1,4 @@
-"""What the tiny recipes reach: cold runs of three seeds, judged on held-out data, and the tables of experiments/README.md.
+"""What the tiny recipes reach: runs of three seeds, judged on held-out data, and the tables of experiments/README.md.
 
     python -m experiments.tiny_runs                                  llava/tiny on the embedded world, seeds 0, 1 and 7
     python -m experiments.tiny_runs --data ../shared/data/clothes    on a person's own pictures
@@ -6,8 +6,8 @@
     python -m experiments.tiny_runs --table                          print the stored results as Markdown
     python -m experiments.tiny_runs --summary                        the most telling figure of each, as the project's README has them
 
-Each run is `train_tiny.py --no-cache`: backbones included, nothing left from before; a collected one that took some from the cache
-says so in its last row. Each figure stands beside its two
+Each run is `train_tiny.py --no-cache`: on the shipped backbones, and nothing else is left from before; what a run did not train itself
+its last row names. Each figure stands beside its two
 controls (evaluate/): chance, the most common answer; shuffled, the same questions with the pictures permuted.
 """
 
@@ -40,8 +40,9 @@ def measure(recipe: str, data: str | None, seed: int) -> dict:
 def kept(summary: dict) -> dict:
     """Of a summary.json what is stored here; a run that took a backbone from the cache says so beside its time."""
     stages = {stage["name"]: stage["seconds"] for stage in summary["stages"]}
-    cached = [stage["name"] for stage in summary["stages"] if stage["cached"]]
-    return {"seed": summary["seed"], "seconds": summary["seconds"], "stages": stages, **({"cached": cached} if cached else {}),
+    cached = [stage["name"] for stage in summary["stages"] if stage["cached"] and not stage.get("shipped")]
+    shipped = [stage["name"] for stage in summary["stages"] if stage.get("shipped")]
+    return {"seed": summary["seed"], "seconds": summary["seconds"], "stages": stages, **({"cached": cached} if cached else {}), **({"shipped": shipped} if shipped else {}),
             "eval": summary["eval"], "notes": summary["notes"], "versions": summary["versions"]}
 
 
@@ -53,8 +54,9 @@ def table(result: dict) -> str:
         judged = [one["eval"][name] for one in runs]
         controls = [sum(j[control] for j in judged) / len(judged) for control in ("chance", "shuffled")]
         rows.append([name, *(f"{value:.2f}" for value in (*(j["value"] for j in judged), *controls)), str(first["n"])])
-    cached = sorted({name for one in runs for name in one.get("cached", ())})
-    rows.append([f"seconds, {', '.join(cached)} from the cache" if cached else "seconds, cold", *(f"{one['seconds']:.0f}" for one in runs), "", "", ""])
+    taken = [f"{', '.join(sorted({name for one in runs for name in one.get(where, ())}))} {said}" for where, said in
+             (("shipped", "shipped"), ("cached", "from the cache")) if any(one.get(where) for one in runs)]
+    rows.append([f"seconds, {', '.join(taken)}" if taken else "seconds, cold", *(f"{one['seconds']:.0f}" for one in runs), "", "", ""])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
