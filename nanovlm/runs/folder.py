@@ -81,7 +81,7 @@ class RunFolder:
                 say(f"{job.stage.name}: {'shipped' if name == 'shipped' else 'from the cache'}")
                 whole = recipes.get(job.recipe.name).stage(job.stage.name).steps  # a shortened run begins with these, too
                 self._keep(job, weights, {"name": job.stage.name, "seconds": 0.0, "steps": whole if name == "shipped" else job.stage.steps,
-                                          "cached": name == "cached", "shipped": name == "shipped", "frozen": {}, "trained": {}})
+                                          "cached": True, "shipped": name == "shipped", "frozen": {}, "trained": {}})
                 return weights
         return None
 
