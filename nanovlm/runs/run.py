@@ -83,7 +83,7 @@ def _run(recipe_name: str, options: Options, device: torch.device) -> dict:
 def announce(setting: Setting) -> None:
     """What will be done, and how long it took where the shipped weights were made."""
     known = [shipped.seconds(job.recipe.name, job.stage) for job in setting.work]
-    about = "" if None in known or setting.real else f"; about {minutes(sum(known))} of training where the shipped weights were made"
+    about = "" if not known or None in known or setting.real else f"; about {minutes(sum(known))} of training where the shipped weights were made"
     say(f"plan: {', '.join(f'{job.stage.name} {job.stage.steps:,} steps' for job in setting.work) or 'nothing to train'}, evaluation{about}")
     if setting.steps is not None:
         say(shortened(setting.steps))
