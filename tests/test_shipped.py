@@ -34,7 +34,9 @@ def world(monkeypatch, tmp_path):
     return tmp_path
 
 
-def test_what_was_stored_is_found_again_rounded(world):
+def test_what_was_stored_is_found_again_rounded(world, monkeypatch):
+    asked, answers = [], shipped.answers
+    monkeypatch.setattr(shipped, "answers", lambda weights, *rest: asked.append(weights) or answers(weights, *rest))
     files = shipped.export(world / "a")
     assert [file.name for file in files] == ["fake-tiny@align.npz", "fake-tiny@tune.npz"]
     recipe = recipes.get("fake/tiny")
@@ -42,6 +44,7 @@ def test_what_was_stored_is_found_again_rounded(world):
     assert list(weights) == list(trained)
     assert all(torch.equal(weights[name], tensor.half().float()) for name, tensor in trained.items())
     assert not all(torch.equal(weights[name], tensor) for name, tensor in trained.items()), "else rounding was never tested"
+    assert all(torch.equal(weights[name], tensor) for name, tensor in asked[1].items()), "the stored answers are those of what is stored"
     about = shipped.load(files[1])[1]
     summary = json.loads((world / "a/summary.json").read_text())
     assert (about["recipe"], about["stage"], about["model"], about["sizes"]) == ("fake/tiny", "tune", "FakeVLM", {"dropout": 0.1})

@@ -93,7 +93,7 @@ class Cache:
     def key(self, job: Job) -> str:
         """Stages behind this one play no part, so that whoever needs this one only finds it too."""
         if job.name not in self.keys and not self.setting.final(job) and self.shipped(job) is not None:
-            self.keys[job.name] = shipped.digest(*job.name)
+            self.keys[job.name] = hashlib.sha256(shipped.path(*job.name).read_bytes()).hexdigest()
         if job.name not in self.keys:
             setting, stages = self.setting, job.recipe.stages
             recipe = replace(job.recipe, stages=stages[:stages.index(job.stage) + 1])

@@ -71,9 +71,8 @@ class RunFolder:
 
     def read(self, job: Job) -> State | None:
         """From this folder, or if it is a backbone's from the cache."""
-        path = self.path / f"{job.stage.name}.pt"
         if job.stage.name in {record["name"] for record in self.records}:
-            return checkpoint.load(path)
+            return checkpoint.load(self.path / f"{job.stage.name}.pt")
         if self.setting.final(job) or self.half_way(job):
             return None
         for name, store in (("shipped", self.cache.shipped), ("cached", self.cache.trained)):

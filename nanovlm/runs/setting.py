@@ -46,9 +46,8 @@ class Setting:
 
     def ships(self, job: Job) -> bool:
         """Whether the job's weights may be shipped ones: a backbone's, or if all was asked for as it is shipped, the recipe's own."""
-        if self.real or self.from_scratch:
-            return False
-        return not self.final(job) or (self.seed == 0 and self.steps is None)
+        as_shipped = not self.final(job) or (self.seed == 0 and self.steps is None)
+        return as_shipped and not self.real and not self.from_scratch
 
     @property
     def real(self) -> bool:

@@ -11,7 +11,6 @@ arrays and one text. `answers` are those of the rounded weights to held-out ques
 """
 
 import argparse
-import hashlib
 import json
 import os
 import sys
@@ -90,10 +89,6 @@ def seconds(recipe: str, stage: Stage) -> float | None:
     return about["seconds"] and about["seconds"] * stage.steps / about["steps"]
 
 
-def digest(recipe: str, stage: str) -> str:
-    return hashlib.sha256(path(recipe, stage).read_bytes()).hexdigest()
-
-
 def write(weights: State, about: dict, file: Path) -> None:
     """Half precision; a part whose every tensor stands in another file of the folder is named, not stored."""
     arrays = {name: tensor.numpy().astype(np.float16) for name, tensor in weights.items()}
@@ -137,8 +132,7 @@ def export(run: Path, stages: Sequence[str] = ()) -> list[Path]:
     elif known.to_dict() != words.to_dict():
         raise UserError(f"{run} has another tokenizer than {folder()}: train it on the shipped backbones.")
     seconds = {record["name"]: record["seconds"] for record in summary["stages"]}
-    processes = config["machine"]["processes"]
-    started = f"torchrun --nproc-per-node {processes}" if processes > 1 else "python"
+    started = f"torchrun --nproc-per-node {n}" if (n := config["machine"]["processes"]) > 1 else "python"
     written = []
     for stage in [recipe.stage(name) for name in stages] or recipe.stages:
         weights = {name: tensor.half().float() for name, tensor in checkpoint.load(run / f"{stage.name}.pt").items()}
