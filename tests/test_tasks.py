@@ -19,7 +19,6 @@ from nanovlm.world.mixture import KINDS as MIXED
 from nanovlm.world.say import DESCRIPTIONS, captions, description
 from nanovlm.world.scene import DIGITS, HELD_OUT, NUMBERS, PAIRS, SEEN, WORDS, random_scene
 
-STILL = pytest.mark.xfail(strict=True, reason="tasks.clip: every third clip stands still, and is said to move right")
 KIND = {"captions": "caption", "signs": "caption"}  # of a group's turn, where it is not the group's name
 
 
@@ -30,7 +29,7 @@ def told(scenes: tuple, turns: tuple[Turn, ...], rng: Random) -> Sample:
 
 
 @pytest.mark.parametrize("pairs", [SEEN, PAIRS], ids=["seen", "all"])
-@pytest.mark.parametrize("group", [pytest.param(group, marks=STILL) if group == "clips" else group for group in tasks.NAMES])
+@pytest.mark.parametrize("group", tasks.NAMES)
 def test_every_task_has_the_right_answer(group, pairs):
     """Or is a plain question, where the scene has no such task."""
     rng, kinds = Random(f"{group}/{len(pairs)}"), Counter()
@@ -60,7 +59,7 @@ def test_told_tasks_are_of_all_groups():
 
 
 @pytest.mark.parametrize(("group", "answers"), [
-    ("classes", ("yes", "no")), ("reasoning", ("yes", "no")), pytest.param("clips", ("left", "right", "up", "down"), marks=STILL)])
+    ("classes", ("yes", "no")), ("reasoning", ("yes", "no")), ("clips", ("left", "right", "up", "down"))])
 def test_yes_and_no_and_every_way_are_as_frequent(group, answers):
     """What is guessed without reading is right no more often than it should be: bounds of five standard deviations."""
     rng, said = Random(3), Counter()
@@ -120,7 +119,7 @@ def test_there_is_an_exam_for_all_that_a_reader_is_taught(exams):
     assert same.samples == exams["task/dialogue"].samples, "all are asked the same"
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=STILL) if name == "task/clips" else name for name in TOLD["told"]])
+@pytest.mark.parametrize("name", TOLD["told"])
 def test_what_is_asked_of_what_is_told_has_its_answer(exams, name):
     """In the format of who will ask so, and about held-out pairs."""
     group, _, kind = name.rpartition("/")

@@ -286,6 +286,5 @@ def test_the_words_of_the_world_are_tokens(world_tokenizer):
     assert all(len(world_tokenizer.encode(f" {text}")) <= 2 for text in WORDS)
 
 
-@pytest.mark.xfail(strict=True, reason="Scenes.texts() has answers without the blank that opens them, so ' yes' and names are two tokens or three")
 def test_every_word_of_an_answer_is_a_token(world_tokenizer):
     assert all(len(world_tokenizer.encode(f" {word}")) == 1 for word in ("yes", "no", *NAMES))

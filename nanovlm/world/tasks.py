@@ -16,7 +16,7 @@ a limit on length) and the rule that whoever expects a short answer says so.
     dialogue     *   dialogue: is there a star? yes. question: and where is it?   top left
     classes      *   on it is written: a large red star. is that so?              no
     llava            tell me all about the picture.                               top left: red star. bottom right: …
-                     are there more large or more small objects?                  There is one large object and …
+                     are there more large or more small objects?                  one large object and two small …
 
     * held out as whole groups when the Q-Former is tuned; a language model has read of all of them.
 """
@@ -118,8 +118,8 @@ def asking(scene: Scene, rng: Random, pairs: tuple) -> tuple[Turn, ...]:
 def clip(scene: Scene, rng: Random) -> tuple[tuple[Scene, ...], tuple[Turn, ...]]:
     """Four frames, in which an object by itself goes to a neighbouring corner."""
     thing = rng.choice(scene.objects)
-    ways = [(cell, DIRECTIONS[side(replace(thing, cell=cell), thing)]) for cell in CELLS if side(replace(thing, cell=cell), thing)]
-    cell, way = rng.choice(ways)
+    cell = rng.choice([cell for cell in CELLS if cell != thing.cell and side(replace(thing, cell=cell), thing)])
+    way = DIRECTIONS[side(replace(thing, cell=cell), thing)]
     late = rng.randint(1, FRAMES - 1)  # the first frame in which it stands there
     frames = tuple(Scene((thing if frame < late else replace(thing, cell=cell),)) for frame in range(FRAMES))
     question, answer = rng.choice((("which way does the {} move?", way), ("where is the {} at the end?", cell),
@@ -183,7 +183,7 @@ def examine(draw: Callable[[Random], Scene], rng: Random, group: str) -> tuple[t
             return (scene,), turns
 
 
-def right_questions(scene: Scene, asked: Turn, tries: int = 400) -> tuple[str, ...]:
+def right_questions(scene: Scene, asked: Turn, tries: int = 3000) -> tuple[str, ...]:
     """Of a turn of "asking" the questions whose answer is the given one: the one that was drawn, and all others found by drawing."""
     rng, found = Random(asked.question), {asked.answer: ""}
     answer = next(turn.answer for turn in _drawn(scene, rng) if turn.question == asked.answer)
