@@ -133,18 +133,17 @@ def export(run: Path, stages: Sequence[str] = ()) -> list[Path]:
         raise UserError(f"{run} has another tokenizer than {folder()}: train it on the shipped backbones.")
     seconds = {record["name"]: record["seconds"] for record in summary["stages"]}
     started = f"torchrun --nproc-per-node {n}" if (n := config["machine"]["processes"]) > 1 else "python"
-    written = []
-    for stage in [recipe.stage(name) for name in stages] or recipe.stages:
+    chosen = [recipe.stage(name) for name in stages] or recipe.stages
+    for stage in chosen:
         weights = {name: tensor.half().float() for name, tensor in checkpoint.load(run / f"{stage.name}.pt").items()}
-        file = path(recipe.name, stage.name)
+        rows = answers(weights, recipe, stage, words)
         write(weights, {
             "recipe": recipe.name, "stage": stage.name, "seed": 0, "steps": stage.steps, "versions": summary["versions"],
             "model": (stage.builds or recipe.model).__name__, "sizes": as_config(replace(recipe.config, **stage.sizes)),
             "command": f"{started} train_tiny.py --recipe {recipe.name}" + " --from-scratch" * config["from_scratch"],
             "seconds": seconds[stage.name], "figures": summary["eval"] if stage.evaluate else {},
-            "answers": answers(weights, recipe, stage, words)}, file)
-        written.append(file)
-    return written
+            "questions": [asked for asked, _ in rows], "answers": [said for _, said in rows]}, path(recipe.name, stage.name))
+    return [path(recipe.name, stage.name) for stage in chosen]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
