@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from nanovlm.data.prompts import CAPTION, GROUNDING, LETTER, PROMPTS, REGION, SHORT
 from nanovlm.data.sample import Sample, Turn
+from nanovlm.world.mixture import SENTENCE
 from nanovlm.world.scene import CELLS, COLOURS, DIGITS, HELD_OUT, NUMBERS, SHAPES, SIZES, WORDS, Scene
 
 NUMBER_WORDS = {1: "one", 2: "two", 3: "three", 4: "four"}
@@ -177,6 +178,10 @@ def check_talk(name: str, turns: tuple[Turn, ...], truth: dict) -> str | None:
     if name in ("short", "signs"):
         assert first.question.endswith(f"\n{SHORT}")
         return check_conversation([replace(first, question=first.question.removesuffix(f"\n{SHORT}")), *others], truth)
+    if name == "sentences on demand":
+        first, *others = turns
+        assert first.question.endswith(f"\n{SENTENCE}") and not any(SENTENCE in turn.question for turn in others)
+        name, turns = "sentences", [replace(first, question=first.question.removesuffix(f"\n{SENTENCE}")), *others]
     if name == "sentences":
         assert not any(prompt in turn.question for turn in turns for prompt in PROMPTS)
         return check_conversation([replace(turn, answer=in_short(turn.answer)) for turn in turns], truth)

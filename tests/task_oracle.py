@@ -121,7 +121,7 @@ def llava(question: str, answer: str, truth: dict) -> None:
         end = "There are as many of both." if large == small else f"More are {'large' if large > small else 'small'}."
         assert answer == f"{' and '.join(parts)}. {end}"
     else:
-        assert judge(question, truth, None)[0] == in_short(answer)
+        assert judge(question.removeprefix("in a sentence, "), truth, None)[0] == in_short(answer) and question.startswith("in a sentence, ")
 
 
 CHECKS = {"caption": caption, "reasoning": reasoning, "questions": questions, "knowledge": knowledge, "reading": questions,

@@ -82,13 +82,13 @@ def test_beside_a_persons_texts_the_worlds_half_is_the_same_diet(name, steps):
 
 
 def test_the_language_model_says_again_then_drills_then_talks():
-    """Its lessons by hand, at a twentieth of its length: 700 steps of 32."""
+    """Its lessons by hand, at a twentieth of its length: 550 steps of 32."""
     stage = resolved("lm/tiny@lm", False, 0.05)
-    assert (stage.steps, stage.batch_size) == (700, 32)
-    names = [sample.label for sample in map(Mixture(Spied(0), stage, 0).__getitem__, range(700 * 32))]
-    first, second = 896, 4032  # 4 and 18 of a hundred of 22,400
+    assert (stage.steps, stage.batch_size) == (550, 32)
+    names = [sample.label for sample in map(Mixture(Spied(0), stage, 0).__getitem__, range(550 * 32))]
+    first, second = 528, 4576  # 3 and 26 of a hundred of 17,600
     assert set(names[:first]) == {"told/repeat"} and "told/repeat" not in names[first:]
-    assert set(names[first:second]) == {"told/drills", "told/letter drills", "names"}
+    assert set(names[first:second]) == {"told/drills"}
     assert set(names[second:]) == set(stage.data) and len(stage.data) == 15
 
 

@@ -139,7 +139,7 @@ def test_what_is_asked_of_what_is_told_has_its_answer(exams, name):
             assert not sample.told and "<image>" not in last.question
             continue
         talk = {"short": "short", "blip2": "talk"}.get(group) or {
-            "caption": "captions", "option": "letters", "region": "regions", "grounding": "grounding", "chat": "sentences"}.get(kind, "talk")
+            "caption": "captions", "option": "letters", "region": "regions", "grounding": "grounding", "chat": "sentences on demand"}.get(kind, "talk")
         check_sample(f"told/{talk}", sample)
         assert last.kind == kind and len(before) == (kind == "follow_up") and (SHORT in sample.turns[0].question) == (talk == "short")
 

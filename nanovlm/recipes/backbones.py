@@ -46,7 +46,7 @@ TOLD = {"told/talk": 30, "told/drills": 10, "told/captions": 8, "told/short": 6,
 LM_TINY = Recipe(
     "lm/tiny", LanguageModel, TINY_LANGUAGE, image_size=48, vocab=TINY_VOCAB,
     stages=(Stage("lm", ("language",), TOLD, lessons=LESSONS, real="texts", format="tiny", group=True, steps=11_000, batch_size=32,
-                  accumulate=2, lr=1.5e-3, weight_decay=0.05, betas=(0.9, 0.98), max_length=256, evaluate=("told", "pages"),
+                  accumulate=4, lr=1.5e-3, weight_decay=0.05, betas=(0.9, 0.98), max_length=256, evaluate=("told", "pages"),
                   on_data={"steps": 800}),))
 
 # An encoder reads what is told before all else, so there are no pages; whatever it is asked, it is asked in one format.
@@ -63,7 +63,7 @@ HIDDEN = {"caption texts": 30, "told/captions": 10, "told/talk": 20, "told/drill
 BERT_TINY = Recipe(
     "bert/tiny", MaskedLanguageModel, BertConfig(TINY_VOCAB, width=128, layers=4, heads=4, ffn=512, max_positions=256, dropout=0.0),
     image_size=48, vocab=TINY_VOCAB,
-    stages=(Stage("bert", ("bert", "word_head"), HIDDEN, real="texts", group=True, steps=6000, batch_size=32, accumulate=4, lr=1e-3,
+    stages=(Stage("bert", ("bert", "word_head"), HIDDEN, lessons=((0.25, {"told/drills": 3, "caption texts": 1}),), real="texts", group=True, steps=6000, batch_size=32, accumulate=4, lr=1e-3,
                   weight_decay=0.05, betas=(0.9, 0.98), max_length=256, evaluate=("told",), on_data={"steps": 800}),))
 
 CLIP_SMALL = Recipe(

@@ -47,7 +47,8 @@ def path(recipe: str, stage: str) -> Path:
 
 def find_tokenizer(recipe: Recipe, source: Source, seed: int, real: bool = False) -> Tokenizer:
     """The shipped one goes with the shipped backbones; real: none of these is wanted."""
-    return (None if real else tokenizer()) or make_tokenizer(recipe, source, seed)
+    known = None if real else tokenizer()
+    return known if known and len(known) <= recipe.vocab else make_tokenizer(recipe, source, seed)
 
 
 def tokenizer() -> Tokenizer | None:
