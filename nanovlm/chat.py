@@ -89,23 +89,27 @@ class Dialogue:
 
 def open_model(name: str, device: torch.device | str = "cpu") -> Pupil:
     """The model of a run's folder, or of this name as it is shipped: llava, blip2/tiny-t5."""
-    recipe = name if "/" in name else f"{name}/tiny"
-    if Path(name).exists() or recipe not in recipes.names() or not shipped.path(recipe, recipes.get(recipe).stage().name).exists():
+    full = name if "/" in name else f"{name}/tiny"
+    if Path(name).exists() or full not in there():
         return load_run(name, device)
-    recipe = recipes.get(recipe)
-    return Pupil(model_of(Job(recipe, recipe.stage()), shipped.read(recipe, recipe.stage())).to(device), recipe, recipe.stage(),
-                 shipped.tokenizer(), device)
+    recipe, stage = recipes.get(full), recipes.get(full).stage()
+    if (weights := shipped.read(recipe, stage)) is None:
+        raise UserError(f"Train it anew, by train_tiny.py --recipe {full}, and name the folder of that run.")
+    return Pupil(model_of(Job(recipe, stage), weights).to(device), recipe, stage, shipped.tokenizer(), device)
+
+
+def there() -> list[str]:
+    return [name for name in recipes.names() if shipped.path(name, recipes.get(name).stage().name).exists()]
 
 
 def load_run(path: str | Path, device: torch.device | str = "cpu") -> Pupil:
     """The model that a run has trained, after its last stage, ready to be asked."""
     path = Path(path)
     if not is_run(path):
-        there = ", ".join(name for name in recipes.names() if shipped.path(name, recipes.get(name).stage().name).exists())
         raise UserError(f"{path} is no folder of a run (it has no config.json of ours): name one that train_tiny.py wrote, "
-                        f"such as runs/llava, or a shipped model ({there or 'there are none here'}).")
+                        f"such as runs/llava, or a shipped model ({', '.join(there()) or 'there are none here'}).")
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    if config["steps"] is not None:
+    if config.get("steps"):
         print(shortened(config["steps"]), file=sys.stderr)
     recipe = recipes.get(config["recipe"]["name"])
     stage = recipe.stages[-1]
@@ -134,12 +138,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.scene is not None:
             scene = world_of(pupil.recipe, 0).held_out("captions", options.scene)
             images += scene.images
-            print(f"scene {options.scene}: {scene.caption}", file=sys.stderr)
         dialogue = Dialogue(pupil, images, pupil.stage.max_length, options.max_new_tokens, options.temperature, options.seed)
         if options.ask is not None:
             answer(dialogue, options.ask)
         else:
             converse(dialogue)
+        if options.scene is not None:
+            print(f"truth: {scene.caption}", file=sys.stderr)
         return 0
     except UserError as error:
         print(error, file=sys.stderr)

@@ -15,9 +15,10 @@ from nanovlm.data.sample import Sample, Turn
 from nanovlm.errors import UserError
 from nanovlm.evaluate.pupil import Pupil
 from nanovlm.papers.llava import LLaVA
-from nanovlm.runs import checkpoint, folder
+from nanovlm.runs import checkpoint, folder, shipped
 from nanovlm.tiling import hd_tiling
 from nanovlm.tokenizer import Tokenizer
+from nanovlm.world.datasets import Scenes
 
 TOKENIZER = Tokenizer.train(FakeScenes().texts(), VOCAB)
 RED, BLUE = (Image.new("RGB", (48, 48), colour) for colour in ("red", "blue"))
@@ -124,6 +125,37 @@ def test_what_cannot_be_talked_to(run, photo, tmp_path, capsys):
     assert "nowhere.png: the picture is missing" in complaint(str(run), "--image", "nowhere.png")
     (run / "tune.pt").unlink()
     assert f"--recipe llava/tiny --out {run} --resume" in complaint(str(run))
+
+
+def test_a_shipped_model_is_opened_by_its_name_and_shown_a_scene(run, tmp_path, monkeypatch, capsys):
+    """Its paper's, or a recipe's in full. What the scene holds is told when the model has had its say."""
+    monkeypatch.setenv("NANOVLM_SHIPPED", str(tmp_path / "weights"))
+    monkeypatch.chdir(tmp_path)
+    folder.write_json(run / "config.json", {"recipe": {"name": "llava/tiny"}, "data": "scenes", "steps": None, "seed": 0,
+                                            "from_scratch": False, "machine": {"processes": 1}, "what": folder.OURS})
+    folder.write_json(run / "summary.json", {"stages": [{"name": "tune", "seconds": 1.0}], "eval": {}, "versions": {}})
+    monkeypatch.setattr(shipped, "answers", lambda *model: [])
+    shipped.export(run, ["tune"])
+    asked, scene = [], Scenes(0, 48).held_out("captions", 3)
+    read = Pupil.read
+    monkeypatch.setattr(Pupil, "read", lambda self, samples: asked.extend(samples[0].images) or read(self, samples))
+    for name in ("llava", "llava/tiny"):
+        assert main([name, "--scene", "3", "--ask", "what is it?", "--max-new-tokens", "3"]) == 0
+        out, err = capsys.readouterr()
+        assert out and err == f"truth: {scene.caption}\n" and asked.pop().tobytes() == scene.images[0].tobytes()
+    assert main(["lava", "--ask", "x"]) == 2
+    assert "lava is no folder of a run" in (err := capsys.readouterr().err) and "a shipped model (llava/tiny)" in err
+    assert main([str(run), "--ask", "x", "--max-new-tokens", "1"]) == 0, "a folder comes before a name"
+    state, about = shipped.load(tmp_path / "weights/llava-tiny@tune.npz")
+    shipped.write({"projector.weight": torch.zeros(2, 2)}, about, tmp_path / "weights/llava-tiny@tune.npz")
+    assert main(["llava", "--ask", "x"]) == 2
+    assert "--recipe llava/tiny" in capsys.readouterr().err
+
+
+def test_a_shortened_run_says_so_when_it_is_opened(run, capsys):
+    folder.write_json(run / "config.json", {"what": folder.OURS, "recipe": {"name": "llava/tiny"}, "steps": 0.05})
+    assert main([str(run), "--ask", "x", "--max-new-tokens", "1"]) == 0
+    assert capsys.readouterr().err.startswith("This is a shortened run (--steps 0.05)")
 
 
 @pytest.mark.parametrize(("arguments", "words"), [

@@ -102,6 +102,33 @@ def test_runs_are_numbered_and_filled_folders_are_safe(world, capsys):
     assert not (world / "runs/fake-quick/old.txt").exists()
 
 
+def test_a_run_says_first_what_it_will_do(world, capsys, monkeypatch):
+    """How long it takes, once all that it trains was shipped; what is found is not counted among the stages."""
+    monkeypatch.setenv("NANOVLM_SHIPPED", str(world / "weights"))
+
+    def said(*arguments: str) -> list[str]:
+        assert train_tiny.main(["--recipe", "fake/tiny", *arguments]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    def stages(lines: list[str]) -> list[str]:
+        return [" ".join(line.split()[:3]) for line in lines if line.startswith("[")]
+
+    lines = said("--out", "a")
+    assert lines[1] == "plan: see 5 steps, align 4 steps, tune 20 steps, evaluation"
+    assert stages(lines) == ["[1/3] see 5/5", "[2/3] align 4/4", "[3/3] tune 20/20"]
+    assert not any("shortened" in line for line in lines)
+    monkeypatch.setattr(shipped, "seconds", lambda recipe, stage: {"align": 100.0, "tune": 9.0 * stage.steps}.get(stage.name))
+    lines = said("--out", "b")
+    assert lines[1] == "plan: align 4 steps, tune 20 steps, evaluation; about 5 min of training where the shipped weights were made"
+    assert stages(lines) == ["[1/2] align 4/4", "[2/2] tune 20/20"]
+    assert said("--out", "b", "--resume")[2] == "plan: nothing to train, evaluation"
+    scratch = said("--out", "c", "--from-scratch", "--no-cache", "--steps", "2")
+    assert scratch[1] == "plan: see 2 steps, align 2 steps, tune 2 steps, evaluation"
+    sentence = "This is a shortened run (--steps 2): a look at how it works, not at how good it gets."
+    assert scratch[2] == sentence and scratch.count(sentence) == 2, "at the start and at the end"
+    assert "--from-scratch = True, now it is False" in fails(capsys, 2, "--recipe", "fake/tiny", "--out", "c", "--resume", "--steps", "2")
+
+
 def test_a_folder_that_cannot_be_written_to_is_said_before_anything_is_made(world, capsys, monkeypatch):
     """As on a disk that is mounted read-only, where making the folder may succeed because it is there."""
     def read_only(**where):

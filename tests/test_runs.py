@@ -15,12 +15,14 @@ from nanovlm.data.formats import read
 from nanovlm.errors import UserError
 from nanovlm.evaluate.pupil import Pupil
 from nanovlm.recipes.stage import resolve
-from nanovlm.runs import cache, checkpoint
+from nanovlm.runs import cache, checkpoint, progress
 from nanovlm.runs import run as runs
+from nanovlm.runs import watch as watching
 from nanovlm.runs.run import Options, run, trained_model
 from nanovlm.runs.setting import Job, Setting, leave_out_unfit
 from nanovlm.runs.watch import Watch
 from nanovlm.tokenizer import Tokenizer
+from nanovlm.training.loop import Report
 
 
 @pytest.fixture
@@ -193,6 +195,21 @@ def test_the_key_covers_imports_of_imports(monkeypatch, tmp_path):
     assert cache.source_text("nanovlm.a") != before
 
 
+def test_a_comment_trains_nothing_anew(monkeypatch, tmp_path):
+    """Nor does a docstring, or an empty line; a constant does, wherever it stands."""
+    monkeypatch.setattr(cache, "PACKAGE", tmp_path)
+    code = 'x = 1\n\nclass A:\n    y = 2\n\n    def f(self):\n        return "z"\n'
+    said = ('"""Module."""\n\nx = 1  # one\nclass A:\n    """Class."""\n\n    y = 2\n    def f(self):\n'
+            '        """Function."""\n        # why\n        return "z"\n')
+
+    def key(text: str) -> str:
+        (tmp_path / "a.py").write_text(text)
+        return cache.source_text("nanovlm.a")
+
+    assert key(code) == key(said)
+    assert len({key(code), *(key(said.replace(old, new)) for old, new in (("= 1", "= 3"), ("= 2", "= 3"), ('"z"', '"w"')))}) == 4
+
+
 def test_the_identity_of_data_follows_texts_and_pictures():
     def identity(**changes):
         source = fakes.FakeRecords(**{"seed": 1, "count": 4, **changes})
@@ -273,6 +290,35 @@ def test_a_warning_is_said_once_and_kept_as_it_was_at_the_end(capsys):
     assert capsys.readouterr().out.splitlines() == [
         "WARNING: tune: itm is 0.6361, a blind guess.", "WARNING: tune: bridge should learn but did not change."]
     assert watch.warnings == ["tune: itm is 0.6359, a blind guess", "tune: bridge should learn but did not change"]
+
+
+def test_the_first_sample_comes_soon_and_then_one_every_half_minute(monkeypatch):
+    clock, shown = [0.0], []
+    monkeypatch.setattr(watching.time, "monotonic", lambda: clock[0])
+    model = fakes.FakeVLM()
+    rows = [(None, "what?", "red", "blue")]
+    watch = Watch(model, fakes.stage(steps=1000), None, torch.device("cpu"), 10, None, lambda step: None,
+                  lambda: shown.append(clock[0]) or rows)
+    for step in range(11, 111):
+        clock[0] += 1.0
+        watch.after(Report(step, {"lm": 1.0}, 0.1, 1.0, 1.0, {}))
+    assert shown == [11.0, 42.0, 73.0]
+
+
+def test_how_long_a_stage_takes_and_all_that_come(monkeypatch, capsys):
+    """In samples of this stage: 4 s for 2 steps of 6, so 60 steps more take 2 min; and 540 samples of later stages 3 min on top."""
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    for later in (540, 0):
+        shows = progress.Progress("[1/2] align", 38, 100, 6, later)
+        for step in (39, 40):
+            clock[0] += 2.0
+            shows.last = -100.0
+            shows.step(Report(step, {"lm": 0.5}, 0.1, 1.0, 1.0, {}))
+    first, second, third, fourth = capsys.readouterr().out.splitlines()
+    assert second == "[1/2] align 40/100  lm 0.500  6 samples/s  120 s left, all stages: 5 min"
+    assert fourth == "[1/2] align 40/100  lm 0.500  6 samples/s  120 s left"
+    assert (progress.minutes(89.4), progress.minutes(90), progress.minutes(3541)) == ("89 s", "2 min", "59 min")
 
 
 def test_a_run_whose_model_is_blind_says_so_at_half_time_and_in_the_end(world, monkeypatch, capsys):

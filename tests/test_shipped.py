@@ -8,13 +8,17 @@ import numpy as np
 import pytest
 import torch
 import training_fakes as fakes
+from data_files import draw, write
 from source import ROOT
 
 from nanovlm import recipes
 from nanovlm.errors import UserError
-from nanovlm.recipes.stage import resolve
+from nanovlm.recipes.stage import as_config, resolve
 from nanovlm.runs import checkpoint, shipped
+from nanovlm.runs import run as runs
+from nanovlm.runs.cache import Cache
 from nanovlm.runs.run import Options, run, trained_model
+from nanovlm.runs.setting import Job, Setting, plan
 
 SHIPPED = sorted((ROOT / "weights").glob("*.npz"))
 MOST_BYTES = 12_000_000
@@ -31,7 +35,9 @@ def world(monkeypatch, tmp_path):
     return tmp_path
 
 
-def test_what_was_stored_is_found_again_rounded(world):
+def test_what_was_stored_is_found_again_rounded(world, monkeypatch):
+    asked, answers = [], shipped.answers
+    monkeypatch.setattr(shipped, "answers", lambda weights, *rest: asked.append(weights) or answers(weights, *rest))
     files = shipped.export(world / "a")
     assert [file.name for file in files] == ["fake-tiny@align.npz", "fake-tiny@tune.npz"]
     recipe = recipes.get("fake/tiny")
@@ -41,8 +47,13 @@ def test_what_was_stored_is_found_again_rounded(world):
     assert not all(torch.equal(weights[name], tensor) for name, tensor in trained.items()), "else rounding was never tested"
     with np.load(files[0]) as stored:
         assert {stored[name].dtype for name in stored.files} == {np.dtype(np.float16), np.dtype(np.uint8)}
+    assert all(torch.equal(weights[name], tensor) for name, tensor in asked[1].items()), "the stored answers are those of what is stored"
     about = shipped.load(files[1])[1]
     summary = json.loads((world / "a/summary.json").read_text())
+    assert (about["recipe"], about["stage"], about["model"], about["sizes"]) == ("fake/tiny", "tune", "FakeVLM", {"dropout": 0.1})
+    assert about["command"] == "python train_tiny.py --recipe fake/tiny --from-scratch"
+    rows = [list(row) for row in zip(about["questions"], about["answers"], strict=True)]
+    assert rows == answers(weights, recipe, recipe.stage(), shipped.tokenizer()) and len(rows) == 36
     assert about["figures"] == summary["eval"] and about["seed"] == 0 and about["versions"] == summary["versions"]
     assert shipped.seconds("fake/tiny", replace(recipe.stage(), steps=2 * recipe.stage().steps)) == 2 * about["seconds"]
 
@@ -65,6 +76,62 @@ def test_a_run_begins_with_the_shipped_backbone_and_its_tokenizer(world, capsys)
     assert "plan: align 2 steps, tune 2 steps, evaluation" in capsys.readouterr().out
 
 
+def test_neither_the_cache_nor_a_seed_keeps_a_run_from_the_shipped_backbone(world, monkeypatch):
+    """Its tokenizer is the shipped one then, whatever this seed's texts would make."""
+    shipped.export(world / "eyes")
+    monkeypatch.setattr(fakes.FakeScenes, "texts", lambda self: ["aaaa bbbb"] * 9)
+    summary = run("fake/tiny", Options(out=str(world / "b"), cache=False, seed=1, steps=2))
+    assert summary["stages"][0]["shipped"] and summary["stages"][0]["steps"] == 5 and not (world / "cache").exists()
+    assert checkpoint.load(world / "b/last.pt")["tokenizer"] == shipped.tokenizer().to_dict()
+    run("fake/tiny", Options(out=str(world / "c"), from_scratch=True, steps=2))
+    assert checkpoint.load(world / "c/last.pt")["tokenizer"] != shipped.tokenizer().to_dict()
+
+
+def test_a_persons_own_data_take_nothing_that_is_shipped(world):
+    shipped.export(world / "eyes")
+    draw(world / "own", *(f"{name}.png" for name in "abcdefgh"))
+    for name in "abcdefgh":
+        write(world / "own" / f"{name}.txt", f"red {name}")
+    summary = run("fake/tiny", Options(data=str(world / "own"), out=str(world / "b"), steps=2))
+    assert not any(stage["shipped"] for stage in summary["stages"])
+    assert checkpoint.load(world / "b/last.pt")["tokenizer"] != shipped.tokenizer().to_dict()
+
+
+def setting_of(name: str, **options) -> Setting:
+    return Setting(recipes.get(name), 0, torch.device("cpu"), fakes.FakeScenes(), shipped.tokenizer(), **options)
+
+
+def test_what_is_trained_on_a_shipped_backbone_is_kept_under_its_file(world):
+    """Other weights in it, or none of them, and what stands on it is another model."""
+    shipped.export(world / "eyes")
+    recipe, keys, file = recipes.get("fake/tiny"), [], shipped.path("eyes/tiny", "see")
+    for value in (0.0, 1.0):
+        state, about = shipped.load(file)
+        shipped.write({name: tensor + value for name, tensor in state.items()}, about, file)
+        setting = setting_of("fake/tiny")
+        keys += [Cache(setting).key(Job(recipe, recipe.stage())), Cache(setting).key(Job(recipe, recipe.stage()))]
+    keys.append(Cache(setting_of("fake/tiny", from_scratch=True)).key(Job(recipe, recipe.stage())))
+    assert keys[0] == keys[1] != keys[2] == keys[3] and len(set(keys)) == 3
+
+
+def test_behind_what_is_shipped_nothing_is_planned(world, monkeypatch):
+    """A stage on top of fake/tiny needs neither its first stage nor its eyes, once fake/tiny is shipped."""
+    more = fakes.recipe("more/tiny", stages=(fakes.stage("more", steps=2, init=(("", "fake/tiny"),)),))
+    monkeypatch.setitem(recipes.RECIPES, "more/tiny", more)
+    setting = setting_of("more/tiny") if shipped.export(world / "a", ["tune"]) else None
+    assert [job.stage.name for job in plan(Job(more, more.stage()), setting)] == ["see", "align", "tune", "more"]
+    assert [job.stage.name for job in plan(Job(more, more.stage()), setting, Cache(setting).has)] == ["more"]
+
+
+def test_of_another_seed_a_models_own_stages_are_not_shipped(world, monkeypatch):
+    shipped.export(world / "eyes")
+    shipped.export(world / "a")
+    trained, real = [], runs.train
+    monkeypatch.setattr(runs, "train", lambda job, *rest: trained.append(job.stage.name) or real(job, *rest))
+    trained_model("fake/tiny", seed=1)
+    assert trained == ["align", "tune"]
+
+
 def test_a_model_that_nobody_trained_here_is_opened_as_it_is_shipped(world, monkeypatch):
     shipped.export(world / "eyes")
     shipped.export(world / "a")
@@ -79,10 +146,21 @@ def test_a_shortened_run_and_another_tokenizer_are_not_shipped(world):
     run("fake/tiny", Options(out=str(world / "short"), steps=2))
     with pytest.raises(UserError, match="no full run"):
         shipped.export(world / "short")
+    run("eyes/tiny", Options(out=str(world / "other"), seed=1))
+    with pytest.raises(UserError, match="no full run of seed 0"):
+        shipped.export(world / "other")
     shipped.export(world / "a")
     (world / "weights/tokenizer.json").write_text('{"specials": ["<pad>"], "merges": []}')
     with pytest.raises(UserError, match="another tokenizer"):
         shipped.export(world / "a")
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
 
 
 def test_a_broken_file_is_one_sentence_and_anothers_is_left_alone(world, capsys):
@@ -90,30 +168,35 @@ def test_a_broken_file_is_one_sentence_and_anothers_is_left_alone(world, capsys)
     np.savez(file, about=np.frombuffer(json.dumps({"tensors": ["eyes.weight"], "shared": {}}).encode(), np.uint8),
              **{"eyes.weight": np.zeros((3, 3), np.float16)})
     assert shipped.read(recipe, recipe.stage("align")) is None and "holds another fake/tiny" in capsys.readouterr().err
-    file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(UserError, match="cannot be read.*restore the file"):
-        shipped.read(recipe, recipe.stage("align"))
+    whole = file.read_bytes()
+    np.savez(world / "pickled.npz", about=np.array([Evil(world / "owned")], dtype=object), allow_pickle=True)
+    np.savez(world / "list.npz", about=np.frombuffer(b"[1, 2]", np.uint8))
+    middle = len(whole) // 2
+    for content in (whole[:100], b"", b"text", whole[:middle] + b"damage" + whole[middle + 6:],
+                    (world / "pickled.npz").read_bytes(), (world / "list.npz").read_bytes()):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match="cannot be read.*restore the file"):
+            shipped.read(recipe, recipe.stage("align"))
+    assert not (world / "owned").exists(), "a file that is opened runs no code"
 
 
-class Malice:
-    """What unpickling would run."""
+def test_a_backbone_of_another_size_is_named_once_and_trained(world, monkeypatch, capsys):
+    """And the plan says so."""
+    (file,) = shipped.export(world / "eyes")
+    state, about = shipped.load(file)
+    shipped.write({**state, "eyes.weight": torch.zeros(6, 3)}, about, file)
+    summary = run("fake/tiny", Options(out=str(world / "b"), cache=False))
+    out, err = capsys.readouterr()
+    assert not any(stage["shipped"] for stage in summary["stages"]) and "plan: see 5 steps, align 4 steps, tune 20 steps" in out
+    assert err.count("eyes-tiny@see.npz holds another eyes/tiny than today's recipe has: it is not used.") == 1
 
-    def __init__(self, trace):
-        self.trace = trace
 
-    def __reduce__(self):
-        return os.mkdir, (str(self.trace),)
-
-
-def test_loading_runs_nobodys_code(world):
-    file = shipped.path("fake/tiny", "align")
-    file.parent.mkdir()
-    np.savez(file, about=np.array([Malice(world / "trace")], dtype=object))
-    with pytest.raises(UserError, match="cannot be read"):
-        shipped.read(recipes.get("fake/tiny"), recipes.get("fake/tiny").stage("align"))
-    assert not (world / "trace").exists()
-    np.load(file, allow_pickle=True)["about"]
-    assert (world / "trace").exists(), "else nothing was tried"
+def test_the_command_says_what_it_wrote(world, capsys):
+    assert shipped.main([str(world / "a"), "--stages", "tune"]) == 0
+    file = world / "weights/fake-tiny@tune.npz"
+    assert capsys.readouterr().out == f"{file}: {file.stat().st_size:,} bytes\n"
+    assert shipped.main([str(world / "a"), "--stages", "see"]) == 2 and "has no stage 'see'" in capsys.readouterr().err
+    assert shipped.main([str(world / "nowhere")]) == 2 and capsys.readouterr().err.count("\n") == 1
 
 
 # --- this repository's own ---
@@ -121,6 +204,11 @@ def test_loading_runs_nobodys_code(world):
 @pytest.mark.skipif(not SHIPPED, reason="weights/ is empty")
 def test_all_of_it_is_small():
     assert sum(file.stat().st_size for file in (ROOT / "weights").iterdir()) <= MOST_BYTES
+
+
+@pytest.mark.skipif(not SHIPPED, reason="weights/ is empty")
+def test_the_shipped_tokenizer_is_todays(world_tokenizer):
+    assert json.loads((ROOT / "weights/tokenizer.json").read_text(encoding="utf-8")) == world_tokenizer.to_dict()
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
@@ -131,6 +219,9 @@ def test_shipped_weights_answer_as_they_did(file, monkeypatch):
     recipe = resolve(recipes.get(about["recipe"]), real=False)
     stage = recipe.stage(about["stage"])
     assert file == shipped.path(recipe.name, stage.name) and about["steps"] == stage.steps
-    answers = shipped.answers(shipped.read(recipe, stage), recipe, stage, shipped.tokenizer())
+    sizes = as_config(replace(recipe.config, **stage.sizes))
+    asked, answers = zip(*shipped.answers(shipped.read(recipe, stage), recipe, stage, shipped.tokenizer()))
+    # the first files to be shipped tell neither
+    assert about.get("sizes", sizes) == sizes and about.get("questions", list(asked)) == list(asked)
     assert len(answers) == len(about["answers"]) > 10
     assert sum(now != then for now, then in zip(answers, about["answers"])) <= 2

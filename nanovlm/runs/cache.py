@@ -49,6 +49,7 @@ class Cache:
         """kept: False neither reads nor writes the folder."""
         self.setting, self.kept = setting, kept
         self.keys: dict[tuple[str, str], str] = {}
+        self.found: dict[tuple[str, str], State | None] = {}  # of what is shipped
 
     def read(self, job: Job) -> State | None:
         """The weights of the job, or None. Of the recipe that was asked for what was trained here comes before what is shipped."""
@@ -56,10 +57,12 @@ class Cache:
         return next((found for store in stores if (found := store(job)) is not None), None)
 
     def has(self, job: Job) -> bool:
-        return (self.setting.ships(job) and shipped.path(*job.name).exists()) or (self.kept and self.path(job).exists())
+        return self.shipped(job) is not None or (self.kept and self.path(job).exists())
 
     def shipped(self, job: Job) -> State | None:
-        return shipped.read(job.recipe, job.stage) if self.setting.ships(job) else None
+        if job.name not in self.found:
+            self.found[job.name] = shipped.read(job.recipe, job.stage) if self.setting.ships(job) else None
+        return self.found[job.name]
 
     def trained(self, job: Job) -> State | None:
         """A broken entry counts as none: it is made anew."""
@@ -89,8 +92,8 @@ class Cache:
 
     def key(self, job: Job) -> str:
         """Stages behind this one play no part, so that whoever needs this one only finds it too."""
-        if not self.setting.final(job) and self.shipped(job) is not None:
-            self.keys.setdefault(job.name, shipped.digest(*job.name))
+        if job.name not in self.keys and not self.setting.final(job) and self.shipped(job) is not None:
+            self.keys[job.name] = hashlib.sha256(shipped.path(*job.name).read_bytes()).hexdigest()
         if job.name not in self.keys:
             setting, stages = self.setting, job.recipe.stages
             recipe = replace(job.recipe, stages=stages[:stages.index(job.stage) + 1])

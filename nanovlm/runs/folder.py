@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryFile
 
+from nanovlm import recipes
 from nanovlm.errors import UserError
 from nanovlm.files import replacing
 from nanovlm.runs import checkpoint
@@ -70,15 +71,15 @@ class RunFolder:
 
     def read(self, job: Job) -> State | None:
         """From this folder, or if it is a backbone's from the cache."""
-        path = self.path / f"{job.stage.name}.pt"
         if job.stage.name in {record["name"] for record in self.records}:
-            return checkpoint.load(path)
+            return checkpoint.load(self.path / f"{job.stage.name}.pt")
         if self.setting.final(job) or self.half_way(job):
             return None
         for name, store in (("shipped", self.cache.shipped), ("cached", self.cache.trained)):
             if (weights := store(job)) is not None:
                 say(f"{job.stage.name}: {'shipped' if name == 'shipped' else 'from the cache'}")
-                self._keep(job, weights, {"name": job.stage.name, "seconds": 0.0, "steps": job.stage.steps,
+                whole = recipes.get(job.recipe.name).stage(job.stage.name).steps  # a shortened run begins with these, too
+                self._keep(job, weights, {"name": job.stage.name, "seconds": 0.0, "steps": whole if name == "shipped" else job.stage.steps,
                                           "cached": True, "shipped": name == "shipped", "frozen": {}, "trained": {}})
                 return weights
         return None
@@ -184,7 +185,7 @@ def write_json(path: Path, value: dict) -> None:
 def check_config(folder: Path, config: dict) -> None:
     """A run goes on only with the configuration it began with; the machine may differ."""
     old, new = (_flat(value) for value in (json.loads((folder / "config.json").read_text(encoding="utf-8")), config))
-    asked = [field for field in ("steps", "seed", "data", "on_missing") if field in new]  # what a person gave comes first
+    asked = [field for field in ("steps", "seed", "data", "on_missing", "from_scratch") if field in new]  # what a person gave comes first
     for field in dict.fromkeys([*asked, *sorted(old.keys() | new.keys())]):
         if not field.startswith("machine.") and old.get(field) != new.get(field):
             name = f"--{field.replace('_', '-')}" if field in asked else field

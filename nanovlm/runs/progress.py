@@ -34,19 +34,19 @@ class Progress:
 
     def step(self, report: Report) -> None:
         losses = ", ".join(f"{name} {value:.3f}" for name, value in report.losses.items())
+        now = time.monotonic()
+        each = (now - self.began) / (report.step - self.first)
+        left = each * (self.steps - report.step)
+        whole = f", all stages: {minutes(left + each * self.later / self.batch_size)}" if self.later else ""
+        speed = f"{self.batch_size / report.seconds:.0f} samples/s"
         if self.bar is not None:
-            self.bar.set_postfix_str(f"{losses}, {self.batch_size / report.seconds:.0f} samples/s", refresh=False)
+            self.bar.set_postfix_str(f"{losses}, {speed}{whole}", refresh=False)
             self.bar.update()
             return
-        now = time.monotonic()
         if now - self.last < EVERY and report.step != self.steps:
             return
         self.last = now
-        each = (now - self.began) / (report.step - self.first)
-        left = each * (self.steps - report.step)
-        whole = f", {left + each * self.later / self.batch_size:.0f} s for all stages" if self.later else ""
-        speed = self.batch_size / report.seconds
-        say(f"{self.stage} {report.step}/{self.steps}  {losses}  {speed:.0f} samples/s  {left:.0f} s left{whole}")
+        say(f"{self.stage} {report.step}/{self.steps}  {losses}  {speed}  {left:.0f} s left{whole}")
 
     def close(self) -> None:
         if self.bar is not None:

@@ -75,7 +75,7 @@ def _run(recipe_name: str, options: Options, device: torch.device) -> dict:
         leave_out_unfit(plan(job, setting), setting)
     keep.begin(setting, Cache(setting, options.cache), config_of(setting, options, plan(job, setting)))
     say(f"{recipe.name} on {source.name}, seed {options.seed}, {device}, into {keep.path}")
-    setting.work = [each for each in plan(job, setting) if not keep.has(each)]
+    setting.work = plan(job, setting, keep.has)
     announce(setting)
     return finish(setting, keep, weights_after(job, setting, keep))
 
@@ -83,7 +83,7 @@ def _run(recipe_name: str, options: Options, device: torch.device) -> dict:
 def announce(setting: Setting) -> None:
     """What will be done, and how long it took where the shipped weights were made."""
     known = [shipped.seconds(job.recipe.name, job.stage) for job in setting.work]
-    about = "" if None in known or setting.real else f"; about {minutes(sum(known))} of training where the shipped weights were made"
+    about = "" if not known or None in known or setting.real else f"; about {minutes(sum(known))} of training where the shipped weights were made"
     say(f"plan: {', '.join(f'{job.stage.name} {job.stage.steps:,} steps' for job in setting.work) or 'nothing to train'}, evaluation{about}")
     if setting.steps is not None:
         say(shortened(setting.steps))
@@ -148,7 +148,7 @@ def train(job: Job, setting: Setting, before: dict[str, State], keep: RunFolder 
         watch.note(warning)
     return checkpoint.cpu_state(model), {
         "name": stage.name, "seconds": round(seconds + time.monotonic() - began, 1), "steps": stage.steps,
-        "cached": False, "frozen": frozen, "trained": trained, "warnings": watch.warnings}
+        "cached": False, "shipped": False, "frozen": frozen, "trained": trained, "warnings": watch.warnings}
 
 
 def take_steps(model: nn.Module, job: Job, batches: MicroBatches, optimiser: torch.optim.Optimizer, first: int,

@@ -3,7 +3,7 @@
     llava/tiny ──► jobs:  clip (clip/tiny) ──► lm (lm/tiny) ──► align ──► tune
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -46,9 +46,8 @@ class Setting:
 
     def ships(self, job: Job) -> bool:
         """Whether the job's weights may be shipped ones: a backbone's, or if all was asked for as it is shipped, the recipe's own."""
-        if self.real or self.from_scratch:
-            return False
-        return not self.final(job) or (self.seed == 0 and self.steps is None)
+        as_shipped = not self.final(job) or (self.seed == 0 and self.steps is None)
+        return as_shipped and not self.real and not self.from_scratch
 
     @property
     def real(self) -> bool:
@@ -99,11 +98,13 @@ def needs(job: Job, setting: Setting) -> list[Job]:
     return [Job(job.recipe, stage) for stage in before] + [setting.job(*origin) for origin in needed_stages(job.stage)]
 
 
-def plan(job: Job, setting: Setting) -> list[Job]:
-    """The job, and before it all that it needs, directly or through others."""
+def plan(job: Job, setting: Setting, kept: Callable[[Job], bool] = lambda job: False) -> list[Job]:
+    """The job, and before it all that it needs, directly or through others; nothing for what is kept."""
+    if kept(job):
+        return []
     found: list[Job] = []
     for other in needs(job, setting):
-        found += [more for more in plan(other, setting) if more not in found]
+        found += [more for more in plan(other, setting, kept) if more not in found]
     found.append(job)
     names = [each.stage.name for each in found]
     if len(set(names)) < len(names):

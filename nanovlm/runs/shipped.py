@@ -11,13 +11,12 @@ arrays and one text. `answers` are those of the rounded weights to held-out ques
 """
 
 import argparse
-import hashlib
 import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ from nanovlm.data.source import Source
 from nanovlm.errors import UserError
 from nanovlm.evaluate.pupil import Pupil
 from nanovlm.files import replacing
-from nanovlm.recipes.stage import Recipe, Stage, resolve
+from nanovlm.recipes.stage import Recipe, Stage, as_config, resolve
 from nanovlm.runs import checkpoint
 from nanovlm.runs.setting import make_tokenizer, world_of
 from nanovlm.tokenizer import Tokenizer
@@ -66,7 +65,7 @@ def read(recipe: Recipe, stage: Stage) -> State | None:
     with torch.device("meta"):
         wanted = {name: tensor.shape for name, tensor in recipe.build(stage).state_dict().items()}
     if wanted != {name: tensor.shape for name, tensor in state.items()}:
-        print(f"{file.name} holds another {recipe.name} than today's recipe: it is trained anew.", file=sys.stderr)
+        print(f"{file.name} holds another {recipe.name} than today's recipe has: it is not used.", file=sys.stderr)
         return None
     return state
 
@@ -79,23 +78,16 @@ def load(file: Path) -> tuple[State, dict]:
         about = json.loads(arrays.pop("about").tobytes())
         others = {part: load(folder() / other)[0] for part, other in about["shared"].items()}
         arrays |= {name: others[name.split(".")[0]][name].numpy() for name in about["tensors"] if name not in arrays}
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        return {name: torch.from_numpy(arrays[name].astype(np.float32)) for name in about["tensors"]}, about
+    except Exception as error:  # numpy and zipfile raise half a dozen types for a broken file
         raise UserError(f"The shipped weights {file} cannot be read ({error}): restore the file, or train with --from-scratch.") from error
-    return {name: torch.from_numpy(arrays[name].astype(np.float32)) for name in about["tensors"]}, about
 
 
 def seconds(recipe: str, stage: Stage) -> float | None:
     """How long so many steps took when the weights were made; None where they are not shipped."""
     file = path(recipe, stage.name)
-    if not file.exists():
-        return None
-    with np.load(file, allow_pickle=False) as stored:
-        about = json.loads(stored["about"].tobytes())
-    return about["seconds"] * stage.steps / about["steps"]
-
-
-def digest(recipe: str, stage: str) -> str:
-    return hashlib.sha256(path(recipe, stage).read_bytes()).hexdigest()
+    about = load(file)[1] if file.exists() else {"seconds": None}
+    return about["seconds"] and about["seconds"] * stage.steps / about["steps"]
 
 
 def write(weights: State, about: dict, file: Path) -> None:
@@ -118,20 +110,20 @@ def _has(other: Path, arrays: dict[str, np.ndarray], names: list[str]) -> bool:
         return set(names) <= set(stored.files) and all(np.array_equal(stored[name], arrays[name]) for name in names)
 
 
-def answers(weights: State, recipe: Recipe, stage: Stage, words: Tokenizer) -> list[str]:
-    """To ASKED held-out questions, or the captions that it likes best."""
+def answers(weights: State, recipe: Recipe, stage: Stage, words: Tokenizer) -> list[list[str]]:
+    """[question, answer] of ASKED held-out questions; of a model that compares, the captions that it likes best."""
     model = recipe.build(stage)
     model.load_state_dict(weights)
     with torch.inference_mode():
-        return [answer for *_, answer in Pupil(model, recipe, stage, words, "cpu").examples(world_of(recipe, 0), ASKED)]
+        return [[asked, answer] for _, asked, _, answer in Pupil(model, recipe, stage, words, "cpu").examples(world_of(recipe, 0), ASKED)]
 
 
 def export(run: Path, stages: Sequence[str] = ()) -> list[Path]:
     """The stages of a finished run, all of its own unless named."""
     config, summary = (json.loads((run / name).read_text(encoding="utf-8")) for name in ("config.json", "summary.json"))
     recipe = resolve(recipes.get(config["recipe"]["name"]), real=False)
-    if config["data"] != "scenes" or config["steps"] is not None:
-        raise UserError(f"{run} is no full run on the embedded world: only such a run is shipped.")
+    if (config["data"], config["steps"], config["seed"]) != ("scenes", None, 0):
+        raise UserError(f"{run} is no full run of seed 0 on the embedded world: only such a run is shipped.")
     folder().mkdir(parents=True, exist_ok=True)
     words = Tokenizer.from_dict(checkpoint.load(run / "last.pt")["tokenizer"])
     known = tokenizer()
@@ -141,17 +133,18 @@ def export(run: Path, stages: Sequence[str] = ()) -> list[Path]:
     elif known.to_dict() != words.to_dict():
         raise UserError(f"{run} has another tokenizer than {folder()}: train it on the shipped backbones.")
     seconds = {record["name"]: record["seconds"] for record in summary["stages"]}
-    written = []
-    for stage in [recipe.stage(name) for name in stages] or recipe.stages:
+    started = f"torchrun --nproc-per-node {n}" if (n := config["machine"]["processes"]) > 1 else "python"
+    chosen = [recipe.stage(name) for name in stages] or recipe.stages
+    for stage in chosen:
         weights = {name: tensor.half().float() for name, tensor in checkpoint.load(run / f"{stage.name}.pt").items()}
-        file = path(recipe.name, stage.name)
+        rows = answers(weights, recipe, stage, words)
         write(weights, {
-            "recipe": recipe.name, "stage": stage.name, "seed": summary["seed"], "steps": stage.steps,
-            "command": f"python train_tiny.py --recipe {recipe.name} --seed {summary['seed']}", "versions": summary["versions"],
+            "recipe": recipe.name, "stage": stage.name, "seed": 0, "steps": stage.steps, "versions": summary["versions"],
+            "model": (stage.builds or recipe.model).__name__, "sizes": as_config(replace(recipe.config, **stage.sizes)),
+            "command": f"{started} train_tiny.py --recipe {recipe.name}" + " --from-scratch" * config["from_scratch"],
             "seconds": seconds[stage.name], "figures": summary["eval"] if stage.evaluate else {},
-            "answers": answers(weights, recipe, stage, words)}, file)
-        written.append(file)
-    return written
+            "questions": [asked for asked, _ in rows], "answers": [said for _, said in rows]}, path(recipe.name, stage.name))
+    return [path(recipe.name, stage.name) for stage in chosen]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
