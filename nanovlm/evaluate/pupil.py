@@ -83,11 +83,10 @@ class Pupil:
 
 
 def question(sample: Sample) -> str:
-    """What was asked, with the turn before where the question leans on one."""
+    """What was asked, with what was told in a picture's place, and with the turn before where the question leans on one."""
     asked = [turn.question.replace(IMAGE, "").strip() for turn in sample.turns]
-    if len(asked) == 1:
-        return asked[0]
-    return f"{asked[-2]} {sample.turns[-2].answer}. {asked[-1]}"
+    before = [f"{asked[-2]} {sample.turns[-2].answer}."] if len(asked) > 1 else []
+    return " ".join([*sample.told, *before, asked[-1]])
 
 
 def truth(sample: Sample, answer: str) -> str:
