@@ -58,10 +58,11 @@ def measure(name: str, seed: int) -> dict:
 
 def collect(folder: Path) -> dict:
     """The model of a run, which knows how long it took."""
+    pupil = load_run(folder)  # says what is wrong with a run that is not finished
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (stage,) = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["stages"]
     minutes = None if stage["cached"] else round(stage["seconds"] / 60, 1)
-    return judged(load_run(folder), config["recipe"]["name"], config["seed"], stage["steps"], minutes)
+    return judged(pupil, config["recipe"]["name"], config["seed"], stage["steps"], minutes)
 
 
 def judged(pupil: Pupil, name: str, seed: int, steps: int, minutes: float | None) -> dict:

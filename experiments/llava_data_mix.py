@@ -34,7 +34,8 @@ from nanovlm.runs.run import trained_model
 from nanovlm.tokenizer import Tokenizer
 from nanovlm.training.batches import InTurn, Mixture
 from nanovlm.training.weights import initial_model
-from nanovlm.world.datasets import Scenes, put_before
+from nanovlm.world.ask import put_before
+from nanovlm.world.datasets import Scenes
 from nanovlm.world.say import captions
 from nanovlm.world.scene import HELD_OUT, PAIRS, SEEN, boxes, random_scene, render
 

@@ -70,7 +70,7 @@ class Dialogue:
         """The answer to the last question, in pieces that end at whole characters."""
         model, said, text = self.pupil.model, "", ""
         if sample.images and model.reads.kind == "texts":
-            raise UserError("This model is a language model alone, which reads no pictures: ask without --image and /image.")
+            raise UserError("This model is a language model alone, which reads no pictures: ask without --image, --scene and /image.")
         logits, cache = model.prefill(self.pupil.read([sample]))
         stop = self.pupil.stop([sample])
         length = cache.mask.shape[1]

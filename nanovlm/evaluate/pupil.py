@@ -37,11 +37,13 @@ class Pupil:
 
     def answer(self, samples: Sequence[Sample], room: int = Exam.room, among: Sequence[str] = ()) -> list[str]:
         """Answers to the last question of each sample, its turns before given: greedy, or the most likely of `among`."""
-        answers, stop = [], self.stop(samples)
+        if not samples:
+            return []
+        answers, layout, stop = [], self.collate.layout(samples[0]), self.stop(samples)
         for chunk in chunks(samples):
             batch = self.read(chunk)
             if among:
-                ids = [answer_ids(candidate, self.tokenizer, self.stage.format) for candidate in among]
+                ids = [answer_ids(candidate, self.tokenizer, layout) for candidate in among]
                 scores = generation.score_candidates(lambda: self.model.prefill(batch), self.model.step, ids)  # noqa: B023
                 answers += [among[best] for best in scores.argmax(dim=1).tolist()]
             else:
@@ -50,7 +52,7 @@ class Pupil:
 
     def stop(self, samples: Sequence[Sample]) -> list[int]:
         """What closes an answer: samples that are asked together are of one format."""
-        return stop_ids(self.collate.layout(samples[0]), self.tokenizer) if samples else []
+        return stop_ids(self.collate.layout(samples[0]), self.tokenizer)
 
     def text(self, ids: list[int], stop: list[int]) -> str:
         """The answer without what closes it."""

@@ -63,8 +63,9 @@ HIDDEN = {"caption texts": 30, "told/captions": 10, "told/talk": 20, "told/drill
 BERT_TINY = Recipe(
     "bert/tiny", MaskedLanguageModel, BertConfig(TINY_VOCAB, width=128, layers=4, heads=4, ffn=512, max_positions=256, dropout=0.0),
     image_size=48, vocab=TINY_VOCAB,
-    stages=(Stage("bert", ("bert", "word_head"), HIDDEN, lessons=((0.25, {"told/drills": 3, "caption texts": 1}),), real="texts", group=True, steps=6000, batch_size=32, accumulate=4, lr=1e-3,
-                  weight_decay=0.05, betas=(0.9, 0.98), max_length=256, evaluate=("told",), on_data={"steps": 800}),))
+    stages=(Stage("bert", ("bert", "word_head"), HIDDEN, lessons=((0.25, {"told/drills": 3, "caption texts": 1}),), real="texts",
+                  group=True, steps=6000, batch_size=32, accumulate=4, lr=1e-3, weight_decay=0.05, betas=(0.9, 0.98), max_length=256,
+                  evaluate=("told",), on_data={"steps": 800}),))
 
 CLIP_SMALL = Recipe(
     "clip/small", CLIP, CLIPConfig(SMALL_VISION, clip_text(SMALL_VOCAB, 384, 6, 6), 256), image_size=224, vocab=SMALL_VOCAB,

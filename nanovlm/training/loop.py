@@ -28,6 +28,7 @@ from nanovlm.training.optim import lr_at, set_lr
 
 BY_LABELS = ("lm", "mlm")  # losses whose count is that of the labels
 
+
 class TrainingFailed(Exception):
     """The loss or the gradient is no longer a number; `batches` are the micro-batches that did it."""
 

@@ -19,7 +19,7 @@ An object is called by any name that means it alone and does not give the answer
 from dataclasses import dataclass, replace
 from random import Random
 
-from nanovlm.data.sample import Turn
+from nanovlm.data.sample import IMAGE, Turn
 from nanovlm.world.drills import absent
 from nanovlm.world.say import caption
 from nanovlm.world.scene import ATTRIBUTES, COUNTS, PAIRS, Object, Scene, side
@@ -118,6 +118,12 @@ def questions(scene: Scene, rng: Random, pairs: tuple = PAIRS, before: tuple[Tur
             talk.append(asked.turn)
             asked = follow_up(scene, rng, asked) if rng.random() < 0.5 else None
     return tuple(talk)
+
+
+def put_before(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    """The mark of a picture on a line of its own before the first question."""
+    first = turns[0]
+    return (replace(first, question=f"{IMAGE}\n{first.question}"), *turns[1:])
 
 
 def _words(talk: list[Turn]) -> int:

@@ -22,7 +22,7 @@ A stage names data sets and their weights (recipes/stage.py). Each is drawn by i
     science, science texts          question, context, options → reason, letter: ScienceQA in small, half of it without pictures
     caption texts                   a caption and nothing else: for BERT, which is to read captions
     told/…                          each of these talks about a scene that is told where the picture will stand later
-    told/repeat, told/boxes, …      what only a reader without eyes can be asked
+    told/repeat, told/captions, …   what only a reader without eyes is asked; told/tasks: see tasks.py
     names, shots                    pages, see pages.py
 
 A shape in a colour in which it was never met is no new thing to a model that has met shapes in any colour; hence the unnamed.
@@ -43,7 +43,7 @@ from nanovlm.data.sample import IMAGE, Sample, Turn
 from nanovlm.data.source import ASKED_IN, Exam, caption_exam, exam_of, exam_view
 from nanovlm.errors import UserError
 from nanovlm.world import drills, exams, mixture, pages, tasks
-from nanovlm.world.ask import DESCRIBE, conversation
+from nanovlm.world.ask import DESCRIBE, conversation, put_before
 from nanovlm.world.say import DESCRIPTIONS, caption, captions, description, negatives, say, vaguer, wordings
 from nanovlm.world.scene import (
     DIGITS,
@@ -188,12 +188,6 @@ def find(name: str) -> DataSet:
     if name not in SETS:
         raise UserError(f"scenes have no data set {name!r}, only {', '.join(SETS)}.")
     return SETS[name]
-
-
-def put_before(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
-    """The mark of a picture on a line of its own before the first question."""
-    first = turns[0]
-    return (replace(first, question=f"{IMAGE}\n{first.question}"), *turns[1:])
 
 
 def _plainly(scene: Scene, rng: Random) -> str:

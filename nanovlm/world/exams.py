@@ -15,9 +15,9 @@ from dataclasses import replace
 from random import Random
 
 from nanovlm.data.prompts import SHORT, prompted
-from nanovlm.data.sample import IMAGE, Turn
+from nanovlm.data.sample import Turn
 from nanovlm.world import mixture, pages, tasks
-from nanovlm.world.ask import DESCRIBE, FOLLOW_UP, KINDS, Asked, ask, follow_up
+from nanovlm.world.ask import DESCRIBE, FOLLOW_UP, KINDS, Asked, ask, follow_up, put_before
 from nanovlm.world.say import DESCRIPTIONS, caption, captions, description
 from nanovlm.world.scene import (
     ATTRIBUTES,
@@ -102,10 +102,7 @@ def told_in_turn(kind: str, index: int, draw: Callable[[Random], Scene],
         boxed = kind in ("region", "grounding")
         told = (mixture.with_boxes(shown[0], rng) if boxed else " then ".join(description(s, rng, DESCRIPTIONS[:1]) for s in shown),)
         right = tasks.right_questions(shown[0], turns[-1]) if turns[-1].kind == "asking" else captions(shown[0])
-        if kind == "science_text":  # which tells by itself
-            told = ()
-        else:
-            turns = (replace(turns[0], question=f"{IMAGE}\n{turns[0].question}"), *turns[1:])
+        told, turns = ((), turns) if kind == "science_text" else (told, put_before(turns))  # a science text tells by itself
     return FORMATS.get(form, ""), told, turns, right
 
 

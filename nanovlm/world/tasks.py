@@ -132,8 +132,8 @@ def dialogue(scene: Scene, rng: Random, pairs: tuple) -> tuple[Turn, ...] | None
     after = follow_up(scene, rng, before)
     if after is None:
         return None
-    said = f"{before.turn.question} {before.turn.answer}"
-    return (Turn(f"dialogue: {said}. question: {after.turn.question}", after.turn.answer, "dialogue"),)
+    history = f"{before.turn.question} {before.turn.answer}"
+    return (Turn(f"dialogue: {history}. question: {after.turn.question}", after.turn.answer, "dialogue"),)
 
 
 def classes(scene: Scene, rng: Random, pairs: tuple) -> tuple[Turn, ...]:
@@ -170,7 +170,6 @@ GROUPS: dict[str, Callable[[Scene, Random, tuple], tuple[Turn, ...] | None]] = {
     "captions": captions, "signs": signs, "reasoning": reasoning, "questions": questions, "knowledge": knowledge,
     "reading": reading, "asking": asking, "dialogue": dialogue, "classes": classes, "llava": llava}
 NAMES = (*GROUPS, "clips")
-HELD_OUT_GROUPS = ("reasoning", "clips", "dialogue", "classes")
 
 
 def examine(draw: Callable[[Random], Scene], rng: Random, group: str) -> tuple[tuple[Scene, ...], tuple[Turn, ...]]:
