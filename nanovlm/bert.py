@@ -53,13 +53,16 @@ class Embeddings(nn.Module):
         self.positions = nn.Embedding(config.max_positions, config.width)
         self.segments = nn.Embedding(config.segments, config.width) if config.segments else None
 
-    def forward(self, input_ids: Tensor, first: int = 0) -> Tensor:
-        """first: the place of the first id, after those that a cache holds."""
-        T, room = input_ids.shape[1], len(self.positions.weight)
-        if first + T > room:
-            raise UserError(f"A text of {first + T} tokens does not fit into the {room} positions of this text "
+    def forward(self, input_ids: Tensor, first: int | Tensor = 0) -> Tensor:
+        """first: the place of the first id, after those that a cache holds; or of each row's, int64 (B, 1): a row that is
+        padded on the left begins below zero, and its first real token stands at 0.
+        """
+        places = torch.arange(input_ids.shape[1], device=input_ids.device) + first  # (T,) or (B, T)
+        longest, room = int(places.max()) + 1, len(self.positions.weight)
+        if longest > room:
+            raise UserError(f"A text of {longest} tokens does not fit into the {room} positions of this text "
                             "transformer; cut it (max_length of the stage) or build it with more max_positions.")
-        x = self.words(input_ids) + self.positions.weight[first:first + T]  # (B, T, D)
+        x = self.words(input_ids) + self.positions(places.clamp(min=0))  # (B, T, D)
         return x if self.segments is None else x + self.segments.weight[0]  # one sentence: all in the first
 
 
@@ -86,12 +89,12 @@ class Layer(nn.Module):
             self.cross_residual = Residual(*frame)
         self.feedforward, self.residual2 = FeedForward(config.width, config.ffn), Residual(*frame)
 
-    def forward(self, x: Tensor, mask: Tensor | None, image_tokens: Tensor | None, cache: KVCache | None, i: int,
-                maps: list | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None, image_tokens: Tensor | None, image_mask: Tensor | None,
+                cache: KVCache | None, i: int, maps: list | None) -> Tensor:
         own, cross = (None, None) if cache is None else (cache[i], cache["cross", i])
         x = self.residual1(x, self.attention(x, mask=mask, cache=own, maps=maps))
         if image_tokens is not None and self.cross_attention is not None:
-            x = self.cross_residual(x, self.cross_attention(x, image_tokens, cache=cross))
+            x = self.cross_residual(x, self.cross_attention(x, image_tokens, mask=image_mask, cache=cross))
         return self.residual2(x, self.feedforward(x))
 
 
@@ -108,14 +111,34 @@ class Bert(nn.Module):
         initialise(self)
 
     def forward(self, input_ids: Tensor, mask: Tensor | None = None, image_tokens: Tensor | None = None,
-                cache: KVCache | None = None, first: int = 0, maps: list | None = None) -> Tensor:
+                image_mask: Tensor | None = None, cache: KVCache | None = None, first: int | Tensor = 0,
+                maps: list | None = None) -> Tensor:
         """mask: bool (B or 1, T or 1, S), see masks.py; all may be seen unless told. Without image tokens the
-        cross-attention is skipped. maps receives the self-attention weights (B, H, T, S) of every layer.
+        cross-attention is skipped; image_mask, bool (B, 1, N), says which of them may be seen. maps receives the
+        self-attention weights (B, H, T, S) of every layer.
         """
         x = self.dropout(self.norm(self.embeddings(input_ids, first)))  # (B, T, D)
         for i, layer in enumerate(self.layers):
-            x = layer(x, mask, image_tokens, cache, i, maps)
+            x = layer(x, mask, image_tokens, image_mask, cache, i, maps)
         return x
+
+    def take_bert(self, bert: "Bert") -> None:
+        take_bert(self, bert)
+
+
+@torch.no_grad()
+def take_bert(mine: nn.Module, bert: Bert) -> None:
+    """Start from a published BERT: all that both have. Words beyond BERT's, such as [DEC], keep their random rows.
+
+    BERT adds its first segment's embedding to every word; BLIP and the Q-Former, as released, have none.
+    """
+    words = bert.embeddings.words.weight
+    mine.embeddings.words.weight[:len(words)] = words
+    mine.embeddings.positions.load_state_dict(bert.embeddings.positions.state_dict())
+    mine.norm.load_state_dict(bert.norm.state_dict())
+    for layer, theirs in zip(mine.layers, bert.layers, strict=True):
+        for part in ("attention", "residual1", "feedforward", "residual2"):
+            layer.get_submodule(part).load_state_dict(theirs.get_submodule(part).state_dict())
 
 
 class WordHead(nn.Module):

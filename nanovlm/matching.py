@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nanovlm.contract import Gather
 from nanovlm.errors import UserError
 
 
@@ -32,6 +33,26 @@ def hard_negatives(similarity: Tensor, right: Tensor) -> Tensor:
     # fp32 and -inf: in half precision a sum of tiny probabilities is 0, and multinomial fails (LAVIS #107)
     probability = similarity.float().masked_fill(right, float("-inf")).softmax(dim=1)
     return torch.multinomial(probability, 1)[:, 0]
+
+
+def three_pairs(image_tokens: Tensor, ids: Tensor, mask: Tensor, wrong_image: Tensor, wrong_text: Tensor,
+                gather: Gather) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """My pairs, then my texts with a wrong image, then my images with a wrong text.
+
+    image_tokens (B, N, D_v), ids and mask (B, T), wrong_image and wrong_text: places (B,) among the G pairs of all ranks.
+    → image tokens (3 B, N, D_v), ids and mask (3 B, T); and which belong, int64 (3 B,).
+    """
+    B = len(ids)
+    images = torch.cat([image_tokens, gather(image_tokens)[wrong_image], image_tokens])
+    texts, text_mask = (torch.cat([own, own, gather(own)[wrong_text]]) for own in (ids, mask))
+    return (images, texts, text_mask), (torch.arange(3 * B, device=ids.device) < B).long()
+
+
+def pad_to_longest(ids: Tensor, mask: Tensor, gather: Gather) -> tuple[Tensor, Tensor]:
+    """ids and mask (B, T) → (B, length of the longest text on any rank), so that all ranks' texts fit together."""
+    longest = int(gather(torch.tensor([ids.shape[1]], device=ids.device)).max())
+    missing = longest - ids.shape[1]
+    return F.pad(ids, (0, missing)), F.pad(mask, (0, missing))
 
 
 def matching_loss(logits: Tensor, belongs: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from nanovlm.attention import Attention, KVCache
-from nanovlm.bert import Bert, BertConfig, Embeddings, Residual, initialise
+from nanovlm.bert import Bert, BertConfig, Embeddings, Residual, initialise, take_bert
 from nanovlm.feedforward import FeedForward
 
 
@@ -114,17 +114,7 @@ class QFormer(nn.Module):
                 layer.query_feedforward.load_state_dict(layer.feedforward.state_dict())
                 layer.query_residual.load_state_dict(layer.residual2.state_dict())
 
-    @torch.no_grad()
     def take_bert(self, bert: Bert) -> None:
-        """Start from BERT (§3.1): all that both have. Words beyond BERT's, such as [DEC], keep their random rows.
-
-        BERT adds its first segment's embedding to every word; the Q-Former, as released, has none.
-        """
-        words, positions = bert.embeddings.words.weight, bert.embeddings.positions.weight
-        self.embeddings.words.weight[:len(words)] = words
-        self.embeddings.positions.weight.copy_(positions)
-        self.norm.load_state_dict(bert.norm.state_dict())
-        for mine, theirs in zip(self.layers, bert.layers, strict=True):
-            for part in ("attention", "residual1", "feedforward", "residual2"):
-                getattr(mine, part).load_state_dict(getattr(theirs, part).state_dict())
+        """Start from BERT (§3.1), the query feed-forwards too."""
+        take_bert(self, bert)
         self.copy_feedforwards()

@@ -91,6 +91,10 @@ FORMATS = {
     # §4.2: captions after fine-tuning, [image tokens] <s>a photo of caption \n; only the caption is learned.
     "blip2-caption": Format("<s>a photo of", "", ("", ""), "", "", "", " ", "\n", forbidden="\n", marks_only=True,
                             image_first=True, unasked=""),
+    # BLIP §3.2: [CLS] caption [SEP], the decoder having [DEC] for [CLS]; the words are those of the pairs, without a blank before.
+    "blip": Format("<s>", "", ("", ""), "", "", "", "", "</s>", marks_only=True, image_first=True, unasked=""),
+    # BLIP App. A, captions after fine-tuning: the prompt is given, and only what follows is learned.
+    "blip-caption": Format("<s>a picture of", "", ("", ""), "", "", "", " ", "</s>", marks_only=True, image_first=True, unasked=""),
     # v1 without its 30 words of system prompt: a tiny model on a CPU has better uses for its context.
     "tiny": Format("<s>", "", ("", " "), "USER: ", "USER: ", " ASSISTANT:", " ", "</s>"),
 }

@@ -48,7 +48,7 @@ from nanovlm.contrastive import contrastive_loss, positives, similarities
 from nanovlm.decoder import DecoderConfig
 from nanovlm.errors import UserError
 from nanovlm.lm_loss import IGNORE, Output, lm_loss, mean_loss
-from nanovlm.matching import hard_negatives, matching_loss
+from nanovlm.matching import hard_negatives, matching_loss, pad_to_longest, three_pairs
 from nanovlm.papers.language_model import build
 from nanovlm.qformer import QFormer, QFormerConfig
 from nanovlm.t5 import T5Config
@@ -115,20 +115,10 @@ class BLIP2Stage1(nn.Module):
         i2t, t2i = similarities(self.project_queries(queries), self.encode_text(ids, mask), gather)  # (B, G)
         i2t, t2i = i2t / self.temperature, t2i / self.temperature
         right = positives(batch["text_group"], batch["image_group"], gather)  # (B, G)
-        wrong = hard_negatives(t2i, right), hard_negatives(i2t, right)  # an image and a text for each pair: (B,), places among G
+        pairs, belongs = three_pairs(image_tokens, ids, mask, hard_negatives(t2i, right), hard_negatives(i2t, right), gather)
         return {"itc": contrastive_loss(i2t, t2i, right, smoothing=self.config.smoothing),
-                "itm": self.itm_loss(image_tokens, ids, mask, *wrong, gather),
+                "itm": matching_loss(self.match(*pairs), belongs),
                 "itg": self.itg_loss(ids, mask, cache)}
-
-    def itm_loss(self, image_tokens: Tensor, ids: Tensor, mask: Tensor, wrong_image: Tensor, wrong_text: Tensor,
-                 gather: Gather) -> tuple[Tensor, Tensor]:
-        """ITM on 3 B pairs: my pair, its text with a wrong image, its image with a wrong text."""
-        B = len(ids)
-        images = torch.cat([image_tokens, gather(image_tokens)[wrong_image], image_tokens])  # (3 B, N, D_v)
-        texts = torch.cat([ids, ids, gather(ids)[wrong_text]])  # (3 B, T)
-        text_mask = torch.cat([mask, mask, gather(mask)[wrong_text]])
-        belongs = torch.arange(3 * B, device=ids.device) < B
-        return matching_loss(self.match(images, texts, text_mask), belongs.long())
 
     def match(self, image_tokens: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Pair p = (image tokens p, text p) → logits (P, 2): every query answers, and their mean counts."""
@@ -170,13 +160,6 @@ class BLIP2Stage1(nn.Module):
         states = self.qformer(input_ids=ids, mask=masks.causal_with_padding(seen, T), cache=cache,
                               first=seen.shape[1] - T - Q)
         return self.word_head.logits(states, self.qformer.embeddings.words), cache
-
-
-def pad_to_longest(ids: Tensor, mask: Tensor, gather: Gather) -> tuple[Tensor, Tensor]:
-    """To the length of the longest text on any rank, so that all ranks' texts fit together."""
-    longest = int(gather(torch.tensor([ids.shape[1]], device=ids.device)).max())
-    missing = longest - ids.shape[1]
-    return F.pad(ids, (0, missing)), F.pad(mask, (0, missing))  # (B, longest)
 
 
 class BLIP2(nn.Module):

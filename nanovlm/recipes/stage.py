@@ -48,6 +48,7 @@ class Stage:
     builds: type | None = None  # a class in the place of Recipe.model
     sizes: dict[str, object] = field(default_factory=dict)  # fields of the config that are others in this stage
     init: tuple[tuple[str, str], ...] = ()
+    anew: bool = False  # a new model, of which nothing goes on from the stage before
 
     # on what
     lessons: tuple[tuple[float, Diet], ...] = ()  # what comes first, each up to this fraction of the stage

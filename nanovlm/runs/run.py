@@ -143,7 +143,7 @@ def train(job: Job, setting: Setting, before: dict[str, State], keep: RunFolder 
     watch = Watch(model, stage, keep.path if keep else None, setting.device, first, recipe.vocab if blank else None, save,
                   sampler(model, job, setting), f"[{place + 1}/{len(setting.work)}] " if setting.work else "", later)
     take_steps(model, job, batches, optimiser, first, watch)
-    frozen, trained, changed = vitals.compare(prints, vitals.fingerprints(model), stage.trains)
+    frozen, trained, changed = vitals.compare(prints, vitals.fingerprints(model), (*stage.trains, *model.unheard))
     for warning in changed:
         watch.note(warning)
     return checkpoint.cpu_state(model), {

@@ -93,7 +93,8 @@ def wrap(module: nn.Module, device: torch.device) -> nn.Module:
     if world() == 1 or not any(p.requires_grad for p in module.parameters()):
         return module
     ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(module, device_ids=ids)
+    # buffers (momentum copies, queues) become the same on each rank by themselves
+    return DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
 
 
 class _Gather(torch.autograd.Function):

@@ -64,13 +64,13 @@ def freeze(model: nn.Module, trains: tuple[str, ...]) -> list[str]:
     """Everything but `trains` loses its gradient and goes to eval(); returns the trained parameters' names.
 
     So does what a model calls `unheard`, as nothing of it reaches any loss: it would be missed by DDP and the vital signs.
+    What two parts share has a name in each of them, and learns if either does (BLIP's encoder and decoder).
     """
-    model.eval()
+    model.eval().requires_grad_(False)
     trained = []
-    for name, parameter in model.named_parameters():
-        learns = any(within(name, part) for part in trains) and not any(within(name, part) for part in model.unheard)
-        parameter.requires_grad_(learns)
-        if learns:
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if any(within(name, part) for part in trains) and not any(within(name, part) for part in model.unheard):
+            parameter.requires_grad_(True)
             trained.append(name)
     for part in trains:
         if not any(within(name, part) for name in trained):

@@ -1,4 +1,4 @@
-"""Where a stage's weights come from: chance, the stage before, a stage of another recipe, or a published checkpoint.
+"""Where a stage's weights come from: chance, the stage before, any other stage, or a published checkpoint.
 
     build (random, seeded by stage) ──► modules of the same name from the recipe's stage before ──► `init` of the stage
 """
@@ -40,7 +40,7 @@ def initial_model(recipe: Recipe, stage: Stage, seed: int, finished: dict[str, S
         if isinstance(part, (Decoder, T5)):
             part.checkpointing = recipe.checkpointing
     before = recipe.stages[:recipe.stages.index(stage)]
-    if before:
+    if before and not stage.anew:
         take_over(model, finished[before[-1].name])
     lacking = {name for name in model.state_dict() for module, _ in stage.init if within(name, module)}
     for module, origin in stage.init:
