@@ -82,10 +82,10 @@ class BLIP(nn.Module):
         self.image_projection = nn.Linear(config.vision.width, E) if compares else None
         self.text_projection = nn.Linear(D, E) if compares else None
         self.match_head = nn.Linear(D, 2) if compares else None
-        self.temperature = nn.Parameter(torch.tensor(0.07)) if compares else None
         if compares and writes:
             share(self.text_encoder, self.text_decoder, config.shared)
         learns = compares and config.momentum is not None
+        self.temperature = nn.Parameter(torch.tensor(0.07)) if learns else None
         self.momentum = Momentum(config.momentum, self.copied(), E) if learns else None
         self.unheard = ("momentum",) if learns else ()
 
