@@ -83,7 +83,8 @@ QFORMER = {**READER, "model_type": ("blip_2_qformer",), "cross_attention_frequen
 BLIP2 = {"model_type": ("blip-2",), "num_query_tokens": 32, "image_text_hidden_size": 256, "vision_config": {},
          "qformer_config": {}, "text_config": {}, "is_encoder_decoder": (False, True)}  # the last says what text_config is
 BLIP_VISION = {**BLIP2_VISION, "model_type": ("blip_vision_model",), "image_size": 384, "patch_size": 16, "hidden_size": 768,
-               "intermediate_size": 3072, "num_hidden_layers": 12, "layer_norm_eps": 1e-5}  # BLIP's own code: 1e-6
+               "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+               "layer_norm_eps": 1e-5}  # BLIP's own code: 1e-6
 BLIP_TEXT = {**READER, "model_type": ("blip_text_model",), "vocab_size": 30524, "num_attention_heads": 8, "bos_token_id": 30522,
              "hidden_dropout_prob": 0.0, "label_smoothing": 0.0, "tie_word_embeddings": (True,),
              "is_decoder": (True,)}  # in BLIP that says: it has cross-attention
