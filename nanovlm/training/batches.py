@@ -42,10 +42,10 @@ def make_collate(recipe: Recipe, stage: Stage, tokenizer: Tokenizer, reads: Read
 
 
 class Mixture:
-    """The samples of a stage, drawn from the embedded world by the stage's diet."""
+    """The samples of a stage, drawn from the embedded world, or from what models made of it, by the stage's diet."""
 
-    def __init__(self, world: Scenes, stage: Stage, seed: int):
-        self.world, self.stage, self.seed = world, stage, seed
+    def __init__(self, world: Scenes, stage: Stage, seed: int, made: Mapping[str, Bootstrapped] = MappingProxyType({})):
+        self.world, self.stage, self.seed, self.made = world, stage, seed, made
 
     def __getitem__(self, place: int) -> Sample:
         diet = self.stage.diet(place)
