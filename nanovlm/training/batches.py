@@ -50,7 +50,8 @@ class Mixture:
     def __getitem__(self, place: int) -> Sample:
         diet = self.stage.diet(place)
         rng = Random(f"{self.seed}/{self.stage.name}/{place}")
-        return replace(self.world.draw(rng.choices(tuple(diet), diet.values())[0], rng), id=f"scenes/{self.stage.name}/{place}")
+        sample = self.world.draw(rng.choices(tuple(diet), diet.values())[0], rng)
+        return replace(sample, id=sample.id or f"scenes/{self.stage.name}/{place}")  # one of a pool is known by its index there
 
 
 class Epochs:
