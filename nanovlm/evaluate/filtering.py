@@ -8,10 +8,8 @@ are of this kind, recall the share of this kind that is dropped, auc how often a
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from nanovlm import metrics
-from nanovlm.data.sample import Sample
 from nanovlm.data.source import Source
 from nanovlm.evaluate.pupil import Pupil, permuted
 

@@ -41,7 +41,7 @@ def make(name: str, made: CapFilt, job: Job, setting: Setting, before: dict[str,
     path = folder / f"{name.replace(' ', '-')}.jsonl" if folder else None
     texts = on_first(lambda: grow(path, [world.pooled(made.web, i) for i in range(count)], write, judge, report))
     if not any(text.kept for text in texts):
-        warn(f"{name}: the filter takes none of {len(texts):,} texts for right, so none is dropped; train the filter longer.")
+        warn(f"{name}: the filter takes none of {len(texts):,} texts for right, so none is dropped; train the filter longer")
         texts = [replace(text, belongs=None) for text in texts]
     return Bootstrapped(world, made.web, texts)
 
