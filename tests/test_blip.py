@@ -367,7 +367,7 @@ def test_untrained_it_knows_nothing():
     losses = {name: (total / count).item() for name, (total, count) in whole().losses(pairs()).items()}
     assert list(losses) == ["itc", "itm", "lm"]
     assert losses["lm"] == pytest.approx(math.log(V), abs=0.15)
-    assert 0.6 < losses["itm"] < 1.0
+    assert 0.45 < losses["itm"] < 1.0
 
 
 @pytest.mark.parametrize(("tasks", "names"), [(("lm",), ["lm"]), (("itc", "itm"), ["itc", "itm"]), (("itc", "itm", "lm"), ["itc", "itm", "lm"])])

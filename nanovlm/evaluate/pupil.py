@@ -35,8 +35,10 @@ class Pupil:
         """What the model is given: the turns up to the last answer, and the pictures."""
         return to_device(self.collate.ask(samples), self.device)
 
-    def answer(self, samples: Sequence[Sample], room: int = Exam.room, among: Sequence[str] = ()) -> list[str]:
-        """Answers to the last question of each sample, its turns before given: greedy, or the most likely of `among`."""
+    def answer(self, samples: Sequence[Sample], room: int = Exam.room, among: Sequence[str] = (), **how) -> list[str]:
+        """Answers to the last question of each sample, its turns before given: greedy unless `how` says more to generation.generate,
+        or the most likely of `among`.
+        """
         if not samples:
             return []
         answers, layout, stop = [], self.collate.layout(samples[0]), self.stop(samples)
@@ -47,8 +49,18 @@ class Pupil:
                 scores = generation.score_candidates(lambda: self.model.prefill(batch), self.model.step, ids)  # noqa: B023
                 answers += [among[best] for best in scores.argmax(dim=1).tolist()]
             else:
-                answers += [self.text(ids, stop) for ids in self.model.generate(batch, room, stop).tolist()]
+                answers += [self.text(ids, stop) for ids in self.model.generate(batch, room, stop, **how).tolist()]
         return answers
+
+    @torch.no_grad()
+    def belongs(self, samples: Sequence[Sample]) -> list[float]:
+        """How likely each sample's caption is its picture's, by the model's matching head."""
+        found = []
+        for chunk in chunks(samples):
+            batch = to_device(self.collate.images(chunk) | self.collate.texts([s.caption for s in chunk]), self.device)
+            logits = self.model.match(self.model.encode_image(batch["images"]), batch["input_ids"], batch["attention_mask"])
+            found += logits.softmax(dim=1)[:, 1].tolist()
+        return found
 
     def stop(self, samples: Sequence[Sample]) -> list[int]:
         """What closes an answer: samples that are asked together are of one format."""
@@ -69,7 +81,7 @@ class Pupil:
         samples = [sample for exam in exams for sample in exam.samples]
         samples = [samples[i * len(samples) // n] for i in range(min(n, len(samples)))]
         if not samples:  # before instruction tuning: what it says of a picture, of a text, or which caption it finds the best
-            samples = [replace(s, turns=s.turns[:1], told=s.told[:1]) for s in source.look(self.stage.data, self.stage.real, n)]
+            samples = [replace(s, turns=s.turns[:1], told=s.told[:1]) for s in source.look(self.recipe.worldly(self.stage.data), self.stage.real, n)]
             if self.model.reads.kind == "pairs":
                 return self.best_captions(samples) if samples else []
         return [(as_picture(s.images[0]) if s.images else None, question(s), truth(s, answer), answer)

@@ -14,7 +14,7 @@ Names are those of the embedded world (world/datasets.py); the published stages 
     ("qformer", "blip2/tiny@stage1:qformer")  the same after an earlier stage, behind which nothing is trained
     ("", "blip2/tiny")                        all of the model, from all of another
     ("vision", "published:openai/clip-…")     published weights in the folder $NANOVLM_WEIGHTS/openai/clip-…
-    ("qformer", "published-bert:google-…")    the same, of a BERT that the Q-Former starts from (`QFormer.take_bert`)
+    ("qformer", "published-bert:google-…")    the same, of a BERT that the module starts from (its `take_bert`)
 Entries are laid over each other: where several have a tensor the last one counts, and what none has is an error.
 Modules that `init` does not name go on from the recipe's stage before, where it had a module of that name.
 """
@@ -26,7 +26,7 @@ from torch import nn
 from nanovlm.errors import UserError
 
 SCHEDULES = ("cosine", "constant")
-EVALUATIONS = ("answers", "mixture", "science", "told", "pages", "captions", "two", "classes", "retrieval")  # see evaluate/
+EVALUATIONS = ("answers", "mixture", "science", "told", "pages", "captions", "two", "classes", "retrieval", "noise")  # see evaluate/
 Diet = dict[str, float]  # data set → weight
 
 
@@ -75,7 +75,8 @@ class Stage:
     # judged by
     evaluate: tuple[str, ...] = ()  # of EVALUATIONS
 
-    on_data: dict[str, object] = field(default_factory=dict)  # fields replaced with --data: few real pictures need augmentation
+    # fields replaced with --data, where few real pictures need augmentation; None: no such stage then
+    on_data: dict[str, object] | None = field(default_factory=dict)
 
     def __post_init__(self):
         for field_name, values, known in (("schedule", (self.schedule,), SCHEDULES), ("evaluate", self.evaluate, EVALUATIONS)):
@@ -89,6 +90,22 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class CapFilt:
+    """A data set that finished stages of the recipe make of another one (BLIP §3.3); later diets name it.
+
+    Each picture of `web` keeps its own text and gets one from the captioner; of both only those stay that the filter takes
+    for the picture's.
+    """
+
+    web: str
+    captioner: str = "captioner"  # a stage; "": no new texts
+    filter: str = "filter"  # a stage; "": nothing is dropped
+    top_p: float = 0.9  # nucleus sampling (§4.3), where there are no beams
+    beams: int = 1
+    room: int = 40  # tokens of a text
+
+
+@dataclass(frozen=True)
 class Recipe:
     """The tiny ones train on the spot, the published ones are to be read and built."""
 
@@ -98,6 +115,7 @@ class Recipe:
     stages: tuple[Stage, ...]
     image_size: int
     vocab: int
+    makes: dict[str, CapFilt] = field(default_factory=dict)  # data sets that its own stages make, by name
     world: dict[str, object] = field(default_factory=dict)  # how the embedded world is drawn, where not as the encoder looks at it
     checkpointing: bool = False  # of the language model's activations: less memory, more compute
 
@@ -107,6 +125,10 @@ class Recipe:
         if not found:
             raise UserError(f"Recipe {self.name} has no stage {name!r}; its stages are {', '.join(s.name for s in self.stages)}.")
         return found[-1]
+
+    def worldly(self, diet: Diet) -> Diet:
+        """The diet before models made anything: their data sets exchanged for those that they are made of."""
+        return {self.makes[name].web if name in self.makes else name: weight for name, weight in diet.items()}
 
     def build(self, stage: Stage) -> nn.Module:
         """The stage's model, with fresh weights."""
@@ -118,11 +140,12 @@ def resolve(recipe: Recipe, real: bool, steps: float | None = None) -> Recipe:
 
     steps: at most 1 is a fraction of each stage's steps, above 1 the number of steps of every stage.
     """
-    return replace(recipe, stages=tuple(_resolve_stage(stage, real, steps) for stage in recipe.stages))
+    stages = tuple(_resolve_stage(stage, real, steps) for stage in recipe.stages if not real or stage.on_data is not None)
+    return replace(recipe, stages=stages, makes={} if real else recipe.makes)
 
 
 def _resolve_stage(stage: Stage, real: bool, steps: float | None) -> Stage:
-    stage = replace(stage, **(stage.on_data if real else {}), on_data={})
+    stage = replace(stage, **((stage.on_data or {}) if real else {}), on_data={})
     if steps is None:
         return stage
     if not 0 < steps < float("inf") or (steps > 1 and steps != int(steps)):

@@ -14,7 +14,8 @@ from nanovlm.data.conversation import template_texts
 from nanovlm.data.prompts import PROMPTS
 from nanovlm.data.records import real_view
 from nanovlm.data.source import Source
-from nanovlm.recipes.stage import Recipe, Stage, resolve
+from nanovlm.making.bootstrap import Bootstrapped
+from nanovlm.recipes.stage import CapFilt, Recipe, Stage, resolve
 from nanovlm.tokenizer import Tokenizer
 from nanovlm.training.batches import Epochs, InTurn, Mixture, Samples, make_collate
 from nanovlm.training.weights import needed_stages
@@ -31,6 +32,12 @@ class Job:
     @property
     def name(self) -> tuple[str, str]:
         return self.recipe.name, self.stage.name
+
+    @property
+    def makes(self) -> dict[str, CapFilt]:
+        """Of the data sets in the stage's diets those that stages before make."""
+        diets = (*(lesson for _, lesson in self.stage.lessons), self.stage.data)
+        return {name: made for name, made in self.recipe.makes.items() if any(name in diet for diet in diets)}
 
 
 @dataclass
@@ -57,10 +64,10 @@ class Setting:
         """Scenes are drawn at the size that the job's recipe looks at: fine-tuning may look closer than its backbones."""
         return self.source if self.real else world_of(job.recipe, self.seed)
 
-    def samples(self, job: Job) -> Samples:
-        """What the job's stage learns from."""
+    def samples(self, job: Job, made: dict[str, Bootstrapped]) -> Samples:
+        """What the job's stage learns from; made: its data sets that models have made."""
         if not self.real:
-            return Mixture(self.data_for(job), job.stage, self.seed)
+            return Mixture(self.data_for(job), job.stage, self.seed, made)
         own = Epochs(self.source, job.stage, self.seed)
         return InTurn(own, Mixture(world_of(self.recipe, self.seed), job.stage, self.seed)) if job.stage.real == "texts" else own
 
@@ -93,9 +100,11 @@ def make_tokenizer(recipe: Recipe, source: Source, seed: int) -> Tokenizer:
 
 
 def needs(job: Job, setting: Setting) -> list[Job]:
-    """The jobs whose weights this one starts from: the recipe's stage before it, and what its `init` names."""
-    before = job.recipe.stages[:job.recipe.stages.index(job.stage)][-1:]
-    return [Job(job.recipe, stage) for stage in before] + [setting.job(*origin) for origin in needed_stages(job.stage)]
+    """The jobs whose weights this one starts from: the recipe's stage before it, what its `init` names, and who makes its data."""
+    before = [] if job.stage.anew else job.recipe.stages[:job.recipe.stages.index(job.stage)][-1:]
+    makers = [job.recipe.stage(name) for made in job.makes.values() for name in (made.captioner, made.filter) if name]
+    found = [Job(job.recipe, stage) for stage in (*before, *makers)] + [setting.job(*origin) for origin in needed_stages(job.stage)]
+    return [other for place, other in enumerate(found) if other not in found[:place]]
 
 
 def plan(job: Job, setting: Setting, kept: Callable[[Job], bool] = lambda job: False) -> list[Job]:

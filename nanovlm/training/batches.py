@@ -16,9 +16,10 @@ of a DataLoader cannot change the order. Random crops are drawn from a generator
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from random import Random
+from types import MappingProxyType
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -29,6 +30,7 @@ from nanovlm.data.records import Records
 from nanovlm.data.sample import Sample
 from nanovlm.data.transforms import Transform
 from nanovlm.errors import UserError
+from nanovlm.making.bootstrap import Bootstrapped
 from nanovlm.recipes.stage import Recipe, Stage
 from nanovlm.tokenizer import SPLIT, Tokenizer
 from nanovlm.training import distributed
@@ -42,15 +44,17 @@ def make_collate(recipe: Recipe, stage: Stage, tokenizer: Tokenizer, reads: Read
 
 
 class Mixture:
-    """The samples of a stage, drawn from the embedded world by the stage's diet."""
+    """The samples of a stage, drawn from the embedded world, or from what models made of it, by the stage's diet."""
 
-    def __init__(self, world: Scenes, stage: Stage, seed: int):
-        self.world, self.stage, self.seed = world, stage, seed
+    def __init__(self, world: Scenes, stage: Stage, seed: int, made: Mapping[str, Bootstrapped] = MappingProxyType({})):
+        self.world, self.stage, self.seed, self.made = world, stage, seed, made
 
     def __getitem__(self, place: int) -> Sample:
         diet = self.stage.diet(place)
         rng = Random(f"{self.seed}/{self.stage.name}/{place}")
-        return replace(self.world.draw(rng.choices(tuple(diet), diet.values())[0], rng), id=f"scenes/{self.stage.name}/{place}")
+        name = rng.choices(tuple(diet), diet.values())[0]
+        sample = self.made[name].draw(rng) if name in self.made else self.world.draw(name, rng)
+        return replace(sample, id=sample.id or f"scenes/{self.stage.name}/{place}")  # one of a pool is known by its index there
 
 
 class Epochs:

@@ -16,6 +16,8 @@ A stage names data sets and their weights (recipes/stage.py). Each is drawn by i
 
     pairs, vague pairs              picture, caption, captions with one fact wrong; "vague": facts are left out of the caption
     captions, unnamed captions      "<image>" → caption; "unnamed": in colours without names, of which the caption is silent
+    web pairs, clean web pairs      picture, text; the web's texts are noisy, see noise.py; "clean": the same pictures with right captions
+    human pairs                     a few pictures with right captions
     talk                            questions, several turns: LLaVA's instructions
     drills, letter drills, …        lists of lookups, see drills.py; "unnamed drills": notes of objects in colours without names
     short, sentences, letters, …    LLaVA-1.5's ways to ask, see mixture.py; signs: what a sign says, and nothing else
@@ -24,6 +26,9 @@ A stage names data sets and their weights (recipes/stage.py). Each is drawn by i
     told/…                          each of these talks about a scene that is told where the picture will stand later
     told/repeat, told/captions, …   what only a reader without eyes is asked; told/tasks: see tasks.py
     names, shots                    pages, see pages.py
+
+The web and what people captioned are pools: a finite number of pictures, each with one text, met again and again. BLIP filters the
+web's texts and writes new ones (CapFilt), so each picture needs an index. Of each pool there is an "unnamed" one too.
 
 A shape in a colour in which it was never met is no new thing to a model that has met shapes in any colour; hence the unnamed.
 It has to end before the stage does: who is silent on colours without a name would else be silent on all that is unfamiliar, and
@@ -42,7 +47,7 @@ from nanovlm.data.prompts import CAPTION
 from nanovlm.data.sample import IMAGE, Sample, Turn
 from nanovlm.data.source import ASKED_IN, Exam, caption_exam, exam_of, exam_view
 from nanovlm.errors import UserError
-from nanovlm.world import drills, exams, mixture, pages, tasks
+from nanovlm.world import drills, exams, mixture, noise, pages, tasks
 from nanovlm.world.ask import DESCRIBE, conversation, put_before
 from nanovlm.world.say import DESCRIPTIONS, caption, captions, description, negatives, say, vaguer, wordings
 from nanovlm.world.scene import (
@@ -74,6 +79,8 @@ class DataSet:
     numbers: bool = False  # of which some say a number of two digits
     texts: bool = False  # no pictures: all pairs may be told, and numbers
     corpus: bool = True  # of texts: the tokenizer learns from it
+    pool: int = 0  # how many pictures there are; 0: endless
+    twin: str = ""  # the pool whose scenes, pictures and wordings these are, index by index
 
 
 class Scenes:
@@ -99,14 +106,29 @@ class Scenes:
     def draw(self, name: str, rng: Random) -> Sample:
         """One training sample of the data set."""
         made = find(name)
+        return self.pooled(name, rng.randrange(made.pool)) if made.pool else self._drawn(made, rng)
+
+    def pool(self, name: str) -> int:
+        """How many pictures the data set has; 0: endless."""
+        return find(name).pool
+
+    def pooled(self, name: str, index: int) -> Sample:
+        """The one sample of a pool that has this index, whenever it is asked for."""
+        made = find(name)
+        if index not in range(made.pool):
+            raise UserError(f"the data set {name!r} is a pool of {made.pool} pictures and has no picture {index}")
+        return replace(self._drawn(made, Random(f"{self.seed}/{made.twin or name}/{index}")), id=f"scenes/{name}/{index}")
+
+    def _drawn(self, made: DataSet, rng: Random) -> Sample:
         pairs = PAIRS if made.texts else SEEN
         scene = self._scene(rng, pairs, many=rng.choice(made.many), signs=made.signs, numbers=made.texts or made.numbers)
-        return replace(made.make(self, scene, rng, pairs), references=captions(scene))
+        sample = made.make(self, scene, rng, pairs)
+        return replace(sample, references=sample.references or captions(scene))
 
     def held_out(self, name: str, index: int) -> Sample:
-        scene = self._val_scene(Random(f"val/{index}"))
-        sample = find(name).make(self, scene, Random(f"val/{name}/{index}"), PAIRS)
-        return replace(sample, id=f"scenes/val/{index}", references=captions(scene))
+        scene, made = self._val_scene(Random(f"val/{index}")), find(name)
+        sample = made.make(self, scene, Random(f"val/{made.twin or name}/{index}"), PAIRS)
+        return replace(sample, id=f"scenes/val/{index}", references=sample.references or captions(scene))
 
     def look(self, diet: dict[str, float], real: str, n: int) -> list[Sample]:
         """Of the heaviest data set of the diet."""
@@ -134,6 +156,10 @@ class Scenes:
             chosen.setdefault(sample.references, sample)
             index += 1
         return [list(chosen.values())]
+
+    def noisy(self, n: int = 1000) -> list[Sample]:
+        """n held-out pictures with the web's texts, with what is wrong with them as labels."""
+        return [self.held_out("web pairs", index) for index in range(n)]
 
     def exams(self, names: Sequence[str], n: int = 0) -> list[Exam]:
         """answers, mixture, science: an exam for each kind of question. captions: of any scene; two: of two objects.
@@ -231,17 +257,18 @@ def _pair(world: Scenes, scene: Scene, shown: Scene, wording: tuple, rng: Random
     return Sample("", world.picture(shown), caption=say(scene, wording), negatives=negatives(scene, wording, rng, k=2, pairs=pairs))
 
 
-def captioned(world: Scenes, scene: Scene, rng: Random, pairs: tuple) -> Sample:
-    return _captioned(world, scene, say(scene, rng.choice(wordings(scene))))
+def captioned(unnamed: bool = False, rate: float = 0.0) -> Callable:
+    """A picture and one text. unnamed: in colours without names; rate: how often the text is noisy."""
+    left_out = frozenset({"colour"} if unnamed else ())
 
-
-def unnamed_captioned(world: Scenes, scene: Scene, rng: Random, pairs: tuple) -> Sample:
-    silent = rng.choice(wordings(scene))._replace(left_out=frozenset({"colour"}))
-    return _captioned(world, recoloured(scene, rng), say(scene, silent))
-
-
-def _captioned(world: Scenes, scene: Scene, text: str) -> Sample:
-    return Sample("", world.picture(scene), caption=text, turns=(Turn(IMAGE, text, "caption"),))
+    def make(world: Scenes, scene: Scene, rng: Random, pairs: tuple) -> Sample:
+        wording = rng.choice(wordings(scene, left_out))
+        shown = recoloured(scene, rng) if unnamed else scene
+        # Noise comes last: a clean twin has the same scene, picture and wording. It knows named colours only, hence not `shown`.
+        text, kind = noise.noisy(scene, wording, rng, pairs, lambda rng: world._scene(rng, pairs), rate)
+        return Sample("", world.picture(shown), caption=text, references=captions(scene, left_out), label=kind,
+                      turns=(Turn(IMAGE, text, "caption"),))
+    return make
 
 
 def unnamed_drill(world: Scenes, scene: Scene, rng: Random, pairs: tuple) -> Sample:
@@ -273,6 +300,15 @@ def shots(world: Scenes, scene: Scene, rng: Random, pairs: tuple) -> Sample:
     return Sample("", told=told, turns=turns, format="flamingo")
 
 
+def pools(prefix: str, web: int, human: int) -> dict[str, DataSet]:
+    """The web, noisy and clean, and what people captioned. prefix: "", or "unnamed " for pictures in colours without names."""
+    noisy, right = f"{prefix}web pairs", captioned(unnamed=bool(prefix))
+    return {
+        noisy: DataSet(captioned(bool(prefix), noise.RATE), pool=web), f"{prefix}clean web pairs": DataSet(right, pool=web, twin=noisy),
+        f"{prefix}human pairs": DataSet(right, pool=human),
+    }
+
+
 TALKS: dict[str, Talk] = {
     "talk": conversation, "drills": one(drills.dense), "letter drills": one(drills.letters), "box drills": one(drills.boxes_of),
     "short": mixture.short, "sentences": mixture.sentences, "letters": mixture.letters,
@@ -284,7 +320,7 @@ LISTS = ("drills", "letter drills", "box drills")  # from scenes of two or three
 IN_LISTS = (2, 2, 3)
 SETS: dict[str, DataSet] = {
     "pairs": DataSet(pair), "vague pairs": DataSet(vague_pair, signs=0.5, numbers=True),
-    "captions": DataSet(captioned), "unnamed captions": DataSet(unnamed_captioned), "unnamed drills": DataSet(unnamed_drill),
+    "captions": DataSet(captioned()), "unnamed captions": DataSet(captioned(unnamed=True)), "unnamed drills": DataSet(unnamed_drill),
     "science texts": DataSet(science_text), "names": DataSet(names, texts=True), "shots": DataSet(shots, texts=True),
     "told/tasks": DataSet(told_task, texts=True), "caption texts": DataSet(caption_text, texts=True, corpus=False),
     "told/repeat": DataSet(told(one(drills.repeat), _plainly, IN_BLIP2), IN_LISTS, texts=True),
@@ -293,6 +329,7 @@ SETS: dict[str, DataSet] = {
     **{f"told/{name}": DataSet(told(talk, mixture.with_boxes if name in BOXED else _variously,
                                     IN_BLIP2 if name in ("talk", "drills") else 0.0),
                                IN_LISTS if name in LISTS else (0,), texts=True) for name, talk in TALKS.items()},
+    **pools("", web=8000, human=1200), **pools("unnamed ", web=2600, human=400),
     "told/sentences on demand": DataSet(told(mixture.sentences_on_demand), texts=True),
     "told/talk": DataSet(told(lambda scene, rng, pairs: conversation(scene, rng, pairs, LONG_TALK), blip2=IN_BLIP2), texts=True),
 }

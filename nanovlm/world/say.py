@@ -52,19 +52,19 @@ STYLES = ("thing first", "cell first", "headline")
 SIDE_WORDS = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
 
 
-def captions(scene: Scene) -> tuple[str, ...]:
+def captions(scene: Scene, left_out: frozenset[str] = frozenset()) -> tuple[str, ...]:
     """Every caption that the grammar can give this scene: three to eight."""
-    return tuple(dict.fromkeys(say(scene, wording) for wording in wordings(scene)))
+    return tuple(dict.fromkeys(say(scene, wording) for wording in wordings(scene, left_out)))
 
 
-def caption(scene: Scene, rng: Random) -> str:
-    """One of `captions(scene)`."""
-    return say(scene, rng.choice(wordings(scene)))
+def caption(scene: Scene, rng: Random, left_out: frozenset[str] = frozenset()) -> str:
+    """One of `captions(scene, left_out)`."""
+    return say(scene, rng.choice(wordings(scene, left_out)))
 
 
-def wordings(scene: Scene) -> list[Wording]:
+def wordings(scene: Scene, left_out: frozenset[str] = frozenset()) -> list[Wording]:
     styles = (*STYLES, "relation") if _relatable(scene) else STYLES
-    return [Wording(style, backwards) for style in styles for backwards in (False, True)]
+    return [Wording(style, backwards, left_out) for style in styles for backwards in (False, True)]
 
 
 def _relatable(scene: Scene) -> bool:
