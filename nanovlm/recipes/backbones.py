@@ -3,7 +3,7 @@
     clip/tiny     48-pixel pictures, 16 image tokens; captions with hard negatives       → module `vision`
     lm/tiny       scenes that are told, and all that the six papers will ask about them  → module `language`
     lm/tiny-t5    the same, read by an encoder and answered by a decoder                 → module `language`
-    bert/tiny     captions and the same texts, of which words are hidden                → modules `bert`, `word_head`
+    bert/tiny     captions and the same texts, of which words are hidden                 → modules `bert`, `word_head`
 
 Trained once, until they are good, and shipped (weights/): the papers begin with such encoders and language models, too. With --data
 they are trained on the spot, on that data.
