@@ -162,6 +162,13 @@ class WordHead(nn.Module):
         """(…, D) → (…, V)."""
         return F.linear(self(hidden), words.weight, self.bias)
 
+    @torch.no_grad()
+    def take_bert(self, head: "WordHead") -> None:
+        """Start from a published BERT's; words beyond BERT's keep their bias of 0."""
+        self.transform.load_state_dict(head.transform.state_dict())
+        self.norm.load_state_dict(head.norm.state_dict())
+        self.bias[:len(head.bias)] = head.bias
+
 
 def initialise(module: nn.Module) -> None:
     """What enters a map with variance 1 leaves with it, whatever the width; embeddings Normal(0, 0.02), as in BERT.

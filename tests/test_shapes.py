@@ -127,7 +127,7 @@ def run_blip2() -> None:
     answer(on_t5, batch)
     second.losses(batch | {"labels": input_ids})
     answer(second, batch)
-    Bert(text)(input_ids, masks.causal_with_padding(mask, T), torch.randn(B, 49, 26), KVCache(), maps=[])
+    Bert(text)(input_ids, masks.causal_with_padding(mask, T), torch.randn(B, 49, 26), cache=KVCache(), maps=[])
     second.qformer(second.encode_image(images))
     first.qformer(first.encode_image(images), input_ids, masks.unimodal(9, mask))
     world = Scenes(size=28)
