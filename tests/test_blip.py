@@ -348,3 +348,29 @@ def test_padding_on_the_right_changes_nothing():
                 own = ids[b][mask[b]][None]
                 close(together[b:b + 1], mode(tokens[b:b + 1], own, own > -1))
     assert mask.sum(dim=1).tolist() == LENGTHS
+
+
+def test_learns_ten_pairs_by_heart():
+    """Each pair is found, matched and told. ITC's floor is ln 5: every pair stands in the queue four times too, and all five are right."""
+    torch.manual_seed(0)
+    text = BertConfig(V, 48, 2, 4, 96, max_positions=23, dropout=0.0, image_width=32)
+    model = BLIP(replace(WHOLE, vision=imagenet_vit(12, 4, 32, 2, 2), text=text, smoothing=0.0, momentum=MomentumConfig(40, M, ramp=400)))
+    lengths, ids, own = torch.tensor([4, 5, 6, 7, 4, 5, 6, 7, 5, 6]), random_ids(10, 7, 1), torch.arange(10)
+    mask = torch.arange(7) < lengths[:, None]
+    ids[:, 0] = 1
+    ids = ids.scatter(1, lengths[:, None] - 1, 2).masked_fill(~mask, 0)
+    batch = {"images": randn(10, 3, 12, 12, seed=1), "input_ids": ids, "attention_mask": mask, "text_group": own, "image_group": own}
+    freeze(model, ALL)
+    stage = Stage("heart", ALL, {"pairs": 1}, steps=110, batch_size=10, lr=3e-3)
+    *_, last = train_stage(model, stage, [batch] * 110, make_optimiser(model, stage), torch.device("cpu"))
+    assert last.losses["itc"] == pytest.approx(math.log(5), abs=0.02) and last.losses["itm"] < 0.02 and last.losses["lm"] < 0.1
+    model.eval()
+    scores = model.score(batch["images"], ids, mask)
+    assert scores.argmax(dim=0).equal(own) and scores.argmax(dim=1).equal(own)
+    with torch.no_grad():
+        tokens, wrong = model.encode_image(batch["images"]), scores.fill_diagonal_(-1.0).argmax(dim=1)
+        assert (model.match(tokens, ids, mask).argmax(dim=1) == 1).all()
+        assert (model.match(tokens, ids[wrong], mask[wrong]).argmax(dim=1) == 0).all(), "what looks most alike"
+    start = torch.ones(10, 1, dtype=torch.long)
+    said = model.generate({"images": batch["images"], "input_ids": start, "attention_mask": start > 0}, 8, [2])
+    assert said.tolist() == ids[:, 1:].tolist()
