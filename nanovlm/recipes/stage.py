@@ -26,7 +26,7 @@ from torch import nn
 from nanovlm.errors import UserError
 
 SCHEDULES = ("cosine", "constant")
-EVALUATIONS = ("answers", "mixture", "science", "told", "pages", "captions", "two", "classes", "retrieval")  # see evaluate/
+EVALUATIONS = ("answers", "mixture", "science", "told", "pages", "captions", "two", "classes", "retrieval", "statements")  # see evaluate/
 Diet = dict[str, float]  # data set → weight
 
 

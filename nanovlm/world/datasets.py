@@ -22,6 +22,7 @@ A stage names data sets and their weights (recipes/stage.py). Each is drawn by i
     drills, letter drills, …        lists of lookups, see drills.py; "unnamed drills": notes of objects in colours without names
     short, sentences, letters, …    LLaVA-1.5's ways to ask, see mixture.py; signs: what a sign says, and nothing else
     science, science texts          question, context, options → reason, letter: ScienceQA in small, half of it without pictures
+    statements                      two pictures and a statement about them, true or false, see statements.py
     caption texts                   a caption and nothing else: for BERT, which is to read captions
     told/…                          each of these talks about a scene that is told where the picture will stand later
     told/repeat, told/captions, …   what only a reader without eyes is asked; told/tasks: see tasks.py
@@ -47,7 +48,7 @@ from nanovlm.data.prompts import CAPTION
 from nanovlm.data.sample import IMAGE, Sample, Turn
 from nanovlm.data.source import ASKED_IN, Exam, caption_exam, exam_of, exam_view
 from nanovlm.errors import UserError
-from nanovlm.world import drills, exams, mixture, noise, pages, tasks
+from nanovlm.world import drills, exams, mixture, noise, pages, statements, tasks
 from nanovlm.world.ask import DESCRIBE, conversation, put_before
 from nanovlm.world.say import DESCRIPTIONS, caption, captions, description, negatives, say, vaguer, wordings
 from nanovlm.world.scene import (
@@ -160,7 +161,8 @@ class Scenes:
     def exams(self, names: Sequence[str], n: int = 0) -> list[Exam]:
         """answers, mixture, science: an exam for each kind of question. captions: of any scene; two: of two objects.
 
-        told: all of these and InstructBLIP's tasks, where words stand in the pictures' places. pages: see pages.py.
+        told: all of these and InstructBLIP's tasks, where words stand in the pictures' places. pages: see pages.py. statements: true and false ones, of
+        each kind in turn.
         """
         found: list[Exam] = []
         view = exam_view(names)
@@ -170,6 +172,8 @@ class Scenes:
             elif name in ("captions", "two"):
                 kind = "caption" if name == "captions" else exams.TWO
                 found.append(caption_exam(self.exam(n or 200, (kind,), view)))
+            elif name == "statements":
+                found.append(exam_of("statement", [self._statement(i) for i in range(n or 600)]))
             elif name in exams.TOLD:
                 found += [exam_of(kind, [self._told(kind, i) for i in range(n or 100)]) for kind in exams.TOLD[name]]
         return found
@@ -204,6 +208,15 @@ class Scenes:
         """A question of an exam, about scenes that are told."""
         form, told, turns, right = exams.told_in_turn(kind, index, self._val_scene)
         return Sample(f"scenes/told/{kind}/{index}", told=told, turns=turns, references=right, format=form)
+
+    def _statement(self, index: int) -> Sample:
+        rng, (true, kind) = Random(f"statement/{index}"), divmod(index % (2 * len(statements.KINDS)), len(statements.KINDS))
+        return replace(self.stated(rng, statements.KINDS[kind], bool(true), True), id=f"scenes/statement/{index}")
+
+    def stated(self, rng: Random, kind: str, true: bool, held_out: bool) -> Sample:
+        """Two pictures and what is said of them, see statements.py."""
+        pairs, about, usual = (PAIRS, HELD_OUT, HELD_OUT) if held_out else (SEEN, SEEN, ())
+        return statements.statement(rng, kind, true, about, lambda rng, one: self._scene(rng, pairs, including=one or usual), self.picture)
 
 
 def find(name: str) -> DataSet:
@@ -286,6 +299,10 @@ def told_task(world: Scenes, scene: Scene, rng: Random, pairs: tuple) -> Sample:
     return Sample("", told=(" then ".join(_plainly(one, rng) for one in scenes),), turns=put_before(turns), format=style)
 
 
+def stated(world: Scenes, scene: Scene, rng: Random, pairs: tuple) -> Sample:
+    return world.stated(rng, rng.choice(statements.KINDS), rng.random() < 0.5, pairs is not SEEN)
+
+
 def names(world: Scenes, scene: Scene, rng: Random, pairs: tuple) -> Sample:
     turns, told = pages.names(rng, rng.randint(2, pages.MOST_SHOTS + 1))
     return Sample("", told=told, turns=turns, format="flamingo")
@@ -318,7 +335,7 @@ IN_LISTS = (2, 2, 3)
 SETS: dict[str, DataSet] = {
     "pairs": DataSet(pair), "vague pairs": DataSet(vague_pair, signs=0.5, numbers=True),
     "captions": DataSet(captioned()), "unnamed captions": DataSet(captioned(unnamed=True)), "unnamed drills": DataSet(unnamed_drill),
-    "science texts": DataSet(science_text), "names": DataSet(names, texts=True), "shots": DataSet(shots, texts=True),
+    "statements": DataSet(stated), "science texts": DataSet(science_text), "names": DataSet(names, texts=True), "shots": DataSet(shots, texts=True),
     "told/tasks": DataSet(told_task, texts=True), "caption texts": DataSet(caption_text, texts=True, corpus=False),
     "told/repeat": DataSet(told(one(drills.repeat), _plainly, IN_BLIP2), IN_LISTS, texts=True),
     "told/captions": DataSet(told(lambda scene, rng, pairs: (Turn("", caption(scene, rng), "caption"),), blip2=1.0), texts=True),
