@@ -246,3 +246,15 @@ def recall_at_k(similarity: torch.Tensor, relevant: torch.Tensor, k: int) -> flo
     best = similarity.masked_fill(~relevant, float("-inf")).amax(dim=1, keepdim=True)  # (Q, 1)
     before = (~relevant & ~(similarity < best)).sum(dim=1)  # (Q,)
     return (before < k).float().mean().item()
+
+
+def roc_auc(scores: Sequence[float], positive: Sequence[bool]) -> float:
+    """How often a positive one scores higher than another one, a tie counting half: the area under the ROC curve.
+
+    By ranks (Mann and Whitney's U); nan where there is no positive or no other.
+    """
+    score, is_positive = torch.tensor(scores, dtype=torch.float64), torch.tensor(positive)
+    values, place, often = score.unique(return_inverse=True, return_counts=True)  # equal scores share the mean of their ranks
+    ranks = (often.cumsum(0) - (often - 1) / 2)[place]  # from 1 on
+    n, m = int(is_positive.sum()), int((~is_positive).sum())
+    return (ranks[is_positive].sum().item() - n * (n + 1) / 2) / (n * m) if n and m else float("nan")

@@ -58,5 +58,8 @@ class Source(Protocol):
     def galleries(self) -> list[list[Sample]]:
         """Lists of held-out pictures with a caption each, to be found again among their like."""
 
+    def noisy(self) -> list[Sample]:
+        """Held-out pictures with texts of which some are wrong, and what is wrong as label; () where nobody knows."""
+
     def notes(self, figures: dict[str, dict[str, float]]) -> list[str]:
         """What a reader should know before believing the figures, in whole sentences."""

@@ -10,4 +10,5 @@ A figure means something only beside what can be had without looking. A model th
     pupil.py       a model with all that is needed to ask it something
     judges.py      what a right answer is; one `measure` for answers, captions and classes
     retrieval.py   pictures and texts that are to find each other
+    filtering.py   texts of which some are wrong, and which of them a filter finds
 """

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from nanovlm import metrics
 from nanovlm.data.sample import Sample
 from nanovlm.data.source import Exam, Source
-from nanovlm.evaluate import retrieval
+from nanovlm.evaluate import filtering, retrieval
 from nanovlm.evaluate.pupil import Pupil, permuted
 
 Mark = tuple[float, float, float]  # value, chance, shuffled
@@ -85,6 +85,7 @@ def evaluate(pupil: Pupil, source: Source) -> dict[str, dict[str, float]]:
     """All figures that the pupil's stage is judged by; `vqa_accuracy` is the mean over all questions about pictures."""
     names = pupil.stage.evaluate
     figures = retrieval.measure(pupil, source) if "retrieval" in names else {}
+    figures |= filtering.measure(pupil, source) if "noise" in names else {}
     looked: list[Mark] = []
     for exam in source.exams(names):
         for judge, of_judge in marks(pupil, exam).items():

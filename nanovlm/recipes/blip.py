@@ -69,7 +69,7 @@ TINY = Recipe(
         Stage("captioner", WRITES, {"human captions": 1}, sizes=CAPTIONER, init=(("", "blip/tiny@pretrain"),), steps=300, lr=5e-4,
               on_data=None, **{**LEARNS, "real": "captions"}),
         Stage("filter", COMPARES, {"human pairs": 3, "unnamed human pairs": 1}, sizes=FILTER, init=(("", "blip/tiny@pretrain"),), steps=300,
-              lr=5e-4, on_data=None, **LEARNS),
+              lr=5e-4, evaluate=("noise",), on_data=None, **LEARNS),
         replace(PRETRAIN, name="retrain", data=PLAIN_MADE, lessons=((0.75, MADE),), anew=True, evaluate=JUDGED, on_data=None)),
     makes={"bootstrapped": CapFilt("web pairs"), "unnamed bootstrapped": CapFilt("unnamed web pairs")})
 

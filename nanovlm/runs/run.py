@@ -23,6 +23,7 @@ from nanovlm.evaluate.pupil import Pupil, Rows
 from nanovlm.recipes.stage import as_config, resolve
 from nanovlm.runs import checkpoint, shipped
 from nanovlm.runs.cache import Cache
+from nanovlm.runs.capfilt import made_for
 from nanovlm.runs.folder import OURS, RunFolder, write_json
 from nanovlm.runs.progress import minutes, report, say
 from nanovlm.runs.setting import Job, Setting, leave_out_unfit, needs, plan, read_source
@@ -118,12 +119,13 @@ def weights_after(job: Job, setting: Setting, keep: RunFolder | Cache) -> State:
 def train(job: Job, setting: Setting, before: dict[str, State], keep: RunFolder | None) -> tuple[State, dict]:
     """One stage from its start, or from where the folder's checkpoint stands; its weights, and its record for summary.json."""
     recipe, stage, began = job.recipe, job.stage, time.monotonic()
+    made = made_for(job, setting, before, keep.path if keep else None)
     model = initial_model(recipe, stage, setting.seed, before).to(setting.device)
     freeze(model, stage.trains)
     optimiser = make_optimiser(model, stage)
     first, prints, seconds = 0, vitals.fingerprints(model), 0.0
     collate = make_collate(recipe, stage, setting.tokenizer, model.reads)
-    batches = MicroBatches(setting.samples(job), stage, setting.seed, collate)
+    batches = MicroBatches(setting.samples(job, made), stage, setting.seed, collate)
     half = keep.half_way(job) if keep else None
     if half:
         first, prints, seconds = half["step"], half["before"], half["stage_seconds"]

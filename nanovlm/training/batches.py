@@ -16,9 +16,10 @@ of a DataLoader cannot change the order. Random crops are drawn from a generator
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from random import Random
+from types import MappingProxyType
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -29,6 +30,7 @@ from nanovlm.data.records import Records
 from nanovlm.data.sample import Sample
 from nanovlm.data.transforms import Transform
 from nanovlm.errors import UserError
+from nanovlm.making.bootstrap import Bootstrapped
 from nanovlm.recipes.stage import Recipe, Stage
 from nanovlm.tokenizer import SPLIT, Tokenizer
 from nanovlm.training import distributed
@@ -50,7 +52,8 @@ class Mixture:
     def __getitem__(self, place: int) -> Sample:
         diet = self.stage.diet(place)
         rng = Random(f"{self.seed}/{self.stage.name}/{place}")
-        sample = self.world.draw(rng.choices(tuple(diet), diet.values())[0], rng)
+        name = rng.choices(tuple(diet), diet.values())[0]
+        sample = self.made[name].draw(rng) if name in self.made else self.world.draw(name, rng)
         return replace(sample, id=sample.id or f"scenes/{self.stage.name}/{place}")  # one of a pool is known by its index there
 
 

@@ -158,6 +158,10 @@ class Scenes:
             index += 1
         return [list(chosen.values())]
 
+    def noisy(self, n: int = 1000) -> list[Sample]:
+        """n held-out pictures with the web's texts, with what is wrong with them as labels."""
+        return [self.held_out("web pairs", index) for index in range(n)]
+
     def exams(self, names: Sequence[str], n: int = 0) -> list[Exam]:
         """answers, mixture, science: an exam for each kind of question. captions: of any scene; two: of two objects.
 
