@@ -5,7 +5,8 @@
     |         |  |      ●  |     the left picture has more objects than the right one.       true: it has
 
 What is said is drawn first, then whether it shall be true, then pictures until it is as it shall be. So the words alone tell nothing
-of the truth. Of "exactly one" neither picture alone does; of the others one picture tells something, never all.
+of the truth. Nor does one picture alone of "exactly one", as each shows what is looked for every second time; of the others one
+picture tells something.
 
 Training: SEEN pairs, shown and said. Held out: each picture shows a HELD_OUT pair, and what is looked for is one, or its colour or
 shape.
@@ -26,11 +27,19 @@ def statement(rng: Random, kind: str, true: bool, pairs: tuple, draw: Draw, pict
     pair = rng.choice(pairs)
     words = rng.choice((pair, pair[:1], pair[1:]))  # red circle, red object, circle
     text, holds = {"both": _both, "one": _one, "more": _more}[kind](rng, words)
-    while True:  # each picture shows it every second time, or by chance
-        scenes = [draw(rng, (pair,) if rng.random() < 0.5 else ()) for _ in range(2)]
+    while True:
+        scenes = [_showing(rng, words, pair, rng.random() < 0.5, draw) for _ in range(2)]
         if holds(*scenes) == true:
             turn = Turn(f"{IMAGE}\n{IMAGE}\n{text}", "yes" if true else "no", "statement")
             return Sample("", (*picture(scenes[0]), *picture(scenes[1])), turns=(turn,))
+
+
+def _showing(rng: Random, words: tuple, pair: tuple, wanted: bool, draw: Draw) -> Scene:
+    """A scene that shows what is looked for, or one that does not."""
+    while True:
+        scene = draw(rng, (pair,) if wanted else ())
+        if shows(scene, words) == wanted:
+            return scene
 
 
 Stated = tuple[str, Callable[[Scene, Scene], bool]]  # what is said, and whether it holds of (left, right)
