@@ -57,7 +57,7 @@ class Embeddings(nn.Module):
         """first: the place of the first id, after those that a cache holds; or of each row's, int64 (B, 1): a row that is
         padded on the left begins below zero, and its first real token stands at 0.
         """
-        places = torch.arange(input_ids.shape[1], device=input_ids.device) + first  # (T,) or (B, T)
+        places = torch.arange(input_ids.shape[1], device=input_ids.device) + first  # of all rows (T,), or of each (B, T)
         longest, room = int(places.max()) + 1, len(self.positions.weight)
         if longest > room:
             raise UserError(f"A text of {longest} tokens does not fit into the {room} positions of this text "

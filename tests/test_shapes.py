@@ -25,7 +25,9 @@ from nanovlm.decoder import clip_text, llama, opt
 from nanovlm.evaluate import retrieval
 from nanovlm.evaluate.pupil import Pupil
 from nanovlm.generation import score_candidates
+from nanovlm.papers.blip import BLIPConfig
 from nanovlm.papers.blip2 import BLIP2, BLIP2Config, BLIP2Stage1
+from nanovlm.papers.blip_downstream import BLIPAnswerer, BLIPReasoner
 from nanovlm.papers.clip import CLIP, CLIPConfig
 from nanovlm.papers.language_model import LanguageModel
 from nanovlm.papers.llava import LLaVA, LLaVAConfig
@@ -125,13 +127,26 @@ def run_blip2() -> None:
     answer(on_t5, batch)
     second.losses(batch | {"labels": input_ids})
     answer(second, batch)
-    Bert(text)(input_ids, masks.causal_with_padding(mask, T), torch.randn(B, 49, 26), KVCache(), maps=[])
+    Bert(text)(input_ids, masks.causal_with_padding(mask, T), torch.randn(B, 49, 26), cache=KVCache(), maps=[])
     second.qformer(second.encode_image(images))
     first.qformer(first.encode_image(images), input_ids, masks.unimodal(9, mask))
     world = Scenes(size=28)
     world.galleries = lambda: [[world.held_out("captions", index) for index in range(19)]]
     recipe = replace(recipes.get("blip2/tiny"), image_size=28)
     retrieval.measure(Pupil(first, recipe, recipe.stage("stage1"), TOKENIZER, "cpu"), world)
+
+
+def run_blip_downstream() -> None:
+    text = BertConfig(VOCAB, width=34, layers=3, heads=2, ffn=37, max_positions=64, image_width=26)
+    config = BLIPConfig(imagenet_vit(28, 4, 26, 1, 2), text, decode_id=41, encode_id=42)
+    batch = {"images": torch.randn(B, 3, 28, 28), "input_ids": ids(B, T), "attention_mask": torch.ones(B, T, dtype=torch.bool)}
+    answerer, reasoner = BLIPAnswerer(config), BLIPReasoner(config)
+    answerer.losses(batch | {"labels": ids(B, 5)})
+    answer(answerer, batch)
+    answerer.rank(batch, [[5], [6, 7, 8]], 1)
+    pairs = batch | {"images": torch.randn(B, 2, 3, 28, 28), "truth": torch.tensor([0, 1, 1]), "choices": ids(2, 4)}
+    reasoner.losses(pairs)
+    reasoner.generate(pairs, 3, [])
 
 
 def run_masked_language_model() -> None:
@@ -166,6 +181,7 @@ def checker() -> ShapeChecker:
         run_encoder_decoder()
         run_llava()
         run_blip2()
+        run_blip_downstream()
         run_masked_language_model()
         run_the_rest()
     return checker

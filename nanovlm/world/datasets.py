@@ -122,7 +122,7 @@ class Scenes:
 
     def _drawn(self, made: DataSet, rng: Random) -> Sample:
         pairs = PAIRS if made.texts else SEEN
-        scene = self._scene(rng, pairs, many=rng.choice(made.many), signs=made.signs, numbers=made.texts or made.numbers)
+        scene = self.scene(rng, pairs, many=rng.choice(made.many), signs=made.signs, numbers=made.texts or made.numbers)
         sample = made.make(self, scene, rng, pairs)
         return replace(sample, references=sample.references or captions(scene))
 
@@ -135,7 +135,7 @@ class Scenes:
         """Of the heaviest data set of the diet."""
         return [self.held_out(max(diet, key=diet.get), i) for i in range(n)]
 
-    def _scene(self, rng: Random, pairs: tuple, many: int = 0, including: tuple = (), signs: float = 0.4,
+    def scene(self, rng: Random, pairs: tuple, many: int = 0, including: tuple = (), signs: float = 0.4,
                numbers: bool = False) -> Scene:
         if self.small_print:
             return random_scene(rng, pairs, including, many, 0.9, NUMBERS, small_print=True)
@@ -143,7 +143,7 @@ class Scenes:
         return random_scene(rng, pairs, including, many, signs, texts)
 
     def _val_scene(self, rng: Random) -> Scene:
-        return self._scene(rng, PAIRS, including=HELD_OUT)
+        return self.scene(rng, PAIRS, including=HELD_OUT)
 
     def picture(self, scene: Scene) -> tuple:
         return (render(scene, self.image_size),)
@@ -177,7 +177,7 @@ class Scenes:
                 kind = "caption" if name == "captions" else exams.TWO
                 found.append(caption_exam(self.exam(n or 200, (kind,), view)))
             elif name == "statements":
-                found.append(exam_of("statement", [self._statement(i) for i in range(n or 600)]))
+                found.append(exam_of("statement", [statements.examined(self, i) for i in range(n or 600)]))
             elif name in exams.TOLD:
                 found += [exam_of(kind, [self._told(kind, i) for i in range(n or 100)]) for kind in exams.TOLD[name]]
         return found
@@ -212,15 +212,6 @@ class Scenes:
         """A question of an exam, about scenes that are told."""
         form, told, turns, right = exams.told_in_turn(kind, index, self._val_scene)
         return Sample(f"scenes/told/{kind}/{index}", told=told, turns=turns, references=right, format=form)
-
-    def _statement(self, index: int) -> Sample:
-        rng, (true, kind) = Random(f"statement/{index}"), divmod(index % (2 * len(statements.KINDS)), len(statements.KINDS))
-        return replace(self.stated(rng, statements.KINDS[kind], bool(true), True), id=f"scenes/statement/{index}")
-
-    def stated(self, rng: Random, kind: str, true: bool, held_out: bool) -> Sample:
-        """Two pictures and what is said of them, see statements.py."""
-        pairs, about, usual = (PAIRS, HELD_OUT, HELD_OUT) if held_out else (SEEN, SEEN, ())
-        return statements.statement(rng, kind, true, about, lambda rng, one: self._scene(rng, pairs, including=one or usual), self.picture)
 
 
 def find(name: str) -> DataSet:
@@ -278,7 +269,7 @@ def captioned(unnamed: bool = False, rate: float = 0.0, asked: bool = True) -> C
         wording = rng.choice(wordings(scene, left_out))
         shown = recoloured(scene, rng) if unnamed else scene
         # Noise comes last: a clean twin has the same scene, picture and wording. It knows named colours only, hence not `shown`.
-        text, kind = noise.noisy(scene, wording, rng, pairs, lambda rng: world._scene(rng, pairs), rate)
+        text, kind = noise.noisy(scene, wording, rng, pairs, lambda rng: world.scene(rng, pairs), rate)
         return Sample("", world.picture(shown), caption=text, references=captions(scene, left_out), label=kind,
                       turns=(Turn(IMAGE, text, "caption"),) if asked else ())
     return make
@@ -303,17 +294,13 @@ def told_task(world: Scenes, scene: Scene, rng: Random, pairs: tuple) -> Sample:
     return Sample("", told=(" then ".join(_plainly(one, rng) for one in scenes),), turns=put_before(turns), format=style)
 
 
-def stated(world: Scenes, scene: Scene, rng: Random, pairs: tuple) -> Sample:
-    return world.stated(rng, rng.choice(statements.KINDS), rng.random() < 0.5, pairs is not SEEN)
-
-
 def names(world: Scenes, scene: Scene, rng: Random, pairs: tuple) -> Sample:
     turns, told = pages.names(rng, rng.randint(2, pages.MOST_SHOTS + 1))
     return Sample("", told=told, turns=turns, format="flamingo")
 
 
 def shots(world: Scenes, scene: Scene, rng: Random, pairs: tuple) -> Sample:
-    turns, told = pages.shots([scene, *(world._scene(rng, pairs) for _ in range(rng.choice((0, 0, 1, 2))))], rng)
+    turns, told = pages.shots([scene, *(world.scene(rng, pairs) for _ in range(rng.choice((0, 0, 1, 2))))], rng)
     return Sample("", told=told, turns=turns, format="flamingo")
 
 
@@ -339,7 +326,7 @@ IN_LISTS = (2, 2, 3)
 SETS: dict[str, DataSet] = {
     "pairs": DataSet(pair), "vague pairs": DataSet(vague_pair, signs=0.5, numbers=True),
     "captions": DataSet(captioned()), "unnamed captions": DataSet(captioned(unnamed=True)), "unnamed drills": DataSet(unnamed_drill),
-    "statements": DataSet(stated), "science texts": DataSet(science_text), "names": DataSet(names, texts=True), "shots": DataSet(shots, texts=True),
+    "statements": DataSet(statements.drawn), "science texts": DataSet(science_text), "names": DataSet(names, texts=True), "shots": DataSet(shots, texts=True),
     "told/tasks": DataSet(told_task, texts=True), "caption texts": DataSet(caption_text, texts=True, corpus=False),
     "told/repeat": DataSet(told(one(drills.repeat), _plainly, IN_BLIP2), IN_LISTS, texts=True),
     "told/captions": DataSet(told(lambda scene, rng, pairs: (Turn("", caption(scene, rng), "caption"),), blip2=1.0), texts=True),

@@ -13,52 +13,72 @@ shape.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from random import Random
+from typing import Protocol
 
 from nanovlm.data.sample import IMAGE, Sample, Turn
-from nanovlm.world.scene import COLOURS, Scene
-
-KINDS = ("both", "one", "more")
-Draw = Callable[[Random, tuple], Scene]  # of (rng, pairs) a scene with one of these pairs; with any, of ()
-
-
-def statement(rng: Random, kind: str, true: bool, pairs: tuple, draw: Draw, picture: Callable[[Scene], tuple]) -> Sample:
-    """One of KINDS, about something of `pairs`."""
-    pair = rng.choice(pairs)
-    words = rng.choice((pair, pair[:1], pair[1:]))  # red circle, red object, circle
-    text, holds = {"both": _both, "one": _one, "more": _more}[kind](rng, words)
-    while True:
-        scenes = [_showing(rng, words, pair, rng.random() < 0.5, draw) for _ in range(2)]
-        if holds(*scenes) == true:
-            turn = Turn(f"{IMAGE}\n{IMAGE}\n{text}", "yes" if true else "no", "statement")
-            return Sample("", (*picture(scenes[0]), *picture(scenes[1])), turns=(turn,))
-
-
-def _showing(rng: Random, words: tuple, pair: tuple, wanted: bool, draw: Draw) -> Scene:
-    """A scene that shows what is looked for, or one that does not."""
-    while True:
-        scene = draw(rng, (pair,) if wanted else ())
-        if shows(scene, words) == wanted:
-            return scene
-
+from nanovlm.world.scene import COLOURS, HELD_OUT, PAIRS, SEEN, Scene
 
 Stated = tuple[str, Callable[[Scene, Scene], bool]]  # what is said, and whether it holds of (left, right)
 
 
-def _both(rng: Random, words: tuple) -> Stated:
+class World(Protocol):
+    def scene(self, rng: Random, pairs: tuple, including: tuple) -> Scene:
+        """One with one of the pairs `including`, with any where these are ()."""
+
+    def picture(self, scene: Scene) -> tuple: ...
+
+
+def drawn(world: World, scene: Scene, rng: Random, pairs: tuple) -> Sample:
+    """In training, or like it of held-out scenes; `scene` itself plays no part, for there have to be two."""
+    return statement(world, rng, rng.choice(tuple(KINDS)), rng.random() < 0.5, pairs is not SEEN)
+
+
+def examined(world: World, index: int) -> Sample:
+    """Each kind in turn, false and then true."""
+    true, kind = divmod(index % (2 * len(KINDS)), len(KINDS))
+    sample = statement(world, Random(f"statement/{index}"), tuple(KINDS)[kind], bool(true), True)
+    return replace(sample, id=f"scenes/statement/{index}")
+
+
+def statement(world: World, rng: Random, kind: str, true: bool, held_out: bool) -> Sample:
+    pairs, about, usual = (PAIRS, HELD_OUT, HELD_OUT) if held_out else (SEEN, SEEN, ())
+    pair = rng.choice(about)
+    words = rng.choice((pair, pair[:1], pair[1:]))  # red circle, red object, circle
+    text, holds = KINDS[kind](rng, words)
+
+    def showing(wanted: bool) -> Scene:
+        """A scene that shows what is looked for, or one that does not."""
+        while True:
+            scene = world.scene(rng, pairs, including=(pair,) if wanted else usual)
+            if shows(scene, words) == wanted:
+                return scene
+
+    while True:
+        left, right = (showing(rng.random() < 0.5) for _ in range(2))
+        if holds(left, right) == true:
+            turn = Turn(f"{IMAGE}\n{IMAGE}\n{text}", "yes" if true else "no", "statement")
+            return Sample("", (*world.picture(left), *world.picture(right)), turns=(turn,))
+
+
+def both(rng: Random, words: tuple) -> Stated:
     return f"both pictures show {_a(words)}.", lambda left, right: shows(left, words) and shows(right, words)
 
 
-def _one(rng: Random, words: tuple) -> Stated:
+def one(rng: Random, words: tuple) -> Stated:
     return f"there is {_a(words)} in exactly one picture.", lambda left, right: shows(left, words) != shows(right, words)
 
 
-def _more(rng: Random, words: tuple) -> Stated:
+def more(rng: Random, words: tuple) -> Stated:
     side, other = rng.sample(("left", "right"), 2)
-    how, sign = rng.choice((("more", 1), ("fewer", -1)))
-    sign = sign if side == "left" else -sign
+    how = rng.choice(("more", "fewer"))
+    sign = 1 if (side, how) in (("left", "more"), ("right", "fewer")) else -1
     return (f"the {side} picture has {how} objects than the {other} one.",
-            lambda left, right: sign * (len(left.objects) - len(right.objects)) > 0)
+            lambda left, right: sign * len(left.objects) > sign * len(right.objects))
+
+
+KINDS = {"both": both, "one": one, "more": more}
 
 
 def shows(scene: Scene, words: tuple) -> bool:
