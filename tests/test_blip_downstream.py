@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-import transformers
-from oracles import BERT, EVA
+from oracles import hf_blip_answers, ours
 from tools import bite, close, moved_by_breaking, pad_mask, randn, random_ids
 from torch import nn
 from torch.nn import functional as F
@@ -63,35 +62,11 @@ def reasoner() -> BLIPReasoner:
 
 # --- the answerer and that of transformers ---
 
-RENAMES = (
-    (r"vision_model\.embeddings\.(class|patch|position)_embedding", r"vision.\1"), (r"vision_model\.post_layernorm", "vision.norm"),
-    (r"vision_model\.encoder\.layers", "vision.blocks"), (r"self_attn\.qkv", "attention.qkv"), (r"self_attn\.projection", "attention.out"),
-    (r"layer_norm(\d)", r"norm\1"), (r"mlp\.fc1", "feedforward.up"), (r"mlp\.fc2", "feedforward.down"), (r"text_decoder\.bert", "text_decoder"),
-    (r"text_decoder\.cls\.predictions\.bias", "word_head.bias"), (r"text_decoder\.cls\.predictions\.transform\.dense", "word_head.transform"),
-    (r"text_decoder\.cls\.predictions\.transform\.LayerNorm", "word_head.norm"), (r"embeddings\.LayerNorm", "norm"),
-    (r"embeddings\.(word|position)_embeddings", r"embeddings.\1s"), (r"encoder\.layer\.", "layers."),
-    (r"crossattention\.output\.LayerNorm", "cross_residual.norm"), (r"crossattention\.(self|output)\.", "cross_attention."),
-    (r"attention\.output\.LayerNorm", "residual1.norm"), (r"attention\.(self|output)\.", "attention."), (r"attention\.dense", "attention.out"),
-    (r"intermediate\.dense", "feedforward.up"), (r"output\.dense", "feedforward.down"), (r"output\.LayerNorm", "residual2.norm"))
-
-
 def theirs_and_ours(seed: int, smoothing: float = 0.0) -> tuple[nn.Module, BLIPAnswerer]:
-    """Their decoder looks at states as wide as the ViT's: the two widths have to be equal."""
-    text = {k: v for k, v in BERT.items() if k != "type_vocab_size"} | {"bos_token_id": DEC, "sep_token_id": STOP,
-                                                                        "label_smoothing": smoothing, "hidden_size": 24, "num_attention_heads": 6}
-    hf = bite(transformers.BlipForQuestionAnswering(transformers.BlipConfig(text_config=text, vision_config=EVA)), seed)
-    model, state = BLIPAnswerer(replace(CONFIG, text=replace(TEXT, width=24, heads=6), smoothing=smoothing)), {}
-    for name, tensor in hf.state_dict().items():
-        if name.endswith("position_ids") or "predictions.decoder" in name:
-            continue
-        for old, new in RENAMES:
-            name = re.sub(old, new, name)
-        name = name.replace("vision.class", "vision.class_token").replace("vision.patch", "vision.patch_embedding")
-        name = re.sub(r"vision\.position$", "vision.positions", name)
-        thirds = dict(zip(("query", "key", "value"), tensor.chunk(3))) if "qkv" in name else {"": tensor}
-        state |= {name.replace("qkv", part): third[0, 0] if name == "vision.class_token" else third.squeeze(0) for part, third in thirds.items()}
-    model.load_state_dict(state)
-    return hf, model.eval()
+    hf = hf_blip_answers(seed, {"label_smoothing": smoothing})
+    model = ours(hf)
+    assert type(model) is BLIPAnswerer and model.config.smoothing == smoothing
+    return hf, model
 
 
 def with_enc(ids: torch.Tensor) -> torch.Tensor:
