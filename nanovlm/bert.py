@@ -162,12 +162,9 @@ class WordHead(nn.Module):
         """(…, D) → (…, V)."""
         return F.linear(self(hidden), words.weight, self.bias)
 
-    @torch.no_grad()
     def take_bert(self, head: "WordHead") -> None:
         """Start from a published BERT's; words beyond BERT's keep their bias of 0."""
-        self.transform.load_state_dict(head.transform.state_dict())
-        self.norm.load_state_dict(head.norm.state_dict())
-        self.bias[:len(head.bias)] = head.bias
+        self.load_state_dict({**head.state_dict(), "bias": torch.cat([head.bias, self.bias[len(head.bias):]])})
 
 
 def initialise(module: nn.Module) -> None:
