@@ -36,30 +36,22 @@ ALL = (*COMPARES, "text_decoder", "word_head")
 CAPTIONER, FILTER = {"tasks": ("lm",)}, {"tasks": ("itc", "itm")}
 
 
-def from_bert(bert: str, layers: int) -> tuple[tuple[str, str], ...]:
-    """All of encoder and decoder but the cross-attention, which is new (§4.1), from a trained recipe's BERT."""
-    parts = ("embeddings", "norm", *(f"layers.{i}.{part}" for i in range(layers)
-                                     for part in ("attention", "residual1", "feedforward", "residual2")))
-    pairs = tuple((f"{side}.{part}", f"{bert}:bert.{part}") for side in ("text_encoder", "text_decoder") for part in parts)
-    return (*pairs, ("word_head", f"{bert}:word_head"))
-
-
 # --- tiny ---
 
 TINY_TEXT = BertConfig(backbones.TINY_VOCAB, width=128, layers=4, heads=4, ffn=512, max_positions=256, dropout=0.0,
                        image_width=backbones.TINY_VISION.width)
-TINY_START = (("vision", "clip/tiny:vision"), *from_bert("bert/tiny", TINY_TEXT.layers))
+TINY_START = (("vision", "clip/tiny:vision"),)
 SPECIALS = {f"{name}_id": Tokenizer.SPECIALS.index(mark) for name, mark in (("encode", "[ENC]"), ("decode", "[DEC]"))}
 LEARNS = {"format": "blip", "real": "pairs", "batch_size": 32, "weight_decay": 0.05, "betas": (0.9, 0.98), "max_length": 48}
 
-# human texts a seventh of all, as there are a seventh as many of them; the last quarter shows colours with names only
-WEB, PLAIN_WEB = {"web pairs": 60, "unnamed web pairs": 20, "human pairs": 10, "unnamed human pairs": 3}, {"web pairs": 60, "human pairs": 10}
+# human texts a fifth of all; the last quarter shows colours with names only
+WEB, PLAIN_WEB = {"web pairs": 60, "unnamed web pairs": 20, "human pairs": 16, "unnamed human pairs": 5}, {"web pairs": 60, "human pairs": 16}
 MADE, PLAIN_MADE = ({"bootstrapped" if name == "web pairs" else "unnamed bootstrapped" if name == "unnamed web pairs" else name: weight
                      for name, weight in diet.items()} for diet in (WEB, PLAIN_WEB))
 HUMAN_TEXTS = {"human pairs": 3, "unnamed human pairs": 1}
 JUDGED = ("retrieval", "two")
 
-PRETRAIN = Stage("pretrain", ALL, PLAIN_WEB, lessons=((0.75, WEB),), init=TINY_START, steps=1300, lr=1e-3, evaluate=(),
+PRETRAIN = Stage("pretrain", ALL, PLAIN_WEB, lessons=((0.75, WEB),), init=TINY_START, steps=1400, lr=1e-3, evaluate=(),
                  on_data={"augment": True, "steps": 2000, "evaluate": ("retrieval", "captions")}, **LEARNS)
 TINY = Recipe(
     "blip/tiny", BLIP, BLIPConfig(backbones.TINY_VISION, TINY_TEXT, embedding=64, **SPECIALS,
@@ -67,8 +59,8 @@ TINY = Recipe(
     image_size=48, vocab=backbones.TINY_VOCAB,
     stages=(
         PRETRAIN,
-        Stage("captioner", WRITES, HUMAN_TEXTS, sizes=CAPTIONER, init=(("", "blip/tiny@pretrain"),), steps=300, lr=5e-4,
-              on_data=None, **{**LEARNS, "real": "captions"}),
+        Stage("captioner", WRITES, {"human pairs": 1}, lessons=((0.5, HUMAN_TEXTS),), sizes=CAPTIONER, init=(("", "blip/tiny@pretrain"),),
+              steps=400, lr=5e-4, on_data=None, **{**LEARNS, "real": "captions"}),
         Stage("filter", COMPARES, HUMAN_TEXTS, sizes=FILTER, init=(("", "blip/tiny@pretrain"),), steps=300,
               lr=5e-4, evaluate=("noise",), on_data=None, **LEARNS),
         replace(PRETRAIN, name="retrain", data=PLAIN_MADE, lessons=((0.75, MADE),), anew=True, evaluate=JUDGED, on_data=None)),
