@@ -74,6 +74,10 @@ class Records:
             texts += [text for turn in sample.turns for text in (turn.question.replace(IMAGE, ""), turn.answer)]
         return texts
 
+    def listed(self, split: str) -> list[Sample]:
+        """The records of a split that have one picture, with its path."""
+        return [record for record in self._records[split] if len(record.images) == 1]
+
     def size(self, view: str, split: str) -> int:
         if (view, split) not in self._entries:
             raise UserError(f"{self.name}: there is no view {view!r} of split {split!r}; "

@@ -29,6 +29,11 @@ SOURCES = ("web", "captioner")
 
 Write = Callable[[Sequence[Sample]], list[str]]  # a new text for each picture
 Judge = Callable[[Sequence[Sample]], list[float]]  # how likely each caption is its picture's
+Said = Callable[[Sample], Sequence[str]]  # what the web says of a picture
+
+
+def own_caption(sample: Sample) -> Sequence[str]:
+    return (sample.caption,)
 
 
 @dataclass(frozen=True)
@@ -46,11 +51,11 @@ class Text:
         return self.belongs is None or self.belongs >= 0.5
 
 
-def bootstrap(samples: Sequence[Sample], write: Write | None, judge: Judge | None) -> Iterator[list[Text]]:
+def bootstrap(samples: Sequence[Sample], write: Write | None, judge: Judge | None, said: Said = own_caption) -> Iterator[list[Text]]:
     """The texts of `samples`, a chunk of pictures at a time; write: None adds none, judge: None drops none."""
     for start in range(0, len(samples), CHUNK):
         chunk = samples[start:start + CHUNK]
-        asked = [(sample, "web", sample.label) for sample in chunk]
+        asked = [(replace(sample, caption=text), "web", sample.label) for sample in chunk for text in said(sample)]
         if write:
             # a captioner that says nothing has no text for this picture
             asked += [(replace(sample, caption=text), "captioner", "") for sample, text in zip(chunk, write(chunk)) if text]
@@ -59,7 +64,7 @@ def bootstrap(samples: Sequence[Sample], write: Write | None, judge: Judge | Non
 
 
 def grow(path: Path | None, samples: Sequence[Sample], write: Write | None, judge: Judge | None,
-         after: Callable[[int], None] = lambda done: None) -> list[Text]:
+         after: Callable[[int], None] = lambda done: None, said: Said = own_caption) -> list[Text]:
     """All texts of `samples`, from the file as far as it goes, and written to it; after: told how many pictures are done."""
     texts = read(path) if path and path.exists() else []
     done = len({text.picture for text in texts}) // CHUNK * CHUNK  # a chunk that was cut off is made again
@@ -67,7 +72,7 @@ def grow(path: Path | None, samples: Sequence[Sample], write: Write | None, judg
     texts = [text for text in texts if text.picture in whole]
     if path:
         path.write_text("".join(map(line, texts)), encoding="utf-8")
-    for chunk in bootstrap(samples[done:], write, judge):
+    for chunk in bootstrap(samples[done:], write, judge, said):
         texts += chunk
         done = min(done + CHUNK, len(samples))
         if path:

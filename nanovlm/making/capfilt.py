@@ -1,0 +1,225 @@
+"""CapFilt on a person's own pictures: `python -m nanovlm.making.capfilt --data noisy/ --human clean.jsonl --model runs/blip --out clean/`
+
+BLIP (2201.12086) §3.3, Fig. 3. The steps before and behind it are runs of train_tiny.py:
+
+    train_tiny.py --model blip --data noisy/ ─► runs/blip: pretrain
+                                                   ├─► captioner  LM loss          ┐ fine-tuned here, apart, on the texts of --human
+                                                   └─► filter     ITC + ITM losses ┘
+    every picture that noisy/ trains on: its texts and a new one by the captioner ─► filter ─► those that belong (bootstrap.py)
+        + the human pairs, not filtered + the held-out records of noisy/, as they are ─► clean/captions.jsonl
+    train_tiny.py --model blip --data clean/        a new model, from the beginning
+
+clean/ is a folder like that of a run: --resume goes on with it, --overwrite deletes it.
+    captions.jsonl      {"image": "../noisy/a.jpg", "caption": "a hat", "source": "web", "belongs": 0.97, "split": "train"}, a line for each
+                        text; source: web, captioner or human. The pictures stay where they are; paths count from this folder.
+    texts.jsonl         every text that was judged, dropped ones too         report.png, summary.json    what was kept, dropped, rewritten
+    captioner.pt, filter.pt, and what else a run has
+
+Who is held out stays held out: of noisy/ those that its "split" names or, if it names none, those that train_tiny.py chose. A picture
+that is in both sets is on the side that noisy/ says, and where it is held out nothing learns from it.
+A run on other data than noisy/ is taken, with a warning: its captioner knows few of the words. The shipped models have seen scenes only.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from hashlib import blake2b
+from pathlib import Path
+
+from nanovlm import plots, recipes
+from nanovlm.data.check import look_at_pictures
+from nanovlm.data.records import SPLITS, Records
+from nanovlm.data.sample import Sample
+from nanovlm.data.transforms import load_image
+from nanovlm.errors import UserError
+from nanovlm.files import replacing
+from nanovlm.making.bootstrap import CHUNK, SOURCES, Text, grow
+from nanovlm.recipes.stage import as_config
+from nanovlm.runs import checkpoint
+from nanovlm.runs.cache import Cache
+from nanovlm.runs.capfilt import pupil_of, writer
+from nanovlm.runs.checkpoint import SaveFailed, saving
+from nanovlm.runs.folder import OURS, RunFolder
+from nanovlm.runs.progress import say, warn
+from nanovlm.runs.run import shortened, versions
+from nanovlm.runs.setting import Job, Setting, leave_out_unfit, read_source
+from nanovlm.runs.tuned import EPOCHS, FEWEST, open_run, to_tune, tune
+from nanovlm.tokenizer import Tokenizer
+from nanovlm.training import distributed
+from nanovlm.training.loop import TrainingFailed
+
+SAID_EVERY = 5 * CHUNK  # pictures
+DRAWN = 8  # pictures in a block of the report
+
+
+def capfilt(options: argparse.Namespace) -> None:
+    """From the command line to captions.jsonl."""
+    if not options.human:
+        raise UserError("--human is missing: captioner and filter must learn from texts that one can trust, or they copy the noise of the "
+                        "others (BLIP's learn from COCO); give a few hundred pictures with texts that somebody has checked.")
+    path, seed = Path(options.model), options.seed
+    trained_on, recipe, first = open_run(path)
+    web, human = (read_source(recipe, data, options.on_missing, seed) for data in (options.data, options.human))
+    samples = to_filter(web, Path(options.data))
+    sides = {content(record): split for split in SPLITS for record in web.listed(split)}
+    placed = [(record, sides.get(content(record), split)) for split in SPLITS for record in human.listed(split)]
+    made = replace(next(iter(recipe.makes.values())), beams=options.beams)
+    recipe = to_tune(recipe, (made.captioner, made.filter), human, options.steps)
+    keep = RunFolder(recipe.name, options.out, options.resume, options.overwrite)
+    tokenizer = Tokenizer.from_dict(checkpoint.load(path / "last.pt")["tokenizer"])
+    setting = Setting(recipe, seed, distributed.choose_device(options.device), human, tokenizer)
+    jobs = [Job(recipe, stage) for stage in recipe.stages]
+    check_human(human, {record.id for record, side in placed if side == "val"}, jobs, setting)
+    content_of = blake2b(repr([(s.id, s.captions) for s in (*samples, *human.listed("train"))]).encode(), digest_size=6).hexdigest()
+    data, trusted, begun = (str(Path(name).resolve()) for name in (options.data, options.human, options.model))
+    keep.begin(setting, Cache(setting, kept=False), {
+        "what": OURS, "recipe": as_config(recipe), "seed": seed, "data": data, "on_missing": options.on_missing, "steps": options.steps,
+        "--human": trusted, "--model": begun, "--beams": made.beams, "what both sets hold": content_of,
+        "machine": {"device": str(setting.device), "processes": 1, **versions()}})
+    say(f"{web.name}: {len(samples):,} pictures to caption and to filter, {len(web.listed('val')):,} held-out records to copy; {human.name}: "
+        f"{human.size('pairs', 'train'):,} human pairs to learn from")
+    for records in (web, human):
+        for record, reason in records.skipped[:1]:
+            say(f"{records.name}: {len(records.skipped):,} records are left out; the first is {record}: {reason}")
+    if trained_on != data:
+        warn(f"{path} was trained on {trained_on}, not on {options.data}; its captioner writes in the words that it knows")
+    if options.steps is not None:
+        say(shortened(options.steps))
+    before = tune(jobs, setting, keep, first, path)
+    captioner, judge = (pupil_of(job.stage.name, job, setting, before) for job in jobs)
+    side, write = recipes.shorter_side(recipe.name) * 4 // 3, writer(captioner, made, f"{seed}/{recipe.name}")
+    texts = grow(keep.path / "texts.jsonl", samples, lambda chunk: write(shown(chunk, side)), lambda chunk: judge.belongs(shown(chunk, side)),
+                 lambda done: done % SAID_EVERY == 0 and say(f"captioned and filtered: {done:,} of {len(samples):,} pictures"),
+                 lambda sample: sample.captions)
+    write_out(texts, {sample.id: sample.images[0] for sample in samples}, placed, web.listed("val"), keep.path)
+
+
+# --- what it begins with ---
+
+def content(record: Sample) -> bytes:
+    """What its picture is known by: copies of a picture under two names are one."""
+    return blake2b(record.images[0].read_bytes(), digest_size=16).digest()
+
+
+def to_filter(web: Records, data: Path) -> list[Sample]:
+    """A sample for each picture that is trained on, with all its texts; named from where the data are, whatever --out is."""
+    found: dict[Path, Sample] = {}
+    for record in web.listed("train"):
+        name, known = record.images[0], found.get(record.images[0])
+        texts = dict.fromkeys((*(known.captions if known else ()), *record.captions))
+        found[name] = Sample(way(name, data if data.is_dir() else data.parent), record.images, record.caption, tuple(texts))
+    if web.in_memory:
+        return list(found.values())
+    broken = look_at_pictures(list(found.values()))[2]  # nobody has opened them yet
+    web.leave_out("pairs", lambda sample: broken.get(sample.id), ("train",))
+    return [sample for sample in found.values() if sample.id not in broken]
+
+
+def way(path: Path, folder: Path) -> str:
+    return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
+
+
+def check_human(human: Records, held: set[str], jobs: Sequence[Job], setting: Setting) -> None:
+    """What cannot be learned from is left out; what is left must be enough to learn from."""
+    for job in jobs:
+        human.leave_out(job.stage.real, lambda sample: "its picture is held out in --data" if sample.id in held else None, ("train",))
+    leave_out_unfit(jobs, setting)
+    left = [record for record in human.listed("train") if record.id not in held]
+    kinds = len(set(map(content, left))), len({text for record in left for text in record.captions})
+    if min(kinds) < 2:
+        raise UserError(f"--human {human.name} has {kinds[0]} different pictures with {kinds[1]} different texts to learn from: the filter's wrong "
+                        "pairs are made by exchanging texts, so it needs at least two of each.")
+
+
+def shown(samples: Sequence[Sample], side: int) -> list[Sample]:
+    """With their pictures, as the stages see them."""
+    return [replace(sample, images=(load_image(sample.images[0], side),)) for sample in samples]
+
+
+# --- what it leaves ---
+
+def write_out(texts: Sequence[Text], paths: dict[str, Path], placed: Sequence[tuple[Sample, str]], held: Sequence[Sample], folder: Path) -> None:
+    """report.png, and last of all captions.jsonl."""
+    target = folder / "captions.jsonl"
+    if not any(text.kept for text in texts):
+        raise UserError(f"The filter takes none of {len(texts):,} texts for right, so {target} is not written: tune longer (--overwrite, and a "
+                        "larger --steps), or give more human pairs.")
+    unlike = {(text.picture, text.text): text for text in reversed(texts) if text.kept}  # what the captioner repeats is the web's
+    lines = [{"image": way(paths[text.picture], folder), "caption": text.text, "source": text.source, "belongs": round(text.belongs, 4),
+              "split": "train"} for text in reversed(unlike.values())]
+    for record, source, split in [*((record, "human", side) for record, side in placed), *((record, "web", "val") for record in held)]:
+        said = record.captions[0] if len(record.captions) == 1 else record.captions
+        lines.append({"image": way(record.images[0], folder), "caption": said, "label": record.label, "source": source, "split": split})
+    outcomes = by_outcome(texts)
+    with saving(folder / "report.png"):
+        plots.save_verdicts({f"{name}: {len(found):,} pictures": [drawn(found[i * len(found) // n], paths) for i in range(n)]
+                             for name, found in outcomes.items() if (n := min(DRAWN, len(found)))}, folder / "report.png")
+    with saving(target), replacing(target) as beside:
+        beside.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    for source in SOURCES:
+        n, dropped = (sum(text.source == source and not (kept and text.kept) for text in texts) for kept in (False, True))
+        say(f"{source}: {n:,} texts, {dropped:,} of them dropped ({dropped / max(1, n):.0%})")
+    say("pictures: " + ", ".join(f"{len(found):,} {name}" for name, found in outcomes.items()) + f"; {folder / 'report.png'} shows some of each")
+    counts = Counter(f"{line['source']}, {line['split']}" for line in lines)
+    say(f"{target}: {len(lines):,} lines ({'; '.join(f'{name}: {n:,}' for name, n in counts.items())})")
+    say(f"next: python train_tiny.py --model blip --data {folder}")
+
+
+def by_outcome(texts: Sequence[Text]) -> dict[str, list[list[Text]]]:
+    """The texts of each picture, by what became of them; rewritten: the filter takes the captioner's alone."""
+    own: dict[str, list[Text]] = {}
+    for text in texts:
+        own.setdefault(text.picture, []).append(text)
+    outcomes: dict[str, list[list[Text]]] = {"kept": [], "rewritten": [], "dropped": []}
+    for found in own.values():
+        left = {text.source for text in found if text.kept}
+        outcomes["kept" if "web" in left else "rewritten" if left else "dropped"].append(found)
+    return outcomes
+
+
+def drawn(texts: Sequence[Text], paths: dict[str, Path]) -> tuple[object, list[tuple[str, bool]]]:
+    """A cell of the report."""
+    return load_image(paths[texts[0].picture], 256), [(f"{text.source}: {text.text} ({text.belongs:.2f})", text.kept) for text in texts]
+
+
+# --- the command ---
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = make_parser().parse_args(argv)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a console may know no Chinese
+    try:
+        capfilt(options)
+        return 0
+    except (UserError, TrainingFailed, SaveFailed, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    except KeyboardInterrupt as error:
+        print(f"Interrupted: {error or 'the same command with --resume goes on'}.", file=sys.stderr)
+        return 130
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m nanovlm.making.capfilt", description="Filter noisy captions and write new ones, as BLIP does (CapFilt).",
+        epilog="example: python -m nanovlm.making.capfilt --data noisy/ --human clean.jsonl --model runs/blip --out clean/")
+    parser.add_argument("--data", required=True, metavar="PATH", help="the noisy set, in any form that train_tiny.py --data takes")
+    parser.add_argument("--human", metavar="PATH", help="pictures with texts that somebody has checked: captioner and filter learn from them")
+    parser.add_argument("--model", required=True, metavar="FOLDER", help="a run of train_tiny.py --model blip --data with the noisy set")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="the folder to write, which is a data set for --data")
+    parser.add_argument("--beams", type=int, default=1, metavar="N", help="beam search; default: sampling from the nucleus, p = 0.9")
+    parser.add_argument("--steps", type=float, metavar="X", help=f"of captioner and filter each: up to 1 a fraction of {EPOCHS} epochs of the human "
+                        f"pairs, {FEWEST} steps at least; above 1 a number")
+    parser.add_argument("--on-missing", choices=("error", "skip"), default="error", help="what to do about a missing or broken picture")
+    parser.add_argument("--resume", action="store_true", help="go on with what is in --out")
+    parser.add_argument("--overwrite", action="store_true", help="delete what is in --out first")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: CUDA, else CPU")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
