@@ -11,7 +11,7 @@ matching head's answer, P(belongs) ≥ 0.5, and nothing else (§3.3: "the ITM he
 
 The result is a file with a line for each text, dropped ones too, so that one can see what was done:
     {"picture": "scenes/web pairs/17", "text": "a large red circle in the top left.", "source": "captioner", "belongs": 0.98, "noise": ""}
-It grows a chunk of pictures at a time, and whoever was stopped goes on behind the last whole chunk. `noise` is the hidden label of
+It grows a chunk of pictures at a time, and whoever was stopped makes the last chunk of the file again. `noise` is the hidden label of
 the embedded world's web texts (world/noise.py): nobody who learns or judges ever sees it.
 """
 
@@ -67,7 +67,8 @@ def grow(path: Path | None, samples: Sequence[Sample], write: Write | None, judg
          after: Callable[[int], None] = lambda done: None, said: Said = own_caption) -> list[Text]:
     """All texts of `samples`, from the file as far as it goes, and written to it; after: told how many pictures are done."""
     texts = read(path) if path and path.exists() else []
-    done = len({text.picture for text in texts}) // CHUNK * CHUNK  # a chunk that was cut off is made again
+    # the last chunk of the file is made again: a cut may have left each of its pictures with the web's text and not with the new one
+    done = max(0, len({text.picture for text in texts}) - 1) // CHUNK * CHUNK
     whole = {sample.id for sample in samples[:done]}
     texts = [text for text in texts if text.picture in whole]
     if path:
