@@ -36,86 +36,60 @@ from nanovlm.data.records import SPLITS, Records
 from nanovlm.data.sample import Sample
 from nanovlm.data.transforms import load_image
 from nanovlm.errors import UserError
-from nanovlm.evaluate.pupil import permuted
+from nanovlm.evaluate.pupil import Pupil, permuted
 from nanovlm.files import replacing
 from nanovlm.making.bootstrap import CHUNK, SOURCES, Text, grow
-from nanovlm.recipes.stage import as_config
-from nanovlm.runs import checkpoint
-from nanovlm.runs.cache import Cache
-from nanovlm.runs.capfilt import pupil_of, writer
+from nanovlm.runs.capfilt import writer
 from nanovlm.runs.checkpoint import SaveFailed, saving
-from nanovlm.runs.folder import OURS, RunFolder
 from nanovlm.runs.progress import say, warn
-from nanovlm.runs.run import shortened, versions
-from nanovlm.runs.setting import Job, Setting, leave_out_unfit, read_source
-from nanovlm.runs.tuned import EPOCHS, FEWEST, open_run, to_tune, tune
-from nanovlm.tokenizer import Tokenizer
-from nanovlm.training import distributed
+from nanovlm.runs.run import Options
+from nanovlm.runs.setting import read_source
+from nanovlm.runs.tuned import EPOCHS, FEWEST, open_run, prepare, tune
 from nanovlm.training.loop import TrainingFailed
 
 SAID_EVERY = 5 * CHUNK  # pictures
 DRAWN = 8  # pictures in a block of the report
 
 
-def capfilt(options: argparse.Namespace) -> None:
+def capfilt(run: Path, human_path: str | None, beams: int, options: Options) -> None:
     """From the command line to captions.jsonl."""
-    if not options.human:
+    if not human_path:
         raise UserError("--human is missing: captioner and filter must learn from texts that one can trust, or they copy the noise of the "
                         "others (BLIP's learn from COCO); give a few hundred pictures with texts that somebody has checked.")
-    path, seed = Path(options.model), options.seed
-    trained_on, recipe, first = open_run(path)
-    web, human = (read_source(recipe, data, options.on_missing, seed) for data in (options.data, options.human))
-    samples = to_filter(web, Path(options.data))
-    sides = {content(record): split for split in SPLITS for record in web.listed(split)}
-    placed = [(record, sides.get(content(record), split)) for split in SPLITS for record in human.listed(split)]
-    made = replace(next(iter(recipe.makes.values())), beams=options.beams)
-    recipe = to_tune(recipe, (made.captioner, made.filter), human, options.steps)
-    keep = RunFolder(recipe.name, options.out, options.resume, options.overwrite)
-    tokenizer = Tokenizer.from_dict(checkpoint.load(path / "last.pt")["tokenizer"])
-    setting = Setting(recipe, seed, distributed.choose_device(options.device), human, tokenizer)
-    jobs = [Job(recipe, stage) for stage in recipe.stages]
-    check_human(human, {record.id for record, side in placed if side == "val"}, jobs, setting)
-    content_of = blake2b(repr([(s.id, s.captions) for s in (*samples, *human.listed("train"))]).encode(), digest_size=6).hexdigest()
-    data, trusted, begun = (str(Path(name).resolve()) for name in (options.data, options.human, options.model))
-    keep.begin(setting, Cache(setting, kept=False), {
-        "what": OURS, "recipe": as_config(recipe), "seed": seed, "data": data, "on_missing": options.on_missing, "steps": options.steps,
-        "--human": trusted, "--model": begun, "--beams": made.beams, "what both sets hold": content_of,
-        "machine": {"device": str(setting.device), "processes": 1, **versions()}})
-    say(f"{web.name}: {len(samples):,} pictures to caption and to filter, {len(web.listed('val')):,} held-out records to copy; {human.name}: "
+    trained_on, recipe, made = open_run(run)
+    made = replace(made, beams=beams)
+    web, human = (read_source(recipe, path, options.on_missing, options.seed) for path in (options.data, human_path))
+    samples, held = to_filter(web, Path(options.data)), web.listed("val")
+    placed = on_one_side(human, web)
+    apart = {record.id for record, side in placed if side == "val"}
+    setting, keep = prepare(run, recipe, made, human, lambda record: "its picture is held out" if record.id in apart else None, options)
+    check_human(human, [record for record, _ in placed if record.id not in apart])
+    say(f"{web.name}: {len(samples):,} pictures to caption and to filter, {len(held):,} held-out records to copy; {human.name}: "
         f"{human.size('pairs', 'train'):,} human pairs to learn from")
-    for records in (web, human):
-        for record, reason in records.skipped[:1]:
-            say(f"{records.name}: {len(records.skipped):,} records are left out; the first is {record}: {reason}")
-    if trained_on != data:
-        warn(f"{path} was trained on {trained_on}, not on {options.data}; its captioner writes in the words that it knows")
-    if options.steps is not None:
-        say(shortened(options.steps))
-    before = tune(jobs, setting, keep, first, path)
-    captioner, judge = (pupil_of(job.stage.name, job, setting, before) for job in jobs)
-    known = [human.sample("pairs", "val", i) for i in range(min(500, human.size("pairs", "val")))]
-    right, wrong = (sum(belief >= 0.5 for belief in judge.belongs(those)) for those in (known, permuted(known)))
-    say(f"of {len(known)} held-out human pairs the filter takes {right} for right; with their pictures exchanged, {wrong}")
-    side, write = recipes.shorter_side(recipe.name) * 4 // 3, writer(captioner, made, f"{seed}/{recipe.name}")
+    for name, skipped in ((records.name, records.skipped) for records in (web, human) if records.skipped):
+        say(f"{name}: {len(skipped):,} records are left out; the first is {': '.join(skipped[0])}")
+    if trained_on != str(Path(options.data).resolve()):
+        warn(f"{run} was trained on {trained_on}, not on {options.data}; its captioner writes in the words that it knows")
+    content = repr([(sample.id, sample.captions) for sample in (*samples, *human.listed("train"))]).encode()
+    captioner, judge = tune(run, setting, keep, options, {
+        "--human": str(Path(human_path).resolve()), "--beams": beams, "what both sets hold": blake2b(content, digest_size=6).hexdigest()})
+    examine(judge, human)
+    side, write = recipes.shorter_side(recipe.name) * 4 // 3, writer(captioner, made, f"{options.seed}/{recipe.name}")
     texts = grow(keep.path / "texts.jsonl", samples, lambda chunk: write(shown(chunk, side)), lambda chunk: judge.belongs(shown(chunk, side)),
                  lambda done: done % SAID_EVERY == 0 and say(f"captioned and filtered: {done:,} of {len(samples):,} pictures"),
                  lambda sample: sample.captions)
-    write_out(texts, {sample.id: sample.images[0] for sample in samples}, placed, web.listed("val"), keep.path)
+    write_out(texts, {sample.id: sample.images[0] for sample in samples}, placed, held, keep.path)
 
 
 # --- what it begins with ---
-
-def content(record: Sample) -> bytes:
-    """What its picture is known by: copies of a picture under two names are one."""
-    return blake2b(record.images[0].read_bytes(), digest_size=16).digest()
-
 
 def to_filter(web: Records, data: Path) -> list[Sample]:
     """A sample for each picture that is trained on, with all its texts; named from where the data are, whatever --out is."""
     found: dict[Path, Sample] = {}
     for record in web.listed("train"):
-        name, known = record.images[0], found.get(record.images[0])
-        texts = dict.fromkeys((*(known.captions if known else ()), *record.captions))
-        found[name] = Sample(way(name, data if data.is_dir() else data.parent), record.images, record.caption, tuple(texts))
+        path = record.images[0]
+        texts = dict.fromkeys((*(found[path].captions if path in found else ()), *record.captions))
+        found[path] = Sample(way(path, data if data.is_dir() else data.parent), record.images, record.caption, tuple(texts))
     if web.in_memory:
         return list(found.values())
     broken = look_at_pictures(list(found.values()))[2]  # nobody has opened them yet
@@ -123,20 +97,34 @@ def to_filter(web: Records, data: Path) -> list[Sample]:
     return [sample for sample in found.values() if sample.id not in broken]
 
 
-def way(path: Path, folder: Path) -> str:
-    return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
+def on_one_side(human: Records, web: Records) -> list[tuple[Sample, str]]:
+    """The human records, each on the side on which the web has its picture, if it has it: copies under two names are one."""
+    known = {content(record): split for split in SPLITS for record in web.listed(split)}
+    return [(record, known.get(content(record), split)) for split in SPLITS for record in human.listed(split)]
 
 
-def check_human(human: Records, held: set[str], jobs: Sequence[Job], setting: Setting) -> None:
-    """What cannot be learned from is left out; what is left must be enough to learn from."""
-    for job in jobs:
-        human.leave_out(job.stage.real, lambda sample: "its picture is held out in --data" if sample.id in held else None, ("train",))
-    leave_out_unfit(jobs, setting)
-    left = [record for record in human.listed("train") if record.id not in held]
+def content(record: Sample) -> bytes:
+    return blake2b(record.images[0].read_bytes(), digest_size=16).digest()
+
+
+def check_human(human: Records, left: Sequence[Sample]) -> None:
     kinds = len(set(map(content, left))), len({text for record in left for text in record.captions})
     if min(kinds) < 2:
         raise UserError(f"--human {human.name} has {kinds[0]} different pictures with {kinds[1]} different texts to learn from: the filter's wrong "
                         "pairs are made by exchanging texts, so it needs at least two of each.")
+
+
+def way(path: Path, folder: Path) -> str:
+    return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
+
+
+# --- the work ---
+
+def examine(judge: Pupil, human: Records) -> None:
+    """What the filter says where the truth is known."""
+    known = [human.sample("pairs", "val", i) for i in range(min(500, human.size("pairs", "val")))]
+    right, wrong = (sum(belief >= 0.5 for belief in judge.belongs(those)) for those in (known, permuted(known)))
+    say(f"of {len(known)} held-out human pairs the filter takes {right} for right; with their pictures exchanged, {wrong}")
 
 
 def shown(samples: Sequence[Sample], side: int) -> list[Sample]:
@@ -196,7 +184,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = make_parser().parse_args(argv)
     sys.stdout.reconfigure(errors="backslashreplace")  # a console may know no Chinese
     try:
-        capfilt(options)
+        capfilt(Path(options.model), options.human, options.beams, Options(
+            options.data, options.on_missing, options.device, options.seed, options.out, options.resume, options.overwrite, steps=options.steps))
         return 0
     except (UserError, TrainingFailed, SaveFailed, OSError) as error:
         print(error, file=sys.stderr)
