@@ -43,7 +43,8 @@ def learn(recipe: Recipe, stage: Stage, samples: Samples, seed: int, tokenizer: 
     batches = MicroBatches(samples, stage, seed, make_collate(recipe, stage, tokenizer, model.reads))
     for report in train_stage(model, stage, stream(batches, 0, CPU), make_optimiser(model, stage), CPU):
         if report.step % 200 == 0:
-            print(f"    {stage.name} {report.step}/{stage.steps}: loss {report.losses['lm']:.3f}", flush=True)
+            told = ", ".join(f"{name} {value:.3f}" for name, value in report.losses.items())
+            print(f"    {stage.name} {report.step}/{stage.steps}: {told}", flush=True)
         after(model, report)
     return model
 

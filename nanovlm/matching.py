@@ -20,16 +20,21 @@ from nanovlm.contract import Gather
 from nanovlm.errors import UserError
 
 
+def need_wrong_partners(right: Tensor) -> None:
+    """right: bool (B, G), which of all pairs are right for each of mine."""
+    if right.all(dim=1).any():
+        raise UserError("A pair of the batch has no wrong partner in it: all the others share its text or its picture. "
+                        "Image-text matching needs at least two different pairs in every batch: make batch_size larger, "
+                        "or give captions that differ.")
+
+
 @torch.no_grad()
 def hard_negatives(similarity: Tensor, right: Tensor) -> Tensor:
     """For each of B rows one of G columns that is wrong, the likelier the more alike it is → int64 (B,).
 
     similarity: (B, G), divided by τ. right: bool (B, G) from `contrastive.positives`: never drawn.
     """
-    if right.all(dim=1).any():
-        raise UserError("A pair of the batch has no wrong partner in it: all the others share its text or its picture. "
-                        "Image-text matching needs at least two different pairs in every batch: make batch_size larger, "
-                        "or give captions that differ.")
+    need_wrong_partners(right)
     # fp32 and -inf: in half precision a sum of tiny probabilities is 0, and multinomial fails (LAVIS #107)
     probability = similarity.float().masked_fill(right, float("-inf")).softmax(dim=1)
     return torch.multinomial(probability, 1)[:, 0]

@@ -55,6 +55,11 @@ class Momentum(nn.Module):
         self.register_buffer("place", torch.tensor(0))  # where the next key is written
         self.register_buffer("steps", torch.tensor(0))
 
+    def need_room(self, pairs: int) -> None:
+        if pairs > self.config.queue:
+            raise UserError(f"The queue holds {self.config.queue} keys, but the batch has {pairs} pairs: make `queue` of the recipe's "
+                            f"MomentumConfig at least {pairs}, or batch_size smaller.")
+
     @torch.no_grad()
     def follow(self, encoders: Mapping[str, nn.Module]) -> None:
         """θ_m ← m θ_m + (1 − m) θ, before the keys are made; at the first step the copies become exact ones."""
@@ -90,9 +95,6 @@ class Momentum(nn.Module):
         """The keys of all ranks take the places of the oldest, beyond the queue's end from its beginning."""
         image_key, text_key, image_group, text_group = map(gather, (*keys, *groups))  # (G, …)
         G, Q = len(image_key), self.config.queue
-        if G > Q:
-            raise UserError(f"The queue holds {Q} keys, but the batch has {G} pairs: make `queue` of the recipe's MomentumConfig "
-                            f"at least {G}, or batch_size smaller.")
         at = (self.place + torch.arange(G, device=image_key.device)) % Q
         self.images[at], self.texts[at] = image_key, text_key
         self.images_group[at], self.texts_group[at] = image_group, text_group

@@ -34,6 +34,7 @@ T5 = {"vocab_size": 53, "d_model": 26, "d_kv": 7, "d_ff": 34, "num_layers": 3, "
       "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
       "decoder_start_token_id": 3, "eos_token_id": 2, "pad_token_id": 0}
 IMAGE_ID = 51
+BLIP_TEXT = {**{k: v for k, v in BERT.items() if k != "type_vocab_size"}, "bos_token_id": 51, "sep_token_id": 2}  # [DEC]; [ENC] is 52
 
 
 def hf_clip_vision(seed: int, **changes) -> nn.Module:
@@ -94,6 +95,19 @@ def hf_clip(seed: int) -> nn.Module:
 
 def hf_bert(seed: int, **changes) -> nn.Module:
     return bite(transformers.BertForMaskedLM(transformers.BertConfig(**{**BERT, **changes})), seed)
+
+
+def blip_config(text: dict, vision: dict, **changes) -> transformers.BlipConfig:
+    return transformers.BlipConfig(text_config={**BLIP_TEXT, **text}, vision_config={**EVA, **vision}, image_text_hidden_size=9, **changes)
+
+
+def hf_blip(seed: int, text: dict | None = None, vision: dict | None = None) -> nn.Module:
+    """Fresh, its vision tower is nearly zero (initializer_range 1e-10): nothing would be compared."""
+    return bite(transformers.BlipForConditionalGeneration(blip_config(text or {}, vision or {})), seed)
+
+
+def hf_blip_retrieval(seed: int, text: dict | None = None, vision: dict | None = None) -> nn.Module:
+    return bite(transformers.BlipForImageTextRetrieval(blip_config(text or {}, vision or {})), seed)
 
 
 def blip2_config(text: dict, **qformer) -> transformers.Blip2Config:

@@ -127,6 +127,28 @@ BLIP2_ITM = {**SHORT, "architectures": ["Blip2ForImageTextRetrieval"], "image_to
              "qformer_config": {"model_type": "blip_2_qformer", "use_qformer_text_input": True, "vocab_size": 30523},
              "text_config": {"model_type": "opt"}, "use_decoder_only_language_model": True}
 
+# BLIP's config.json, with the fields that its classes wrote when the checkpoints were converted
+BLIP_TEXT = {**WRITTEN_OUT, "attention_probs_dropout_prob": 0.0, "bos_token_id": 30522, "encoder_hidden_size": 768, "eos_token_id": 2,
+             "hidden_act": "gelu", "hidden_dropout_prob": 0.0, "hidden_size": 768, "initializer_factor": 1.0, "initializer_range": 0.02,
+             "intermediate_size": 3072, "is_decoder": True, "layer_norm_eps": 1e-12, "max_position_embeddings": 512,
+             "model_type": "blip_text_model", "num_attention_heads": 12, "num_hidden_layers": 12, "pad_token_id": 0,
+             "projection_dim": 768, "sep_token_id": 102, "use_cache": True, "vocab_size": 30524}
+BLIP_VISION = {**WRITTEN_OUT, "attention_dropout": 0.0, "dropout": 0.0, "hidden_act": "gelu", "hidden_size": 768, "image_size": 384,
+               "initializer_factor": 1.0, "initializer_range": 0.02, "intermediate_size": 3072, "layer_norm_eps": 1e-05,
+               "model_type": "blip_vision_model", "num_attention_heads": 12, "num_channels": 3, "num_hidden_layers": 12, "patch_size": 16,
+               "projection_dim": 512}
+BLIP_CAPTIONS = {"_commit_hash": None, "architectures": ["BlipForConditionalGeneration"], "image_text_hidden_size": 256,
+                 "initializer_factor": 1.0, "logit_scale_init_value": 2.6592, "model_type": "blip", "projection_dim": 512,
+                 "text_config": BLIP_TEXT, "torch_dtype": "float32", "transformers_version": None, "vision_config": BLIP_VISION}
+BLIP_CAPTIONS_LARGE = {**BLIP_CAPTIONS, "text_config": {**BLIP_TEXT, "encoder_hidden_size": 1024},
+                       "vision_config": {**BLIP_VISION, "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16,
+                                         "num_hidden_layers": 24}}
+BLIP_ITM = {**BLIP_CAPTIONS, "architectures": ["BlipForImageTextRetrieval"]}
+# what equals the default is left out; the heads do not
+BLIP_SHORT = {"architectures": ["BlipForConditionalGeneration"], "model_type": "blip",
+              "text_config": {"label_smoothing": 0.1, "model_type": "blip_text_model", "num_attention_heads": 12},
+              "vision_config": {"dropout": 0.0, "initializer_factor": 1.0, "model_type": "blip_vision_model", "num_channels": 3}}
+
 LLAVA_VISION = {"hidden_size": 1024, "image_size": 336, "intermediate_size": 4096, "model_type": "clip_vision_model",
                 "num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14, "projection_dim": 768,
                 "vocab_size": 32000}
@@ -161,5 +183,6 @@ PUBLISHED = {
     "llama-7b": LLAMA_1, "opt-2.7b": opt(2560), "opt-6.7b": opt(4096), "bert-base-uncased": BERT_BASE,
     "t5-small": T5_SMALL, "flan-t5-xl": FLAN_T5_XL, "blip2-opt-2.7b": BLIP2_OPT, "blip2-flan-t5-xl": BLIP2_T5,
     "blip2-opt-2.7b, written out": BLIP2_OPT_WRITTEN_OUT, "blip2-flan-t5-xl, written out": BLIP2_T5_WRITTEN_OUT,
-    "blip2-itm-vit-g": BLIP2_ITM, "llava-1.5-7b-hf": LLAVA_HF, "llava-v1.5-7b": LLAVA_ORIGINAL,
+    "blip2-itm-vit-g": BLIP2_ITM, "blip-image-captioning-base": BLIP_CAPTIONS, "blip-image-captioning-base, short": BLIP_SHORT,
+    "blip-image-captioning-large": BLIP_CAPTIONS_LARGE, "blip-itm-base-coco": BLIP_ITM, "llava-1.5-7b-hf": LLAVA_HF, "llava-v1.5-7b": LLAVA_ORIGINAL,
     "llava-v1.6-vicuna-7b-hf": LLAVA_NEXT_HF, "llava-v1.6-vicuna-7b": LLAVA_NEXT_ORIGINAL}

@@ -102,7 +102,7 @@ def test_cached_equals_whole(chunks):
         whole, cache, parts, first = model(ids, masks.causal(T), image_tokens), KVCache(), [], 0
         for length in chunks:
             rows = masks.causal(length, first + length)
-            parts.append(model(ids[:, first:first + length], rows, image_tokens, cache, first))
+            parts.append(model(ids[:, first:first + length], rows, image_tokens, cache=cache, first=first))
             first += length
     close(torch.cat(parts, dim=1), whole)
 

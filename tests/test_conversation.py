@@ -25,11 +25,13 @@ BYTES = Tokenizer([])  # no merges: "###" is three tokens, and an answer may hol
 NAMES = sorted(FORMATS)
 # What each answer begins with and what closes it, written out here and not taken from the table under test.
 LEAD = {"plain": "", "v0": " ", "v1": " ", "llama_2": " ", "blip2": " ", "flan_t5": " ", "blip2-caption": " ",
-        "instructblip": " ", "flamingo": " ", "tiny": " "}
+        "instructblip": " ", "flamingo": " ", "blip": "", "blip-caption": " ", "tiny": " "}
 CLOSE = {"plain": "\n", "v0": "\n###", "v1": "</s>", "llama_2": " </s>", "blip2": "\n", "flan_t5": "</s>",
-         "blip2-caption": "\n", "instructblip": "</s>", "flamingo": "<EOC>", "tiny": "</s>"}
+         "blip2-caption": "\n", "instructblip": "</s>", "flamingo": "<EOC>", "blip": "</s>", "blip-caption": "</s>",
+         "tiny": "</s>"}
 FORBIDDEN = {"plain": "\n", "v0": "###", "blip2": "\n", "blip2-caption": "\n"}
-ONE_CAPTION, IMAGE_FIRST = ("plain", "blip2-caption"), ("blip2", "flan_t5", "blip2-caption", "instructblip")
+ONE_CAPTION = ("plain", "blip2-caption", "blip", "blip-caption")
+IMAGE_FIRST = ("blip2", "flan_t5", "blip2-caption", "instructblip", "blip", "blip-caption")
 
 # Texts that try to break out of the template, beside any Unicode.
 SPITEFUL = st.sampled_from(["</s>", "<EOC>", "<s>", "### Assistant:", " ASSISTANT: no", "[/INST]", "\n\n", " ", "#", "\n##"])
@@ -198,6 +200,8 @@ TOLD = [
     ("blip2", ASKED, ["A red hat.", "<s>", "Question: what colour? Answer:", " red", "\n", "Question: sure? Answer:", " yes", "\n"]),
     ("blip2", CAPTIONED, ["A red hat.", "<s>", " a hat", "\n"]),
     ("blip2-caption", CAPTIONED, ["A red hat.", "<s>", "a photo of", " a hat", "\n"]),
+    ("blip", CAPTIONED, ["A red hat.", "<s>", "a hat", "</s>"]),
+    ("blip-caption", CAPTIONED, ["A red hat.", "<s>", "a picture of", " a hat", "</s>"]),
     ("flan_t5", ASKED, ["A red hat.Question: what colour? Short answer: red Question: sure? Short answer:", "</s>", " yes", "</s>"]),
     ("flan_t5", CAPTIONED, ["A red hat.", "</s>", " a hat", "</s>"]),
     ("instructblip", ASKED, ["A red hat.", "<s>", "what colour?", " red", "</s>", "\nsure?", " yes", "</s>"]),
@@ -283,7 +287,7 @@ def test_an_answer_is_the_same_tokens_as_inside_a_sentence():
         ((Turn("<image>", "a"), Turn("b", "c")), "plain", "picture 3: this format holds one caption, not 2 turns"),
         ((Turn("<image><image>", "a"),), "blip2", "picture 3: in this format one image stands before everything"),
         ((Turn("hi", "a"), Turn("<image>", "c")), "blip2", "picture 3: in this format one image stands"),
-        ((Turn("hi", "a"),), "v9", "Unknown conversation format 'v9'.*v1, llama_2, blip2, flan_t5, instructblip, flamingo, blip2-caption, tiny"),
+        ((Turn("hi", "a"),), "v9", "Unknown conversation format 'v9'.*v1, llama_2, blip2, flan_t5, instructblip, flamingo, blip2-caption, blip, blip-caption, tiny"),
     ],
 )
 def test_what_cannot_be_encoded_is_said_in_one_sentence(turns, name, said):

@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from nanovlm import recipes
+from nanovlm.bert import BERT_BASE
 from nanovlm.data.conversation import find_format
 from nanovlm.decoder import OPT_2_7B, OPT_6_7B, VICUNA_7B, VICUNA_13B, Decoder, DecoderConfig
+from nanovlm.papers.blip import BLIP, BLIPConfig
 from nanovlm.t5 import FLAN_T5_XL, FLAN_T5_XXL, T5, T5Config
 from nanovlm.training.loop import freeze
 from nanovlm.vit import CLIP_L_14, CLIP_L_14_336, EVA_CLIP_G_14, VIT_B_16, VIT_L_16, ViT
@@ -136,6 +138,50 @@ def test_the_qformer_piece_by_piece(name, full, pruned):
     assert count(model.image_projection) + count(model.text_projection) == 393_728
     assert count(model.match_head) == 1_538
     assert count(recipes.build(name).qformer) - queries == pruned
+
+
+# blip.md §1.6. Table 3 of the paper counts without momentum copies, which are buffers here: 224M, 252M, 252M, 361M
+BLIP_TEXT = replace(BERT_BASE, vocab=30_524, segments=0, image_width=768)
+TABLE_3 = {"all": (224_075_071, "224M"), "all but self-attention": (252_441_919, "252M"),
+           "all but cross-attention": (252_441_919, "252M"), "none": (361_333_567, "361M")}
+
+
+@pytest.mark.parametrize("shared", TABLE_3)
+def test_blip_shares_what_table_3_says(shared):
+    exact, published = TABLE_3[shared]
+    model = on_meta(BLIP, BLIPConfig(VIT_B_16, BLIP_TEXT, shared=shared))
+    assert count(model) == exact and f"{exact / 1e6:.0f}M" == published
+    assert copies(model) == 475_892_799 - 252_441_919, "of the text encoder and what it compares by, whatever is shared"
+
+
+def copies(model: nn.Module) -> int:
+    return sum(buffer.numel() for buffer in model.momentum.copies.buffers())
+
+
+def test_blip_on_vit_l():
+    model = on_meta(BLIP, BLIPConfig(VIT_L_16, replace(BLIP_TEXT, image_width=1024)))
+    assert count(model) == 474_729_023
+    assert count(model) + copies(model) == 920_467_007
+
+
+def test_blip_piece_by_piece():
+    model = on_meta(BLIP, BLIPConfig(VIT_B_16, BLIP_TEXT))
+    text, layers = model.text_encoder, model.text_encoder.layers
+    assert count(text) == count(model.text_decoder) == 137_258_496
+    assert count(text.embeddings) + count(text.norm) == 23_837_184
+    parts = (("attention", "residual1"), ("cross_attention", "cross_residual"), ("feedforward", "residual2"))
+    assert [sum(count(layer.get_submodule(part)) for layer in layers for part in pair) for pair in parts] == [28_366_848, 28_366_848, 56_687_616]
+    assert count(model.word_head) == 622_652
+    heads = count(model.image_projection), count(model.text_projection), count(model.match_head), model.temperature.numel()
+    assert sum(heads) == 395_266 + 1
+    assert model.momentum.images.shape == model.momentum.texts.shape == (57_600, 256)
+
+
+def test_blips_captioner_and_its_retrieval_model():
+    """At 384 pixels. The retrieval model as published: it has no temperature."""
+    vision = replace(VIT_B_16, image_size=384)
+    assert count(on_meta(BLIP, BLIPConfig(vision, BLIP_TEXT, tasks=("lm",)))) == 223_971_644
+    assert count(on_meta(BLIP, BLIPConfig(vision, BLIP_TEXT, tasks=("itc", "itm"), momentum=None))) == 223_744_258
 
 
 def test_clip_and_the_part_of_it_that_llava_reads():

@@ -71,7 +71,7 @@ def test_beside_a_persons_texts_the_worlds_half_is_the_same_diet(name, steps):
     assert stage.real == "texts" and stage.steps < resolved(name, False, steps).steps
     recipe = resolve(recipes.get(name.partition("@")[0]), True, steps)
     setting = Setting(recipe, 0, torch.device("cpu"), FakeRecords(64), Tokenizer([]))
-    samples = setting.samples(Job(recipe, stage))
+    samples = setting.samples(Job(recipe, stage), {})
     assert isinstance(samples, InTurn) and type(samples.world.world) is Scenes
     samples.world.world = Spied(0)
     own = [samples[place] for place in range(0, 128, 2)]

@@ -9,9 +9,11 @@ from oracles import (
     IMAGE_ID,
     QUERIES,
     hf_bert,
+    hf_blip,
     hf_blip2,
     hf_blip2_retrieval,
     hf_blip2_t5,
+    hf_blip_retrieval,
     hf_clip,
     hf_clip_vision,
     hf_llama,
@@ -35,6 +37,7 @@ from nanovlm.errors import UserError
 from nanovlm.hub import CLASSES, from_hf, load
 from nanovlm.hub.configs import IMAGE_TOKEN_INDEX
 from nanovlm.hub.names import rows, translate
+from nanovlm.papers.blip import BLIP
 from nanovlm.papers.blip2 import BLIP2, BLIP2Stage1
 from nanovlm.papers.clip import CLIP as OurCLIP
 from nanovlm.papers.language_model import LanguageModel
@@ -50,7 +53,7 @@ def hf_bert_alone(seed: int) -> torch.nn.Module:
 ALL = [(hf_clip_vision, ViT), (hf_llama, LanguageModel), (hf_opt, LanguageModel), (hf_llava, LLaVA), (hf_next, LLaVA),
        (hf_clip, OurCLIP), (hf_t5, LanguageModel), (hf_t5_exact, LanguageModel), (hf_t5_first, LanguageModel),
        (hf_bert, MaskedLanguageModel), (hf_bert_alone, Bert), (hf_blip2, BLIP2), (hf_blip2_retrieval, BLIP2Stage1),
-       (hf_blip2_t5, BLIP2)]
+       (hf_blip2_t5, BLIP2), (hf_blip, BLIP), (hf_blip_retrieval, BLIP)]
 
 
 @pytest.mark.parametrize(("build", "kind"), ALL)
@@ -261,6 +264,8 @@ COPIES = {hf_opt: ("model.decoder.embed_tokens.weight", "lm_head.weight"), hf_t5
           hf_t5_first: (*T5_COPIES, "lm_head.weight"),
           hf_blip2: ("language_model.model.decoder.embed_tokens.weight", "language_model.lm_head.weight"),
           hf_blip2_t5: tuple(f"language_model.{name}" for name in T5_COPIES),
+          hf_blip: ("text_decoder.bert.embeddings.word_embeddings.weight", "text_decoder.cls.predictions.decoder.weight",
+                    "text_decoder.cls.predictions.bias", "text_decoder.cls.predictions.decoder.bias"),
           hf_bert: ("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight",
                     "cls.predictions.bias", "cls.predictions.decoder.bias")}
 
@@ -286,6 +291,7 @@ def test_each_missing_tensor_is_noticed(build):
 @pytest.mark.parametrize(("build", "name", "hint"), [
     (hf_opt, "lm_head.weight", r" \(or tie_word_embeddings in config.json must be false\)"),
     (hf_t5_first, "lm_head.weight", r" \(or tie_word_embeddings in config.json must be false\)"),
+    (hf_blip, "text_decoder.cls.predictions.decoder.weight", ""), (hf_blip, "text_decoder.cls.predictions.decoder.bias", ""),
     (hf_t5, "encoder.embed_tokens.weight", ""), (hf_t5, "decoder.embed_tokens.weight", "")])
 def test_a_copy_may_not_differ(build, name, hint):
     config, state = parts(build(11))
@@ -311,6 +317,17 @@ def test_buffers_of_older_files_are_ignored():
     old = {"model.language_model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(3),
            "model.vision_tower.embeddings.position_ids": torch.arange(17)[None]}
     same(from_hf(config, {**state, **old}), from_hf(config, state))
+    config, state = parts(hf_blip(12))
+    old = {"text_decoder.bert.embeddings.position_ids": torch.arange(23)[None]}
+    same(from_hf(config, {**state, **old}), from_hf(config, state))
+
+
+def test_the_key_of_blips_vision_tower_has_a_bias():
+    """Three maps stand in one, the query's first, then the key's; BLIP-2's key has none (below)."""
+    hf = hf_blip(14)
+    fused, attention = hf.vision_model.encoder.layers[1].self_attn.qkv, ours(hf).vision.blocks[1].attention
+    for i, one in enumerate((attention.query, attention.key, attention.value)):
+        assert torch.equal(one.weight, fused.weight[24 * i:24 * (i + 1)]) and torch.equal(one.bias, fused.bias[24 * i:24 * (i + 1)])
 
 
 def test_a_key_with_a_bias_is_refused():

@@ -6,12 +6,16 @@ import pytest
 import torch
 import transformers
 from oracles import (
+    BLIP_TEXT,
     CLIP,
+    EVA,
     IMAGE_ID,
     LLAMA,
     hf_bert,
+    hf_blip,
     hf_blip2,
     hf_blip2_t5,
+    hf_blip_retrieval,
     hf_clip,
     hf_clip_vision,
     hf_llama,
@@ -46,6 +50,8 @@ PARAMETERS = {"clip-vit-large-patch14": 427_616_513, "clip-vit-large-patch14-336
               "blip2-flan-t5-xl, written out": 3_876_648_448 + 32128 * 2048 - 39 * 1408,
               "blip2-itm-vit-g": 1_172_032_258 - 39 * 1408, "llava-1.5-7b-hf": 7_063_427_072,
               "llava-v1.6-vicuna-7b-hf": 7_063_431_168,
+              "blip-image-captioning-base": 223_971_644, "blip-image-captioning-base, short": 223_971_644,
+              "blip-image-captioning-large": 446_290_492, "blip-itm-base-coco": 223_744_258,
               # 64 words fewer than Hugging Face's, in embedding and head
               "llava-v1.5-7b": 7_063_427_072 - 2 * 64 * 4096, "llava-v1.6-vicuna-7b": 7_063_431_168 - 2 * 64 * 4096}
 
@@ -99,6 +105,35 @@ def test_a_published_config_means_what_it_means_to_transformers(name):
         else:
             got = model(ids)
             close(got.logits, hf(ids).logits, 2e-5)
+
+
+@pytest.mark.parametrize("name", ["blip-image-captioning-base", "blip-itm-base-coco"])
+def test_blips_config_means_what_it_means_to_transformers(name):
+    """As above; its class hands the vision tower's width on to the text, whatever the text's own section says."""
+    config = shrink(PUBLISHED[name])
+    config["vision_config"] |= {"hidden_size": 32, "num_attention_heads": 4, "image_size": 32}
+    config["text_config"] |= {"encoder_hidden_size": 999, "num_attention_heads": 4, "layer_norm_eps": 0.2}
+    hf = bite(getattr(transformers, config["architectures"][0])(transformers.BlipConfig(**copy.deepcopy(config))), 1)
+    model, ids, images = from_hf(config, dict(hf.state_dict())), random_ids(2, 9, 1), randn(2, 3, 32, 32)
+    tokens, mask = model.encode_image(images), torch.ones_like(ids, dtype=torch.bool)
+    with torch.no_grad():
+        if "itm" in name:
+            ids[:, 0] = 30523
+            close(model.match(tokens, ids, mask), hf(ids, images, attention_mask=mask.long()).itm_score)
+        else:
+            ids[:, 0] = 30522
+            close(model.word_head.logits(model.write(tokens, ids, mask), model.text_decoder.embeddings.words), hf(images, ids, mask.long()).logits)
+
+
+def test_a_config_of_blip_without_fields_means_its_defaults():
+    """Eight heads of the text, 384 pixels, eps 1e-5 of the vision tower, no dropout, no smoothing."""
+    theirs, ours_ = transformers.BlipConfig(), configs.blip({"model_type": "blip"}, ("lm",))
+    for section, mine in ((theirs.vision_config, ours_.vision), (theirs.text_config, ours_.text)):
+        for name, value in section.to_dict().items():
+            if name in configs.OURS and hasattr(mine, configs.OURS[name]):
+                assert getattr(mine, configs.OURS[name]) == value, name
+    assert (ours_.vision.image_size, ours_.text.heads, ours_.text.image_width, ours_.embedding) == (384, 8, 768, 256)
+    assert (ours_.decode_id, ours_.encode_id, ours_.smoothing) == (30522, 30523, 0.0) and ours_.text.segments == 0
 
 
 def test_a_shortened_config_means_the_defaults():
@@ -307,6 +342,18 @@ REFUSED = [
     (hf_blip2, {"text_config": {"model_type": "llama"}}, "text_config.model_type is 'llama'; supported: 'opt', 't5'"),
     (hf_blip2, {"vision_config": {"qkv_bias": False}}, "vision_config.qkv_bias is False; supported: True"),
     (hf_blip2, {"qformer_config": {"use_qformer_text_input": True}}, "qformer_config.use_qformer_text_input is True; supported: False"),
+    (hf_blip, {"tie_word_embeddings": False}, "tie_word_embeddings is False; supported: True"),
+    (hf_blip, {"text_config": {**BLIP_TEXT, "tie_word_embeddings": False}}, "text_config.tie_word_embeddings is False"),
+    (hf_blip, {"text_config": {**BLIP_TEXT, "is_decoder": False}}, "text_config.is_decoder is False; supported: True"),
+    (hf_blip, {"text_config": {**BLIP_TEXT, "hidden_act": "relu"}}, "text_config.hidden_act is 'relu'; supported: 'gelu'"),
+    (hf_blip, {"text_config": {**BLIP_TEXT, "num_attention_heads": 4}}, "30 is not a multiple of 4 heads"),
+    (hf_blip, {"text_config": {**BLIP_TEXT, "position_embedding_type": "relative_key"}}, "text_config.position_embedding_type"),
+    (hf_blip, {"text_config": {**BLIP_TEXT, "bos_token_id": 52}}, r"text_config.bos_token_id is 52; \[DEC\] and \[ENC\], one further"),
+    (hf_blip, {"vision_config": {**EVA, "qkv_bias": False}}, "vision_config.qkv_bias is False; supported: True"),
+    (hf_blip, {"vision_config": {**EVA, "image_size": [20, 25]}}, r"vision_config.image_size is \[20, 25\]; a whole number"),
+    (hf_blip_retrieval, {"vision_config": {**EVA, "model_type": "clip_vision_model"}}, "vision_config.model_type is 'clip_vision_model'"),
+    (hf_blip_retrieval, {"image_text_hidden_size": 0}, "image_text_hidden_size is 0; a whole number"),
+    (hf_blip, {"architectures": ["BlipModel"]}, r"architectures is \['BlipModel'\]; supported: .*BlipForConditionalGeneration"),
     (hf_llava, {"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy is 'full'"),
     (hf_llava, {"vision_feature_layer": [-2, -5]}, r"vision_feature_layer is \[-2, -5\]; a whole number"),
     (hf_llava, {"vision_feature_layer": -6}, "vision_feature_layer is -6; the vision tower has 4 blocks"),

@@ -19,8 +19,8 @@ from nanovlm.world.datasets import SETS, Scenes
 from nanovlm.world.noise import VAGUE
 from nanovlm.world.scene import CELLS, COLOURS, DIGITS, SHAPES, SIZES, WORDS
 
-SIZE = {"web pairs": 8000, "clean web pairs": 8000, "human pairs": 1200, "human captions": 1200,
-        "unnamed web pairs": 2600, "unnamed clean web pairs": 2600, "unnamed human pairs": 400, "unnamed human captions": 400}
+SIZE = {"web pairs": 8000, "clean web pairs": 8000, "human pairs": 1200,
+        "unnamed web pairs": 2600, "unnamed clean web pairs": 2600, "unnamed human pairs": 400}
 KINDS = {"swapped", "wrong fact", "vague", "cut"}
 FACTS = {*COLOURS, *SHAPES, *SIZES, *WORDS, *" ".join(CELLS).split(), "object", "digit", "word", "above", "below", "of"}
 N = 2000
@@ -53,7 +53,7 @@ def test_a_label_says_what_is_wrong_with_the_text(web):
     for sample, truth in pairs:
         text, right = sample.caption, sample.references
         assert all(read(reference, told) == truth for reference in right)
-        assert (text in right) == (sample.label == "") and text == text.strip() and sample.turns == () and len(sample.images) == 1
+        assert (text in right) == (sample.label == "") and text == text.strip() and len(sample.images) == 1
         assert not any(name in text for name in HELD_OUT_NAMES) and ("colour" in told or not set(text.split()) & set(COLOURS))
         if sample.label in ("swapped", "wrong fact"):
             said = read(text, told)
@@ -63,7 +63,7 @@ def test_a_label_says_what_is_wrong_with_the_text(web):
             longer = [reference for reference in right if text.startswith(f"{reference} ")]
             assert bool(begun) != bool(longer) and not text.endswith(".")
             assert set(re.findall(r"\w+", text)) <= FACTS | {*DIGITS, "a", "the", "in", "and"}
-            assert not begun or 0.2 < len(text.split()) / len(begun[0].split()) <= 0.75
+            assert not begun or 0.1 < len(text.split()) / len(begun[0].split()) <= 0.75
             cuts["longer" if longer else "begun"] += 1
         elif sample.label == "vague":
             assert not set(re.findall(r"[^\W\d_]+", text)) & FACTS and text == text.lower()
@@ -98,15 +98,14 @@ def test_only_pools_have_indices():
 
 @pytest.mark.parametrize("unnamed", ["", "unnamed "])
 def test_twins_have_the_same_pictures(unnamed):
-    """The clean web is the noisy one without its noise; what people captioned is the same twice, and other pictures than the web's."""
+    """The clean web is the noisy one without its noise; what people captioned are other pictures."""
     world = Scenes()
     for index in range(300):
-        web, clean, people, said = (world.pooled(f"{unnamed}{name}", index) for name in ("web pairs", "clean web pairs", "human pairs", "human captions"))
+        web, clean, people = (world.pooled(f"{unnamed}{name}", index) for name in ("web pairs", "clean web pairs", "human pairs"))
         assert web.images == clean.images and web.references == clean.references
-        assert clean.label == people.label == said.label == "" and (web.caption == clean.caption) == (web.label == "")
-        assert clean.caption in clean.references and clean.turns == people.turns == ()
-        assert (people.images, people.caption, people.references) == (said.images, said.caption, said.references)
-        assert [(turn.question, turn.answer) for turn in said.turns] == [("<image>", said.caption)] and said.caption in said.references
+        assert clean.label == people.label == "" and (web.caption == clean.caption) == (web.label == "")
+        assert clean.caption in clean.references and people.caption in people.references
+        assert all([(turn.question, turn.answer) for turn in one.turns] == [("<image>", one.caption)] for one in (web, clean, people))
         assert web.images != people.images
 
 

@@ -81,7 +81,7 @@ class Pupil:
         samples = [sample for exam in exams for sample in exam.samples]
         samples = [samples[i * len(samples) // n] for i in range(min(n, len(samples)))]
         if not samples:  # before instruction tuning: what it says of a picture, of a text, or which caption it finds the best
-            samples = [replace(s, turns=s.turns[:1], told=s.told[:1]) for s in source.look(self.stage.data, self.stage.real, n)]
+            samples = [replace(s, turns=s.turns[:1], told=s.told[:1]) for s in source.look(self.recipe.worldly(self.stage.data), self.stage.real, n)]
             if self.model.reads.kind == "pairs":
                 return self.best_captions(samples) if samples else []
         return [(as_picture(s.images[0]) if s.images else None, question(s), truth(s, answer), answer)

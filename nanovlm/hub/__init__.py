@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from nanovlm.bert import Bert
 from nanovlm.errors import UserError
 from nanovlm.hub import configs, disk, names
+from nanovlm.papers.blip import BLIP
 from nanovlm.papers.blip2 import BLIP2, BLIP2Stage1
 from nanovlm.papers.clip import CLIP
 from nanovlm.papers.language_model import LanguageModel
@@ -58,6 +59,9 @@ CLASSES = {
     "BertModel": Published("bert", Bert, configs.bert, names.BERT, {"^bert.": "^", **names.OLD_BERT}),
     "BertForMaskedLM": Published("bert", MaskedLanguageModel, configs.bert, names.MASKED_LM, names.OLD_BERT),
     "BertForPreTraining": Published("bert", MaskedLanguageModel, configs.bert, names.MASKED_LM, names.OLD_BERT),
+    "BlipForConditionalGeneration": Published("blip", BLIP, partial(configs.blip, tasks=("lm",)), names.BLIP_CAPTIONS, {}),
+    "BlipForImageTextRetrieval": Published(  # without temperature, slow copies and queue
+        "blip", BLIP, partial(configs.blip, tasks=("itc", "itm")), names.BLIP_RETRIEVAL, {}),
     "Blip2ForConditionalGeneration": Published("blip-2", BLIP2, configs.blip2, names.BLIP2, {}),
     "Blip2ForImageTextRetrieval": Published(  # without word head and temperature
         "blip-2", BLIP2Stage1, partial(configs.blip2, retrieval=True), names.BLIP2_RETRIEVAL, {}),
@@ -75,7 +79,7 @@ def from_hf(config: dict, state: State) -> nn.Module:
             model = published.model(published.config(config))
     except ValueError as error:  # a width that is no multiple of the heads, say
         raise UserError(f"config.json: {error}.") from error
-    state = as_ours(state)
+    state = as_ours(state, key_bias=published.kind != "blip-2")
     problems = fill(model, state, published.names, published.renames)
     if problems:
         message = f"The tensors do not fit config.json: {'; '.join(problems)}."
@@ -123,8 +127,11 @@ def fill(model: nn.Module, state: State, table: names.Names, renames: names.Name
     return problems
 
 
-def as_ours(state: State) -> State:
-    """Without what is no weight, and with what is the same thing in another form: CLIP's temperature, three maps in one."""
+def as_ours(state: State, key_bias: bool = True) -> State:
+    """Without what is no weight, and with what is the same thing in another form: CLIP's temperature, three maps in one.
+
+    key_bias: whether the keys of three maps in one have a bias; those of BLIP-2's vision tower have none.
+    """
     found = {}
     for name, tensor in state.items():
         if name.endswith(names.NOT_OURS):
@@ -133,9 +140,9 @@ def as_ours(state: State) -> State:
             raise UserError(f"{name} holds {tensor.dtype} numbers; {configs.QUANTIZED}.")
         if name == "logit_scale":  # CLIP multiplies by exp(logit_scale), ours divides by τ
             found[name] = torch.exp(-tensor)
-        elif ".qkv." in name:  # BLIP-2's vision tower
+        elif ".qkv." in name:  # the vision towers of BLIP and BLIP-2
             for part, third in zip("qkv", tensor.chunk(3)):
-                if not name.endswith("bias") or part != "k":
+                if key_bias or not name.endswith("bias") or part != "k":
                     found[name.replace("qkv", f"{part}_proj")] = third
                 elif third.any():  # EVA-CLIP's keys have no bias: zeros fill the place in LAVIS
                     raise UserError(f"{name}: the key's third is not zero, but the encoder's keys have no bias.")

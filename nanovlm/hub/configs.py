@@ -18,6 +18,7 @@ from dataclasses import replace
 from nanovlm.bert import BertConfig
 from nanovlm.decoder import DecoderConfig, opt
 from nanovlm.errors import UserError
+from nanovlm.papers.blip import BLIPConfig
 from nanovlm.papers.blip2 import BLIP2Config
 from nanovlm.papers.clip import CLIPConfig
 from nanovlm.papers.llava import LLaVAConfig
@@ -35,7 +36,7 @@ OURS = {"hidden_size": "width", "num_hidden_layers": "layers", "num_attention_he
         "image_text_hidden_size": "embedding", "d_model": "width", "d_kv": "head_dim", "d_ff": "ffn",
         "num_layers": "layers", "num_decoder_layers": "decoder_layers", "num_heads": "heads",
         "relative_attention_num_buckets": "buckets", "relative_attention_max_distance": "max_distance",
-        "decoder_start_token_id": "start_id", "scale_decoder_outputs": "tied", "image_token_index": "image_token_id"}
+        "bos_token_id": "decode_id", "label_smoothing": "smoothing", "decoder_start_token_id": "start_id", "scale_decoder_outputs": "tied", "image_token_index": "image_token_id"}
 
 EVERY = {"is_decoder": (False,), "add_cross_attention": (False,), "is_encoder_decoder": (False,),
          "tie_encoder_decoder": (False,)}
@@ -81,6 +82,13 @@ BLIP2_VISION = {"model_type": ("blip_2_vision_model",), "image_size": 224, "patc
 QFORMER = {**READER, "model_type": ("blip_2_qformer",), "cross_attention_frequency": 2}
 BLIP2 = {"model_type": ("blip-2",), "num_query_tokens": 32, "image_text_hidden_size": 256, "vision_config": {},
          "qformer_config": {}, "text_config": {}, "is_encoder_decoder": (False, True)}  # the last says what text_config is
+BLIP_VISION = {**BLIP2_VISION, "model_type": ("blip_vision_model",), "image_size": 384, "patch_size": 16, "hidden_size": 768,
+               "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+               "layer_norm_eps": 1e-5}  # BLIP's own code: 1e-6
+BLIP_TEXT = {**READER, "model_type": ("blip_text_model",), "vocab_size": 30524, "num_attention_heads": 8, "bos_token_id": 30522,
+             "hidden_dropout_prob": 0.0, "label_smoothing": 0.0, "tie_word_embeddings": (True,),
+             "is_decoder": (True,)}  # in BLIP that says: it has cross-attention
+BLIP = {"model_type": ("blip",), "image_text_hidden_size": 256, "vision_config": {}, "text_config": {}, "tie_word_embeddings": (True,)}
 LLAVA = {"model_type": ("llava",), "image_token_index": 32000, "vision_feature_layer": -2,
          "vision_feature_select_strategy": ("default",), "projector_hidden_act": ("gelu",),
          "multimodal_projector_bias": (True,), "tie_word_embeddings": False, "text_config": {}, "vision_config": {}}
@@ -106,7 +114,7 @@ HARMLESS = """_name_or_path name_or_path _commit_hash architectures auto_map tra
     tokenizer_padding_side image_crop_resolution image_split_resolution vocab_size projection_dim tie_word_embeddings
     encoder_hidden_size image_seq_length image_token_index use_decoder_only_language_model max_sequence_length n_positions
     directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head
-    pooler_type pretrain_mm_mlp_adapter"""
+    pooler_type pretrain_mm_mlp_adapter label_smoothing"""
 HARMLESS_ENDS = ("_token_id", "dropout", "dropout_prob", "dropout_rate")
 
 LIKE = {bool: "true or false", int: "a whole number like {}", float: "a number", str: "a text", list: "a list",
@@ -200,6 +208,21 @@ def clip_section(config: dict, name: str, table: dict) -> tuple[dict, str]:
 def clip(config: dict) -> CLIPConfig:
     return CLIPConfig(clip_vision(*clip_section(config, "vision_config", CLIP_VISION)),
                       clip_text(*clip_section(config, "text_config", CLIP_TEXT)), read(config, CLIP)["projection_dim"])
+
+
+def blip(config: dict, tasks: tuple[str, ...]) -> BLIPConfig:
+    """BlipForConditionalGeneration, or BlipForImageTextRetrieval: without slow copies, so that it does not learn to compare.
+
+    Only [DEC] stands in config.json; [ENC] is the next id of the published vocabulary.
+    """
+    c = read(config, BLIP)
+    vision = ViTConfig(**read(c["vision_config"], BLIP_VISION, "vision_config."), activation="gelu", pre_norm=False, patch_bias=True)
+    text = read(c["text_config"], BLIP_TEXT, "text_config.")
+    decode_id, smoothing = text.pop("decode_id"), text.pop("smoothing")
+    if decode_id + 1 >= text["vocab"]:
+        raise refused("text_config.bos_token_id", decode_id, f"[DEC] and [ENC], one further, are needed among {text['vocab']} words")
+    return BLIPConfig(vision, BertConfig(**text, image_width=vision.width), c["embedding"], decode_id, decode_id + 1, tasks,
+                      smoothing=smoothing, momentum=None)
 
 
 def blip2(config: dict, retrieval: bool = False) -> BLIP2Config:

@@ -96,9 +96,12 @@ QFORMER_LAYER = {
     "{intermediate,output}_query.dense": "query_feedforward.{up,down}",
     "output_query.LayerNorm": "query_residual.norm",
 }
-BLIP2_EYES = rows({
+BLIP_EYES = rows({
     "vision_model.embeddings.{class,patch,position}_embedding": "vision.{class_token,patch_embedding,positions}",
     **under("vision_model.", "vision.", {a.replace("out_proj", "projection"): b for a, b in CLIP_BLOCKS.items()}),
+})
+BLIP2_EYES = rows({
+    **BLIP_EYES,
     "{vision_model.post_layernorm,query_tokens,qformer.layernorm}": "{vision_norm,qformer.queries,qformer.norm}",
     **under("qformer.encoder.layer.{i}.", "qformer.layers.{i}.", QFORMER_LAYER),
 })
@@ -120,6 +123,24 @@ MASKED_LM = rows({
     **under("bert.", "bert.", BERT),
     "cls.predictions.transform.{dense,LayerNorm}": "word_head.{transform,norm}",
     "cls.predictions.{bias,decoder}": "word_head.{bias,decoder}",  # the decoder is the embedding once more
+})
+MED = rows({  # BLIP's text transformer, encoder or decoder
+    **BERT,
+    "encoder.layer.{i}.crossattention.self.{query,key,value}": "layers.{i}.cross_attention.{query,key,value}",
+    "encoder.layer.{i}.crossattention.output.{dense,LayerNorm}": "layers.{i}.{cross_attention.out,cross_residual.norm}",
+})
+BLIP_CAPTIONS = rows({
+    **BLIP_EYES,
+    "vision_model.post_layernorm": "vision.norm",
+    **under("text_decoder.bert.", "text_decoder.", MED),
+    "text_decoder.cls.predictions.transform.{dense,LayerNorm}": "word_head.{transform,norm}",
+    "text_decoder.cls.predictions.{bias,decoder}": "{word_head.bias,text_decoder.words_again}",
+})
+BLIP_RETRIEVAL = rows({
+    **BLIP_EYES,
+    "vision_model.post_layernorm": "vision.norm",
+    **under("text_encoder.", "text_encoder.", MED),
+    "{vision_proj,text_proj,itm_head}": "{image_projection,text_projection,match_head}",
 })
 BLIP2 = {**BLIP2_EYES, "language_projection": "projection", **under("language_model.", "", OPT | T5)}
 BLIP2_RETRIEVAL = rows({
@@ -155,6 +176,7 @@ ORIGINAL_LLAVA = rows({
 TIED = rows({
     "language.{head,encoder.embedding,decoder.embedding}.weight": "language.{embedding,embedding,embedding}.weight",
     "word_head.decoder.{weight,bias}": "{bert.embeddings.words.weight,word_head.bias}",
+    "text_decoder.words_again.{weight,bias}": "{text_decoder.embeddings.words.weight,word_head.bias}",
 })
 # some files hold them, some do not: what is computed; a bias that T5 never reads; BERT's heads for pairs of sentences
 NOT_OURS = ("inv_freq", "position_ids", "decoder.version", "EncDecAttention.relative_attention_bias.weight",

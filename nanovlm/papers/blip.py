@@ -40,8 +40,9 @@ from nanovlm.attention import KVCache
 from nanovlm.bert import Bert, BertConfig, WordHead
 from nanovlm.contract import Batch, Gather, Reads, alone
 from nanovlm.contrastive import positives
+from nanovlm.errors import UserError
 from nanovlm.lm_loss import IGNORE, lm_loss
-from nanovlm.matching import hard_negatives, matching_loss, pad_to_longest, three_pairs
+from nanovlm.matching import hard_negatives, matching_loss, need_wrong_partners, pad_to_longest, three_pairs
 from nanovlm.momentum import Momentum, MomentumConfig
 from nanovlm.vit import ViT, ViTConfig
 
@@ -82,10 +83,10 @@ class BLIP(nn.Module):
         self.image_projection = nn.Linear(config.vision.width, E) if compares else None
         self.text_projection = nn.Linear(D, E) if compares else None
         self.match_head = nn.Linear(D, 2) if compares else None
-        self.temperature = nn.Parameter(torch.tensor(0.07)) if compares else None
         if compares and writes:
             share(self.text_encoder, self.text_decoder, config.shared)
         learns = compares and config.momentum is not None
+        self.temperature = nn.Parameter(torch.tensor(0.07)) if learns else None
         self.momentum = Momentum(config.momentum, self.copied(), E) if learns else None
         self.unheard = ("momentum",) if learns else ()
 
@@ -125,9 +126,15 @@ class BLIP(nn.Module):
         return losses | ({"lm": self.lm_loss(image_tokens, batch)} if self.text_decoder is not None else {})
 
     def compare(self, image_tokens: Tensor, batch: Batch, gather: Gather) -> dict[str, tuple[Tensor, Tensor]]:
+        if self.momentum is None:
+            raise UserError("This BLIP has no slow copies, no queue and no temperature, as published for retrieval: it scores and "
+                            "matches, but to be trained it needs them; give its config a MomentumConfig.")
         ids, mask = pad_to_longest(batch["input_ids"], batch["attention_mask"], gather)
         groups, learns = (batch["image_group"], batch["text_group"]), torch.is_grad_enabled()
+        right = positives(groups[1], groups[0], gather)  # (B, G)
+        need_wrong_partners(right)  # a batch that cannot be learned from is refused before anything has changed
         if learns:  # not when somebody only wants to know the loss
+            self.momentum.need_room(right.shape[1])
             self.temperature.data.clamp_(0.001, 0.5)
             self.momentum.follow(self.copied())
         keys = self.keys(batch["images"], ids, mask)
@@ -135,7 +142,6 @@ class BLIP(nn.Module):
         itc, (i2t, t2i) = self.momentum.contrast(queries, keys, groups, self.temperature, gather)
         if learns:
             self.momentum.enqueue(keys, groups, gather)
-        right = positives(groups[1], groups[0], gather)  # (B, G)
         pairs, belongs = three_pairs(image_tokens, ids, mask, hard_negatives(t2i, right), hard_negatives(i2t, right), gather)
         return {"itc": itc, "itm": matching_loss(self.match(*pairs), belongs)}
 

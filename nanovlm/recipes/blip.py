@@ -56,6 +56,7 @@ LEARNS = {"format": "blip", "real": "pairs", "batch_size": 32, "weight_decay": 0
 WEB, PLAIN_WEB = {"web pairs": 60, "unnamed web pairs": 20, "human pairs": 10, "unnamed human pairs": 3}, {"web pairs": 60, "human pairs": 10}
 MADE, PLAIN_MADE = ({"bootstrapped" if name == "web pairs" else "unnamed bootstrapped" if name == "unnamed web pairs" else name: weight
                      for name, weight in diet.items()} for diet in (WEB, PLAIN_WEB))
+HUMAN_TEXTS = {"human pairs": 3, "unnamed human pairs": 1}
 JUDGED = ("retrieval", "two")
 
 PRETRAIN = Stage("pretrain", ALL, PLAIN_WEB, lessons=((0.75, WEB),), init=TINY_START, steps=1300, lr=1e-3, evaluate=(),
@@ -66,9 +67,9 @@ TINY = Recipe(
     image_size=48, vocab=backbones.TINY_VOCAB,
     stages=(
         PRETRAIN,
-        Stage("captioner", WRITES, {"human captions": 1}, sizes=CAPTIONER, init=(("", "blip/tiny@pretrain"),), steps=300, lr=5e-4,
+        Stage("captioner", WRITES, HUMAN_TEXTS, sizes=CAPTIONER, init=(("", "blip/tiny@pretrain"),), steps=300, lr=5e-4,
               on_data=None, **{**LEARNS, "real": "captions"}),
-        Stage("filter", COMPARES, {"human pairs": 3, "unnamed human pairs": 1}, sizes=FILTER, init=(("", "blip/tiny@pretrain"),), steps=300,
+        Stage("filter", COMPARES, HUMAN_TEXTS, sizes=FILTER, init=(("", "blip/tiny@pretrain"),), steps=300,
               lr=5e-4, evaluate=("noise",), on_data=None, **LEARNS),
         replace(PRETRAIN, name="retrain", data=PLAIN_MADE, lessons=((0.75, MADE),), anew=True, evaluate=JUDGED, on_data=None)),
     makes={"bootstrapped": CapFilt("web pairs"), "unnamed bootstrapped": CapFilt("unnamed web pairs")})

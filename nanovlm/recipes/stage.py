@@ -126,6 +126,10 @@ class Recipe:
             raise UserError(f"Recipe {self.name} has no stage {name!r}; its stages are {', '.join(s.name for s in self.stages)}.")
         return found[-1]
 
+    def worldly(self, diet: Diet) -> Diet:
+        """The diet before models made anything: their data sets exchanged for those that they are made of."""
+        return {self.makes[name].web if name in self.makes else name: weight for name, weight in diet.items()}
+
     def build(self, stage: Stage) -> nn.Module:
         """The stage's model, with fresh weights."""
         return (stage.builds or self.model)(replace(self.config, **stage.sizes))

@@ -17,7 +17,7 @@ A stage names data sets and their weights (recipes/stage.py). Each is drawn by i
     pairs, vague pairs              picture, caption, captions with one fact wrong; "vague": facts are left out of the caption
     captions, unnamed captions      "<image>" → caption; "unnamed": in colours without names, of which the caption is silent
     web pairs, clean web pairs      picture, text; the web's texts are noisy, see noise.py; "clean": the same pictures with right captions
-    human pairs, human captions     a few pictures with right captions, as pairs and as "<image>" → caption: the same texts
+    human pairs                     a few pictures with right captions
     talk                            questions, several turns: LLaVA's instructions
     drills, letter drills, …        lists of lookups, see drills.py; "unnamed drills": notes of objects in colours without names
     short, sentences, letters, …    LLaVA-1.5's ways to ask, see mixture.py; signs: what a sign says, and nothing else
@@ -257,8 +257,8 @@ def _pair(world: Scenes, scene: Scene, shown: Scene, wording: tuple, rng: Random
     return Sample("", world.picture(shown), caption=say(scene, wording), negatives=negatives(scene, wording, rng, k=2, pairs=pairs))
 
 
-def captioned(unnamed: bool = False, rate: float = 0.0, asked: bool = True) -> Callable:
-    """A picture and one text. unnamed: in colours without names; rate: how often the text is noisy; asked: as a turn too."""
+def captioned(unnamed: bool = False, rate: float = 0.0) -> Callable:
+    """A picture and one text. unnamed: in colours without names; rate: how often the text is noisy."""
     left_out = frozenset({"colour"} if unnamed else ())
 
     def make(world: Scenes, scene: Scene, rng: Random, pairs: tuple) -> Sample:
@@ -267,7 +267,7 @@ def captioned(unnamed: bool = False, rate: float = 0.0, asked: bool = True) -> C
         # Noise comes last: a clean twin has the same scene, picture and wording. It knows named colours only, hence not `shown`.
         text, kind = noise.noisy(scene, wording, rng, pairs, lambda rng: world._scene(rng, pairs), rate)
         return Sample("", world.picture(shown), caption=text, references=captions(scene, left_out), label=kind,
-                      turns=(Turn(IMAGE, text, "caption"),) if asked else ())
+                      turns=(Turn(IMAGE, text, "caption"),))
     return make
 
 
@@ -302,11 +302,10 @@ def shots(world: Scenes, scene: Scene, rng: Random, pairs: tuple) -> Sample:
 
 def pools(prefix: str, web: int, human: int) -> dict[str, DataSet]:
     """The web, noisy and clean, and what people captioned. prefix: "", or "unnamed " for pictures in colours without names."""
-    unnamed, noisy, people = bool(prefix), f"{prefix}web pairs", f"{prefix}human pairs"
-    right = captioned(unnamed, asked=False)
+    noisy, right = f"{prefix}web pairs", captioned(unnamed=bool(prefix))
     return {
-        noisy: DataSet(captioned(unnamed, noise.RATE, asked=False), pool=web), f"{prefix}clean web pairs": DataSet(right, pool=web, twin=noisy),
-        people: DataSet(right, pool=human), f"{prefix}human captions": DataSet(captioned(unnamed), pool=human, twin=people),
+        noisy: DataSet(captioned(bool(prefix), noise.RATE), pool=web), f"{prefix}clean web pairs": DataSet(right, pool=web, twin=noisy),
+        f"{prefix}human pairs": DataSet(right, pool=human),
     }
 
 
