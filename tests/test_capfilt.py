@@ -176,7 +176,7 @@ def command(*more, out="clean", human="checked/human.jsonl", model="runs/blip", 
 def test_the_command_from_beginning_to_end(place, capsys):
     assert command() == 0
     said, made = capsys.readouterr().out, [json.loads(line) for line in (place / "clean/captions.jsonl").read_text().splitlines()]
-    assert "plan: captioner 3 steps of 4 pairs, filter 3 steps of 4 pairs" in said and "12 pictures to caption" in said
+    assert "plan: captioner 3 steps of 4 pairs, filter 3 steps of 4 pairs" in said and "12 pictures to caption and filter, 3 held-out records to copy, " in said
     assert "next: python train_tiny.py --model blip --data clean" in said
     texts = [json.loads(line) for line in (place / "clean/texts.jsonl").read_text().splitlines()]
     for row in made:
@@ -304,7 +304,7 @@ def test_a_filter_that_takes_nothing_leaves_nothing(place, monkeypatch, capsys):
     ({"model": "noisy"}, "no folder of a run"), ({"model": "blip"}, "no folder of a run"), ({"model": "runs/llava"}, "neither captioner nor filter"),
     ({"model": "runs/half"}, "not finished"), ({"data": "nothing"}, "no such file or folder"), ({"human": "nothing"}, "no such file or folder"),
     ({"human": "one.jsonl"}, "1 usable records"), ({"human": "same.jsonl"}, "1 different texts"), ({"human": "twins.jsonl"}, "1 different pictures"),
-    ({"human": "held.jsonl"}, "held out in --data")])
+    ({"human": "held.jsonl"}, "its picture is held out")])
 def test_bad_input_is_one_sentence(place, capsys, more, sentence):
     config = json.loads((place / "runs/blip/config.json").read_text())
     write(place / "runs/llava/config.json", config | {"recipe": {"name": "llava/tiny"}})

@@ -301,6 +301,16 @@ def split_records(
     return sides
 
 
+def on_one_side(records: Records, other: Records) -> list[tuple[Sample, str]]:
+    """Those with one picture, each on the side on which `other` has that picture, if it has it: copies under two names are one."""
+    known = {content(record): split for split in SPLITS for record in other.listed(split)}
+    return [(record, known.get(content(record), split)) for split in SPLITS for record in records.listed(split)]
+
+
+def content(record: Sample) -> bytes:
+    return blake2b(record.images[0].read_bytes(), digest_size=16).digest()
+
+
 def _groups(samples: Sequence[Sample], same_picture: dict[Path, str]) -> list[list[int]]:
     """Numbers of the records that are linked by a picture, directly or through others (union-find)."""
     leader = list(range(len(samples)))

@@ -24,7 +24,6 @@ import argparse
 import json
 import os
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import blake2b
@@ -32,86 +31,70 @@ from pathlib import Path
 
 from nanovlm import plots, recipes
 from nanovlm.data.check import look_at_pictures
-from nanovlm.data.records import SPLITS, Records
+from nanovlm.data.records import Records, content, on_one_side
 from nanovlm.data.sample import Sample
 from nanovlm.data.transforms import load_image
 from nanovlm.errors import UserError
 from nanovlm.evaluate.pupil import Pupil, permuted
 from nanovlm.files import replacing
-from nanovlm.making.bootstrap import CHUNK, SOURCES, Text, grow
+from nanovlm.making.bootstrap import SOURCES, Text, grow
 from nanovlm.runs.capfilt import writer
 from nanovlm.runs.checkpoint import SaveFailed, saving
 from nanovlm.runs.progress import say, warn
 from nanovlm.runs.run import Options
 from nanovlm.runs.setting import read_source
-from nanovlm.runs.tuned import EPOCHS, FEWEST, open_run, prepare, tune
+from nanovlm.runs.tuned import EPOCHS, open_run, prepare, tune
 from nanovlm.training.loop import TrainingFailed
 
-SAID_EVERY = 5 * CHUNK  # pictures
-DRAWN = 8  # pictures in a block of the report
+SAID_EVERY, DRAWN = 500, 8  # pictures: between two lines of progress; in a block of the report
 
 
 def capfilt(run: Path, human_path: str | None, beams: int, options: Options) -> None:
     """From the command line to captions.jsonl."""
     if not human_path:
-        raise UserError("--human is missing: captioner and filter must learn from texts that one can trust, or they copy the noise of the "
-                        "others (BLIP's learn from COCO); give a few hundred pictures with texts that somebody has checked.")
-    trained_on, recipe, made = open_run(run)
-    made = replace(made, beams=beams)
+        raise UserError("--human is missing: captioner and filter must learn from texts that one can trust (BLIP's: COCO), or they copy the web's noise.")
+    trained_on, recipe, made = open_run(run, beams)
     web, human = (read_source(recipe, path, options.on_missing, options.seed) for path in (options.data, human_path))
-    samples, held = to_filter(web, Path(options.data)), web.listed("val")
+    samples, held = to_filter(web, Path(options.data), options.on_missing == "skip"), web.listed("val")
     placed = on_one_side(human, web)
     apart = {record.id for record, side in placed if side == "val"}
     setting, keep = prepare(run, recipe, made, human, lambda record: "its picture is held out" if record.id in apart else None, options)
     check_human(human, [record for record, _ in placed if record.id not in apart])
-    say(f"{web.name}: {len(samples):,} pictures to caption and to filter, {len(held):,} held-out records to copy; {human.name}: "
-        f"{human.size('pairs', 'train'):,} human pairs to learn from")
+    say(f"{len(samples):,} pictures to caption and filter, {len(held):,} held-out records to copy, {human.size('pairs', 'train'):,} human pairs to learn from")
     for name, skipped in ((records.name, records.skipped) for records in (web, human) if records.skipped):
         say(f"{name}: {len(skipped):,} records are left out; the first is {': '.join(skipped[0])}")
     if trained_on != str(Path(options.data).resolve()):
         warn(f"{run} was trained on {trained_on}, not on {options.data}; its captioner writes in the words that it knows")
-    content = repr([(sample.id, sample.captions) for sample in (*samples, *human.listed("train"))]).encode()
+    said = repr([(sample.id, sample.captions) for sample in (*samples, *human.listed("train"))]).encode()
     captioner, judge = tune(run, setting, keep, options, {
-        "--human": str(Path(human_path).resolve()), "--beams": beams, "what both sets hold": blake2b(content, digest_size=6).hexdigest()})
+        "--human": str(Path(human_path).resolve()), "--beams": beams, "what both sets hold": blake2b(said, digest_size=6).hexdigest()})
     examine(judge, human)
     side, write = recipes.shorter_side(recipe.name) * 4 // 3, writer(captioner, made, f"{options.seed}/{recipe.name}")
-    texts = grow(keep.path / "texts.jsonl", samples, lambda chunk: write(shown(chunk, side)), lambda chunk: judge.belongs(shown(chunk, side)),
-                 lambda done: done % SAID_EVERY == 0 and say(f"captioned and filtered: {done:,} of {len(samples):,} pictures"),
-                 lambda sample: sample.captions)
+    texts = grow(keep.path / "texts.jsonl", samples, lambda some: write(shown(some, side)), lambda some: judge.belongs(shown(some, side)),
+                 lambda done: done % SAID_EVERY or say(f"captioned and filtered: {done:,} of {len(samples):,}"), lambda sample: sample.captions)
     write_out(texts, {sample.id: sample.images[0] for sample in samples}, placed, held, keep.path)
 
 
 # --- what it begins with ---
 
-def to_filter(web: Records, data: Path) -> list[Sample]:
+def to_filter(web: Records, data: Path, skip: bool) -> list[Sample]:
     """A sample for each picture that is trained on, with all its texts; named from where the data are, whatever --out is."""
     found: dict[Path, Sample] = {}
     for record in web.listed("train"):
         path = record.images[0]
         texts = dict.fromkeys((*(found[path].captions if path in found else ()), *record.captions))
         found[path] = Sample(way(path, data if data.is_dir() else data.parent), record.images, record.caption, tuple(texts))
-    if web.in_memory:
-        return list(found.values())
-    broken = look_at_pictures(list(found.values()))[2]  # nobody has opened them yet
-    web.leave_out("pairs", lambda sample: broken.get(sample.id), ("train",))
+    broken = {} if web.in_memory else look_at_pictures(list(found.values()))[2]  # else nobody has opened them yet
+    if broken and not skip:
+        raise UserError(next(iter(broken.values())))
+    web.skipped += broken.items()
     return [sample for sample in found.values() if sample.id not in broken]
-
-
-def on_one_side(human: Records, web: Records) -> list[tuple[Sample, str]]:
-    """The human records, each on the side on which the web has its picture, if it has it: copies under two names are one."""
-    known = {content(record): split for split in SPLITS for record in web.listed(split)}
-    return [(record, known.get(content(record), split)) for split in SPLITS for record in human.listed(split)]
-
-
-def content(record: Sample) -> bytes:
-    return blake2b(record.images[0].read_bytes(), digest_size=16).digest()
 
 
 def check_human(human: Records, left: Sequence[Sample]) -> None:
     kinds = len(set(map(content, left))), len({text for record in left for text in record.captions})
     if min(kinds) < 2:
-        raise UserError(f"--human {human.name} has {kinds[0]} different pictures with {kinds[1]} different texts to learn from: the filter's wrong "
-                        "pairs are made by exchanging texts, so it needs at least two of each.")
+        raise UserError(f"--human {human.name} has {kinds[0]} different pictures, {kinds[1]} different texts to learn from: wrong pairs need two of each.")
 
 
 def way(path: Path, folder: Path) -> str:
@@ -138,8 +121,7 @@ def write_out(texts: Sequence[Text], paths: dict[str, Path], placed: Sequence[tu
     """report.png, and last of all captions.jsonl."""
     target = folder / "captions.jsonl"
     if not any(text.kept for text in texts):
-        raise UserError(f"The filter takes none of {len(texts):,} texts for right, so {target} is not written: tune longer (--overwrite, and a "
-                        "larger --steps), or give more human pairs.")
+        raise UserError(f"The filter takes none of {len(texts):,} texts for right, so {target} is not written: give more human pairs or --steps.")
     unlike = {(text.picture, text.text): text for text in reversed(texts) if text.kept}  # what the captioner repeats is the web's
     lines = [{"image": way(paths[text.picture], folder), "caption": text.text, "source": text.source, "belongs": round(text.belongs, 4),
               "split": "train"} for text in reversed(unlike.values())]
@@ -147,18 +129,17 @@ def write_out(texts: Sequence[Text], paths: dict[str, Path], placed: Sequence[tu
         said = record.captions[0] if len(record.captions) == 1 else record.captions
         lines.append({"image": way(record.images[0], folder), "caption": said, "label": record.label, "source": source, "split": split})
     outcomes = by_outcome(texts)
-    with saving(folder / "report.png"):
-        plots.save_verdicts({f"{name}: {len(found):,} pictures": [drawn(found[i * len(found) // n], paths) for i in range(n)]
-                             for name, found in outcomes.items() if (n := min(DRAWN, len(found)))}, folder / "report.png")
     with saving(target), replacing(target) as beside:
-        beside.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+        plots.save_verdicts({f"{name}: {len(found):,} pictures": [
+            (load_image(paths[own[0].picture], 256), [(f"{text.source}: {text.text} ({text.belongs:.2f})", text.kept) for text in own])
+            for own in found[::max(1, len(found) // DRAWN)][:DRAWN]] for name, found in outcomes.items() if found}, folder / "report.png")
+        beside.write_text("".join(json.dumps({k: v for k, v in line.items() if v}, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
     for source in SOURCES:
         n, dropped = (sum(text.source == source and not (kept and text.kept) for text in texts) for kept in (False, True))
         say(f"{source}: {n:,} texts, {dropped:,} of them dropped ({dropped / max(1, n):.0%})")
-    say("pictures: " + ", ".join(f"{len(found):,} {name}" for name, found in outcomes.items()) + f"; {folder / 'report.png'} shows some of each")
-    counts = Counter(f"{line['source']}, {line['split']}" for line in lines)
-    say(f"{target}: {len(lines):,} lines ({'; '.join(f'{name}: {n:,}' for name, n in counts.items())})")
-    say(f"next: python train_tiny.py --model blip --data {folder}")
+    say("pictures: " + ", ".join(f"{len(found):,} {name}" for name, found in outcomes.items()) + f"; see {folder / 'report.png'}")
+    say(f"{target}: {len(unlike):,} kept texts, {len(placed):,} human and {len(held):,} held-out records; "
+        f"next: python train_tiny.py --model blip --data {folder}")
 
 
 def by_outcome(texts: Sequence[Text]) -> dict[str, list[list[Text]]]:
@@ -171,11 +152,6 @@ def by_outcome(texts: Sequence[Text]) -> dict[str, list[list[Text]]]:
         left = {text.source for text in found if text.kept}
         outcomes["kept" if "web" in left else "rewritten" if left else "dropped"].append(found)
     return outcomes
-
-
-def drawn(texts: Sequence[Text], paths: dict[str, Path]) -> tuple[object, list[tuple[str, bool]]]:
-    """A cell of the report."""
-    return load_image(paths[texts[0].picture], 256), [(f"{text.source}: {text.text} ({text.belongs:.2f})", text.kept) for text in texts]
 
 
 # --- the command ---
@@ -204,8 +180,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, metavar="FOLDER", help="a run of train_tiny.py --model blip --data with the noisy set")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="the folder to write, which is a data set for --data")
     parser.add_argument("--beams", type=int, default=1, metavar="N", help="beam search; default: sampling from the nucleus, p = 0.9")
-    parser.add_argument("--steps", type=float, metavar="X", help=f"of captioner and filter each: up to 1 a fraction of {EPOCHS} epochs of the human "
-                        f"pairs, {FEWEST} steps at least; above 1 a number")
+    parser.add_argument("--steps", type=float, metavar="X", help=f"of each of the two models: up to 1 a fraction of {EPOCHS} epochs, above 1 a number")
     parser.add_argument("--on-missing", choices=("error", "skip"), default="error", help="what to do about a missing or broken picture")
     parser.add_argument("--resume", action="store_true", help="go on with what is in --out")
     parser.add_argument("--overwrite", action="store_true", help="delete what is in --out first")

@@ -31,7 +31,7 @@ from nanovlm.training.weights import needed_stages
 EPOCHS, FEWEST = 8, 60  # of the human pairs, for captioner and filter each; and steps of each at least
 
 
-def open_run(path: Path) -> tuple[str, Recipe, CapFilt]:
+def open_run(path: Path, beams: int) -> tuple[str, Recipe, CapFilt]:
     """What a finished run was trained on, its recipe, and how that one makes data."""
     wanted = "name a run of train_tiny.py --model blip --data NOISY, such as runs/blip"
     if not is_run(path):
@@ -43,7 +43,7 @@ def open_run(path: Path) -> tuple[str, Recipe, CapFilt]:
     made = next(iter(recipe.makes.values()))
     if not (path / f"{origin(recipe, made.captioner)[1]}.pt").exists():
         raise UserError(f"--model {path} is not finished: go on with it by train_tiny.py --recipe {recipe.name} --out {path} --resume.")
-    return config["data"], recipe, made
+    return config["data"], recipe, replace(made, beams=beams)
 
 
 def origin(recipe: Recipe, name: str) -> tuple[str, str]:
