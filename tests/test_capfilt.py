@@ -27,6 +27,7 @@ from nanovlm.papers.blip import BLIP, BLIPConfig
 from nanovlm.recipes.blip import SPECIALS
 from nanovlm.runs import checkpoint, watch
 from nanovlm.runs.folder import OURS
+from nanovlm.runs.tuned import to_tune
 from nanovlm.tokenizer import Tokenizer
 from nanovlm.vit import clip_vit
 
@@ -297,6 +298,28 @@ def test_a_filter_that_takes_nothing_leaves_nothing(place, monkeypatch, capsys):
     assert command() == 2
     assert "takes none of" in capsys.readouterr().err
     assert not (place / "clean/captions.jsonl").exists() and not (place / "clean/report.png").exists()
+
+
+def test_what_the_captioner_repeats_is_written_once(place):
+    texts = [Text("a", "good", "web", 0.7), Text("b", "bad", "web", 0.2), Text("a", "good", "captioner", 0.7), Text("b", "new", "captioner", 0.9)]
+    paths = {"a": place / "noisy/images/1.png", "b": place / "noisy/images/2.png"}
+    capfilt.write_out(texts, paths, [], [], place)
+    made = [json.loads(line) for line in (place / "captions.jsonl").read_text().splitlines()]
+    assert [(row["image"], row["caption"], row["source"]) for row in made] == [
+        ("noisy/images/1.png", "good", "web"), ("noisy/images/2.png", "new", "captioner")]
+    assert {name: [own[0].picture for own in found] for name, found in capfilt.by_outcome(texts).items()} == {
+        "kept": ["a"], "rewritten": ["b"], "dropped": []}
+
+
+def test_few_texts_are_worth_few_steps():
+    class Human:
+        def __init__(self, count):
+            self.size = lambda view, split: count
+
+    recipe = recipes.get("blip/tiny")
+    made, batch = next(iter(recipe.makes.values())), recipe.stage("filter").batch_size
+    for count, steps, wanted in ((10 * batch, None, 80), (10 * batch + 1, None, 81), (3, None, 60), (10 * batch, 0.5, 40), (3, 7, 7)):
+        assert {stage.steps for stage in to_tune(recipe, made, Human(count), steps).stages} == {wanted}
 
 
 @pytest.mark.parametrize(("more", "sentence"), [
