@@ -35,7 +35,7 @@ from nanovlm.metrics import roc_auc
 from nanovlm.runs import checkpoint
 from nanovlm.runs.folder import is_run
 from nanovlm.runs.run import Options, run, versions
-from nanovlm.runs.tuned import open_run
+from nanovlm.runs.tuned import CLEANED, open_run
 from nanovlm.tokenizer import Tokenizer
 
 NOISE, HUMAN = 0.3, 0.1
@@ -49,7 +49,7 @@ def measure(data: Path, work: Path, seed: int, steps: float) -> tuple[dict, dict
     if not (begun / "summary.json").exists():
         run("blip/tiny", Options(data=str(web), out=str(begun), seed=seed, steps=steps, resume=is_run(begun)))
     if not (clean / "captions.jsonl").exists():
-        capfilt(begun, str(human), 1, Options(data=str(web), out=str(clean), seed=seed, resume=is_run(clean)))
+        capfilt(begun, str(human), 1, Options(data=str(web), out=str(clean), seed=seed, resume=is_run(clean, CLEANED)))
     read = formats.read(web, cache_side=recipes.shorter_side("blip/tiny") * 4 // 3)
     samples, held = shown(read, "train"), shown(read, "val")
     rng = Random(seed)

@@ -261,7 +261,10 @@ def test_a_resumed_call_wants_the_same_sets(place, capsys):
     assert command("--resume") == 2 and "what both sets hold" in capsys.readouterr().err
     assert command("--overwrite") == 0
     assert command("--overwrite", out="noisy") == 2, "a folder that is not ours is not deleted"
-    assert (place / "noisy/images/3.png").exists()
+    assert command("--overwrite", out="runs/blip") == 2, "nor a run"
+    assert command("--overwrite", out="clean", data="clean") == 2 and "holds what --data names" in capsys.readouterr().err
+    assert train_tiny.main(["--model", "blip", "--data", "noisy", "--out", "clean", "--overwrite"]) == 2
+    assert (place / "noisy/images/3.png").exists() and (place / "runs/blip/pretrain.pt").exists() and (place / "clean/captions.jsonl").exists()
 
 
 def test_where_no_split_is_given_the_runs_own_is_kept(place):

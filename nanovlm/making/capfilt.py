@@ -9,10 +9,10 @@ BLIP (2201.12086) §3.3, Fig. 3. The steps before and behind it are runs of trai
         + the human pairs, not filtered + the held-out records of noisy/, as they are ─► clean/captions.jsonl
     train_tiny.py --model blip --data clean/        a new model, from the beginning
 
-clean/ is a folder like that of a run: --resume goes on with it, --overwrite deletes it.
+clean/ is made like the folder of a run: --resume goes on with it, --overwrite deletes it.
     captions.jsonl      {"image": "../noisy/a.jpg", "caption": "a hat", "source": "web", "belongs": 0.97, "split": "train"}, a line for each
                         text; source: web, captioner or human. The pictures stay where they are; paths count from this folder.
-    texts.jsonl         every text that was judged, dropped ones too         report.png, summary.json    what was kept, dropped, rewritten
+    texts.jsonl         every text that was judged, dropped ones too         report.png    some that were kept, rewritten, dropped
     captioner.pt, filter.pt, and what else a run has
 
 Who is held out stays held out: of noisy/ those that its "split" names or, if it names none, those that train_tiny.py chose. A picture

@@ -20,7 +20,7 @@ from nanovlm.recipes.stage import CapFilt, Recipe, as_config, resolve
 from nanovlm.runs import checkpoint
 from nanovlm.runs.cache import Cache
 from nanovlm.runs.capfilt import pupil_of
-from nanovlm.runs.folder import OURS, RunFolder, is_run
+from nanovlm.runs.folder import RunFolder, is_run
 from nanovlm.runs.progress import say
 from nanovlm.runs.run import Options, shortened, versions, weights_after
 from nanovlm.runs.setting import Job, Setting, leave_out_unfit
@@ -28,6 +28,7 @@ from nanovlm.tokenizer import Tokenizer
 from nanovlm.training import distributed
 from nanovlm.training.weights import needed_stages
 
+CLEANED = "nanovlm capfilt"  # the mark of such a folder
 EPOCHS, FEWEST = 8, 60  # of the human pairs, for captioner and filter each; and steps of each at least
 
 
@@ -62,12 +63,16 @@ def to_tune(recipe: Recipe, made: CapFilt, human: Records, steps: float | None) 
 def prepare(path: Path, whole: Recipe, made: CapFilt, human: Records, why: Callable[[Sample], str | None],
             options: Options) -> tuple[Setting, RunFolder]:
     """All that can be wrong is found, and nothing is written yet; why: what speaks against learning from a record."""
+    out = Path(options.out).resolve()
+    for flag, given in (("--data", options.data), ("--model", path)):
+        if out in (Path(given).resolve(), *Path(given).resolve().parents):
+            raise UserError(f"--out {options.out} holds what {flag} names: write to another folder.")
+    for name in (made.captioner, made.filter):
+        human.leave_out(whole.stage(name).real, why, ("train",))
     recipe = to_tune(whole, made, human, options.steps)
-    keep = RunFolder(recipe.name, options.out, options.resume, options.overwrite)
+    keep = RunFolder(recipe.name, options.out, options.resume, options.overwrite, what=CLEANED)
     tokenizer = Tokenizer.from_dict(checkpoint.load(path / "last.pt")["tokenizer"])
     setting = Setting(recipe, options.seed, distributed.choose_device(options.device), human, tokenizer)
-    for stage in recipe.stages:
-        human.leave_out(stage.real, why, ("train",))
     leave_out_unfit([Job(recipe, stage) for stage in recipe.stages], setting)
     return setting, keep
 
@@ -75,7 +80,7 @@ def prepare(path: Path, whole: Recipe, made: CapFilt, human: Records, why: Calla
 def tune(path: Path, setting: Setting, keep: RunFolder, options: Options, asked: dict) -> list[Pupil]:
     """Captioner and filter, as far as they are not in the folder trained now; asked: what else a resumed call must ask for again."""
     keep.begin(setting, Cache(setting, kept=False), {
-        "what": OURS, "recipe": as_config(setting.recipe), "seed": options.seed, "data": str(Path(options.data).resolve()),
+        "what": CLEANED, "recipe": as_config(setting.recipe), "seed": options.seed, "data": str(Path(options.data).resolve()),
         "on_missing": options.on_missing, "steps": options.steps, "--model": str(path.resolve()), **asked,
         "machine": {"device": str(setting.device), "processes": 1, **versions()}})
     jobs = [Job(setting.recipe, stage) for stage in setting.recipe.stages]
