@@ -148,7 +148,7 @@ def place(monkeypatch, tmp_path):
     draw(tmp_path / "checked", *(f"{i}.png" for i in range(6)))
     shutil.copy("noisy/images/5.png", "checked/copy.png")  # train there
     shutil.copy("noisy/images/13.png", "checked/held.png")  # held out there
-    lines(tmp_path / "checked/human.jsonl", [{"image": f"{i}.png", "caption": f"{WORDS[i]} thing"} for i in range(6)]
+    lines(tmp_path / "checked/human.jsonl", [{"image": f"{i}.png", "caption": f"{WORDS[i]} thing", "split": "train" if i else "val"} for i in range(6)]
           + [{"image": "copy.png", "caption": "a copy", "split": "train"}, {"image": "held.png", "caption": "a held one", "split": "train"}])
     torch.manual_seed(0)
     tokenizer = Tokenizer.train([" ".join(WORDS)] * 3, 300)
@@ -190,7 +190,8 @@ def test_the_command_from_beginning_to_end(place, capsys):
     held = [row for row in made if row["source"] == "web" and row["split"] == "val"]
     assert held == [{"image": f"../noisy/images/{i}.png", "caption": text(i), "label": "thing", "source": "web", "split": "val"} for i in (12, 13, 14)]
     human = {row["image"]: row["split"] for row in made if row["source"] == "human"}
-    assert len(human) == 8 and human["../checked/copy.png"] == "train" and human["../checked/held.png"] == "val"
+    assert human == {f"../checked/{i}.png": "train" if i else "val" for i in range(6)} | {"../checked/copy.png": "train", "../checked/held.png": "val"}
+    assert "6 human pairs to learn from" in said, "of seven the one that is held out in noisy/ is left out"
     assert (place / "clean/report.png").exists() and not list((place / "clean").glob("*.tmp"))
     # a normal data set, in which no picture is on both sides
     records = formats.read(place / "clean")
