@@ -13,9 +13,9 @@ are: so a model has to understand each word of its input, as any may be wrong, a
 Where questions stand behind what is told, 5 % of what is told and asked are chosen like this, and of each answer a share that is
 drawn anew, all of it in one case of three; these all become [MASK]. In an exam the last answer is hidden, all of it and nothing else.
 
-differs: the answers' share. The words of a scene are drawn at random, so that most cannot be found from the others, and only
-answers teach to look something up: at 15 % everywhere they were a small part of what was learned (experiments/README.md).
-Shares from none to all are what `generate` meets, which fills an answer word by word.
+differs: the answers' share. The words of a scene are drawn at random, so that most cannot be found from the others; what can be
+looked up are the answers, and at 15 % everywhere they were a small part of what was learned. Shares from none to all are what
+`generate` meets, which fills an answer word by word.
 differs: words are chosen anew whenever a text is met (BERT's were hidden beforehand, in ten ways each); as in the first
 BERT, a word of several tokens may be hidden in part.
 """
