@@ -11,6 +11,7 @@ from zlib import crc32
 import pytest
 import torch
 from data_files import draw, write
+from PIL import Image
 from test_checkpoint import stop_after
 
 import train_tiny
@@ -203,6 +204,8 @@ def test_the_command_from_beginning_to_end(place, capsys):
 def test_captioner_and_filter_go_on_apart_from_the_run(place, monkeypatch):
     """The one learns to write, the other to judge; and what the filter says is P(belongs) of its own matching head."""
     monkeypatch.setattr(Pupil, "belongs", REAL)
+    for i in range(15):  # one on which it matters how it is made small
+        Image.frombytes("RGB", (40, 30), Random(i).randbytes(3600)).save(place / f"noisy/images/{i}.png")
     assert command("--on-missing", "skip") in (0, 2)  # it may take none for right
     start, captioner, judge = (checkpoint.load(place / f"clean/{name}.pt") for name in ("pretrain", "captioner", "filter"))
     assert set(captioner) == {name for name in start if name.split(".")[0] in ("vision", "text_decoder", "word_head")}
