@@ -1,7 +1,7 @@
 """BLIP's recipes: pre-training on the web, a captioner and a filter, and pre-training anew on what they made of the web.
 
                  ViT, learns            text transformer     web texts              human texts       steps × batch
-    tiny         clip/tiny, 17 tokens   bert/tiny, 4 × 128   8,000, 40 % wrong      1,200             see below
+    tiny         clip/tiny, 17 tokens   random, 4 × 128      10,600, 40 % wrong     1,600             1,400 × 32
     small        clip/small, 197        6 × 384              yours                  yours             50k × 256
     vit-b        DeiT-B/16, 197         BERT-base            129M                   1.34M, COCO, VG   20 epochs, 2,880
     vit-l        ViT-L/16, in21k, 197   BERT-base            129M                   the same          20 epochs, 2,400
@@ -11,10 +11,11 @@
                     └─► makes "bootstrapped": per picture the web's text and the captioner's, those that the filter keeps
     retrain      a new model, as pretrain, on human texts and bootstrapped ones                      (§3.3, Table 13)
 
-What scale changes: sizes, steps, the queue, ImageNet's ViT and BERT to begin with (here CLIP's eyes and a BERT of our own). What it
-does not: the three losses, what is shared, CapFilt. Hyper-parameters of the published ones: §4.1, and the released configs where the
-paper is silent (warm-up of 3,000 steps). differs: the rate falls by a cosine (paper: by 0.85 in every epoch); the tiny ones begin
-with pictures of which some are in colours without names, as BLIP-2's do (see world/datasets.py).
+What scale changes: sizes, steps, the queue, ImageNet's ViT and BERT to begin with (here CLIP's eyes). What it does not: the three
+losses, what is shared, CapFilt. Hyper-parameters of the published ones: §4.1, and the released configs where the paper is silent
+(warm-up of 3,000 steps). differs: the rate falls by a cosine (paper: by 0.85 in every epoch); the tiny text transformer begins at
+random, as bert/tiny proved a worse start (experiments/README.md); of the tiny ones' pictures some are in colours without names, as
+BLIP-2's are (see world/datasets.py).
 
 Steps of the published ones: an epoch is 14M pictures and a fifth of LAION's 115M (§4.1), with CapFilt 1.6 texts for each (Table 12).
 With --data there are no human texts: `pretrain` alone is trained; see `python -m nanovlm.making.capfilt --help` for the rest.
