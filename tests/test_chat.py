@@ -30,7 +30,7 @@ def run(tmp_path):
     torch.manual_seed(3)
     path, recipe = tmp_path / "run", recipes.get("llava/tiny")
     path.mkdir()
-    folder.write_json(path / "config.json", {"what": folder.OURS, "recipe": {"name": recipe.name}, "steps": None})
+    folder.write_json(path / "config.json", {"what": folder.OURS, "recipe": {"name": recipe.name}, "data": "scenes", "steps": None})
     checkpoint.save(path / "tune.pt", recipe.build(recipe.stages[-1]).state_dict())
     checkpoint.save(path / "last.pt", {"tokenizer": TOKENIZER.to_dict()})
     return path
@@ -153,7 +153,7 @@ def test_a_shipped_model_is_opened_by_its_name_and_shown_a_scene(run, tmp_path, 
 
 
 def test_a_shortened_run_says_so_when_it_is_opened(run, capsys):
-    folder.write_json(run / "config.json", {"what": folder.OURS, "recipe": {"name": "llava/tiny"}, "steps": 0.05})
+    folder.write_json(run / "config.json", {"what": folder.OURS, "recipe": {"name": "llava/tiny"}, "data": "scenes", "steps": 0.05})
     assert main([str(run), "--ask", "x", "--max-new-tokens", "1"]) == 0
     assert capsys.readouterr().err.startswith("This is a shortened run (--steps 0.05)")
 
@@ -232,7 +232,7 @@ def untrained(tmp_path):
     def make(name: str) -> str:
         recipe, path = recipes.get(name), tmp_path / "other"
         path.mkdir()
-        folder.write_json(path / "config.json", {"what": folder.OURS, "recipe": {"name": recipe.name}, "steps": None})
+        folder.write_json(path / "config.json", {"what": folder.OURS, "recipe": {"name": recipe.name}, "data": "scenes", "steps": None})
         checkpoint.save(path / f"{recipe.stages[-1].name}.pt", recipe.build(recipe.stages[-1]).state_dict())
         checkpoint.save(path / "last.pt", {"tokenizer": TOKENIZER.to_dict()})
         return str(path)
