@@ -8,26 +8,25 @@
     beams       the same as both, the captioner writing by beam search                                (Table 2)
     clean       the same pictures with right texts: what all of this can reach at best
 
-    python -m experiments.blip_capfilt                       seeds 0, 1 and 7; half of the recipe's steps
+    python -m experiments.blip_capfilt                       seeds 0, 1 and 7; 0.35 of the recipe's steps and of its web
     python -m experiments.blip_capfilt --seeds 0 --steps 1   one seed, all steps
     python -m experiments.blip_capfilt --table               print the stored results as Markdown
 
-A seed's world has a web of its own. Human texts are in every diet, as in the recipe. Of every captioner it is known which of its texts
-are right, so the filter is judged on them too: recall of a captioner's own mistakes is what sharing is said to spoil (§4.4, "confirmation
-bias"). Figures of models: held-out scenes; caption_exact of two objects, retrieval among 500.
+A seed's world has a web of its own; with fewer steps it has fewer pictures, too, so that each is met as often. Human texts are in every
+diet, as in the recipe. Of every new text it is known whether it is right, so the filter is judged on them too: whether it finds a
+captioner's own mistakes is what sharing is said to spoil (§4.4, "confirmation bias"). Figures of models: held-out scenes; captions of two
+objects, retrieval among 500.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
-
-from torch import nn
 
 from experiments import seeds
 from nanovlm import recipes
 from nanovlm.evaluate.judges import evaluate
 from nanovlm.evaluate.pupil import Pupil
 from nanovlm.making.bootstrap import Bootstrapped, Text, grow
-from nanovlm.recipes.blip import ALL, PLAIN_WEB, WEB
+from nanovlm.recipes.blip import ALL
 from nanovlm.recipes.stage import CapFilt, Stage, resolve
 from nanovlm.runs.cache import Cache
 from nanovlm.runs.capfilt import writer
@@ -38,13 +37,14 @@ from nanovlm.training.batches import Mixture
 
 NAME = "blip/tiny"
 ARMS = ("none", "filter", "captioner", "both", "shared", "beams", "clean")
-FIGURES = ("caption_exact", "i2t_r1", "t2i_r1")
-POOLS = {"bootstrapped": "web pairs", "unnamed bootstrapped": "unnamed web pairs"}
-CLEAN = {web: web.replace("web pairs", "clean web pairs") for web in POOLS.values()}
+FIGURES = ("caption_exact", "caption_cider", "i2t_r1", "t2i_r1")
+WEBS = ("web pairs", "unnamed web pairs")
+
+Texts = dict[str, list[Text]]  # of each web
 
 
 class Experiment:
-    """One seed: its world, its start, and everybody's training by the same steps."""
+    """One seed: its world, its web of as many pictures as the steps are fewer, its start, and everybody's training."""
 
     def __init__(self, seed: int, fraction: float):
         self.recipe = resolve(recipes.get(NAME), real=False, steps=fraction)
@@ -52,39 +52,35 @@ class Experiment:
         self.setting = Setting(self.recipe, seed, seeds.CPU, self.world, find_tokenizer(self.recipe, self.world, seed))
         start = needs(Job(self.recipe, self.recipe.stage("pretrain")), self.setting)
         self.finished = {job.stage.name: weights_after(job, self.setting, Cache(self.setting)) for job in start}
-        self.web = {name: [self.world.pooled(name, i) for i in range(self.world.pool(name))] for name in POOLS.values()}
+        self.web = {name: [self.world.pooled(name, i) for i in range(round(self.world.pool(name) * fraction))] for name in WEBS}
 
-    def train(self, stage: Stage, made: dict[str, Bootstrapped]) -> nn.Module:
-        """Nobody goes on from the stage before by chance: `init` says all."""
-        print(f"seed {self.setting.seed}, {stage.name}: {stage.steps} steps", flush=True)
+    def train(self, name: str, stage: Stage, texts: Texts) -> Pupil:
+        """texts: what stands for the web. Of one stage all begin with the same random numbers and meet pictures in the same order."""
+        print(f"seed {self.setting.seed}, {name}: {stage.steps} steps", flush=True)
+        made = {name: Bootstrapped(self.world, name, of) for name, of in texts.items()}
         samples = Mixture(self.world, stage, self.setting.seed, made)
         model = seeds.learn(replace(self.recipe, stages=(stage,)), stage, samples, self.setting.seed, self.setting.tokenizer, self.finished)
-        self.finished[stage.name] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        return model.eval()
+        self.finished.setdefault(stage.name, {key: tensor.clone() for key, tensor in model.state_dict().items()})  # of the first
+        return Pupil(model.eval(), self.recipe, stage, self.setting.tokenizer, seeds.CPU)
 
-    def pupil(self, model: nn.Module, stage: Stage) -> Pupil:
-        return Pupil(model, self.recipe, stage, self.setting.tokenizer, seeds.CPU)
-
-    def bootstrapped(self, captioner: Pupil, judge: Pupil, how: CapFilt) -> dict[str, list[Text]]:
-        write = writer(captioner, how, str(self.setting.seed))
-        return {name: grow(None, self.web[web], write, judge.belongs) for name, web in POOLS.items()}
-
-    def retrain(self, arm: str, texts: dict[str, list[Text]] | None) -> dict:
-        """A new model on the arm's texts, and its figures; without texts of its own, on the clean web."""
-        last = self.recipe.stages[-1]
-        names = {web: name for name, web in POOLS.items()} if texts else CLEAN
-        diets = [{names.get(name, name): weight for name, weight in diet.items()} for diet in (WEB, PLAIN_WEB)]
-        stage = replace(last, name=arm, lessons=((0.75, diets[0]),), data=diets[1])
-        made = {name: Bootstrapped(self.world, POOLS[name], of) for name, of in (texts or {}).items()}
-        return self.judged(self.train(stage, made), stage)
-
-    def judged(self, model: nn.Module, stage: Stage) -> dict:
-        pupil = self.pupil(model, replace(stage, evaluate=("retrieval", "two")))
+    def arm(self, name: str, texts: Texts) -> dict:
+        """A new model on these texts, and its figures."""
+        pupil = self.train(name, replace(self.recipe.stage("pretrain"), evaluate=("retrieval", "two")), texts)
         found = evaluate(pupil, self.world)
-        print({name: round(found[name]["value"], 3) for name in FIGURES}, flush=True)
-        return {name: found[name] for name in (*FIGURES, "i2t_r1/itc", "t2i_r1/itc", "caption_cider")}
+        print({figure: round(found[figure]["value"], 3) for figure in FIGURES}, flush=True)
+        return {figure: found[figure] for figure in (*FIGURES, "i2t_r1/itc", "t2i_r1/itc")}
 
-    def told(self, texts: dict[str, list[Text]]) -> dict:
+    def texts(self, source: str) -> Texts:
+        """Nobody's work: the web's own texts, or for each picture a right one."""
+        right = "clean " if source == "clean" else ""
+        return {name: [Text(sample.id, self.world.pooled(name.replace("web", f"{right}web"), i).caption, "web", noise=sample.label)
+                       for i, sample in enumerate(samples)] for name, samples in self.web.items()}
+
+    def bootstrapped(self, captioner: Pupil, judge: Pupil, how: CapFilt) -> Texts:
+        write = writer(captioner, how, str(self.setting.seed))
+        return {name: grow(None, samples, write, judge.belongs) for name, samples in self.web.items()}
+
+    def told(self, texts: Texts) -> dict:
         """What is known of the texts: shares of the dropped, and of the captioner's how many are right and which mistakes are found."""
         right = {sample.id: set(sample.references) for samples in self.web.values() for sample in samples}
         every = [text for of in texts.values() for text in of]
@@ -92,8 +88,8 @@ class Experiment:
         wrong = [text for text in new if text.text not in right[text.picture]]
         web = [text for text in every if text.source == "web"]
         return {
-            "noise ratio": share(new, lambda text: not text.kept), "new texts right": 1 - len(wrong) / len(new),
-            "new texts right after": share([text for text in new if text.kept], lambda text: text.text in right[text.picture]),
+            "dropped of the new": share(new, lambda text: not text.kept), "new and right": 1 - len(wrong) / len(new),
+            "kept and right": share([text for text in new if text.kept], lambda text: text.text in right[text.picture]),
             "own mistakes dropped": share(wrong, lambda text: not text.kept), "different": len({text.text for text in new}) / len(new),
             "web dropped": {kind or "right": share([text for text in web if text.noise == kind], lambda text: not text.kept)
                             for kind in sorted({text.noise for text in web})}}
@@ -105,23 +101,20 @@ def share(texts: Sequence[Text], which) -> float:
 
 def measure(seed: int, fraction: float) -> dict:
     one = Experiment(seed, fraction)
-    pretrain, captioner, judge, _ = one.recipe.stages
-    joint = replace(judge, name="joint", trains=ALL, sizes={})
-    models = {stage.name: one.pupil(one.train(stage, {}), stage) for stage in (pretrain, captioner, judge, joint)}
-    figures = {"none": one.judged(models["pretrain"].model, pretrain)}
-    nucleus, beams = CapFilt("web pairs"), CapFilt("web pairs", beams=3)
-    both = one.bootstrapped(models["captioner"], models["filter"], nucleus)
+    captioner, judge = one.recipe.stage("captioner"), one.recipe.stage("filter")
+    figures = {"none": one.arm("none", one.texts("web"))}
+    writes, judges = one.train("captioner", captioner, {}), one.train("filter", judge, {})  # both go on from it
+    joint = one.train("captioner and filter", replace(judge, name="joint", trains=ALL, sizes={}), {})
+    both = one.bootstrapped(writes, judges, CapFilt("web pairs"))
     texts = {
         "filter": {name: [text for text in of if text.source == "web"] for name, of in both.items()},
         "captioner": {name: [replace(text, belongs=None) for text in of] for name, of in both.items()},
-        "both": both,
-        "shared": one.bootstrapped(models["joint"], models["joint"], nucleus),
-        "beams": one.bootstrapped(models["captioner"], models["filter"], beams)}
-    for arm, of in texts.items():
-        figures[arm] = one.retrain(arm, of)
-    figures["clean"] = one.retrain("clean", None)
-    return {"steps": [stage.steps for stage in one.recipe.stages], "figures": figures,
-            "texts": {arm: one.told(texts[arm]) for arm in ("both", "shared", "beams")}}
+        "both": both, "shared": one.bootstrapped(joint, joint, CapFilt("web pairs")),
+        "beams": one.bootstrapped(writes, judges, CapFilt("web pairs", beams=3)), "clean": one.texts("clean")}
+    told = {name: one.told(texts[name]) for name in ("both", "shared", "beams")}
+    print(told, flush=True)
+    figures |= {name: one.arm(name, of) for name, of in texts.items()}
+    return {"steps": [stage.steps for stage in one.recipe.stages], "pictures": sum(map(len, one.web.values())), "figures": figures, "texts": told}
 
 
 def table(result: dict) -> str:
@@ -147,4 +140,4 @@ def spread(values: Sequence[float]) -> str:
 
 
 if __name__ == "__main__":
-    seeds.main(__doc__, "blip_capfilt", NAME, measure, table, fraction=0.5)
+    seeds.main(__doc__, "blip_capfilt", NAME, measure, table, fraction=0.35)

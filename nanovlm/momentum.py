@@ -93,7 +93,7 @@ class Momentum(nn.Module):
     @torch.no_grad()
     def enqueue(self, keys: tuple[Tensor, Tensor], groups: tuple[Tensor, Tensor], gather: Gather) -> None:
         """The keys of all ranks take the places of the oldest, beyond the queue's end from its beginning."""
-        image_key, text_key, image_group, text_group = map(gather, (*keys, *groups))  # (G, …)
+        image_key, text_key, image_group, text_group = map(gather, (*keys, *groups))
         G, Q = len(image_key), self.config.queue
         at = (self.place + torch.arange(G, device=image_key.device)) % Q
         self.images[at], self.texts[at] = image_key, text_key

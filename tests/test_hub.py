@@ -108,7 +108,9 @@ def test_pixels_take_the_dtype_of_the_weights():
              (hf_blip2, lambda m: m(images, ids, mask).logits,
               lambda hf: hf(input_ids=queries, pixel_values=images, attention_mask=torch.ones_like(queries)).logits),
              (hf_blip2_t5, lambda m: m(images, ids, mask, ids).logits[:, :-1],
-              lambda hf: hf(input_ids=queries, pixel_values=images, attention_mask=torch.ones_like(queries), labels=ids).logits)]
+              lambda hf: hf(input_ids=queries, pixel_values=images, attention_mask=torch.ones_like(queries), labels=ids).logits),
+             (hf_blip, lambda m: m.word_head.logits(m.write(m.encode_image(images), ids, mask), m.text_decoder.embeddings.words),
+              lambda hf: hf(images, torch.cat([torch.full((2, 1), 51), ids[:, 1:]], dim=1), mask.long()).logits)]
     for build, run, theirs in cases:
         hf = build(1)
         with torch.no_grad():

@@ -18,8 +18,12 @@ from tools import bite, close, randn
 from torch import Tensor, nn
 
 from nanovlm import generation, masks, recipes
+from nanovlm.attention import KVCache
 from nanovlm.bert import BertConfig
 from nanovlm.decoder import clip_text, llama, opt
+from nanovlm.momentum import MomentumConfig
+from nanovlm.papers import blip
+from nanovlm.papers.blip import BLIP, BLIPConfig
 from nanovlm.papers.blip2 import BLIP2, BLIP2Config, BLIP2Stage1
 from nanovlm.papers.clip import CLIP, CLIPConfig
 from nanovlm.papers.language_model import LanguageModel
@@ -31,7 +35,7 @@ from nanovlm.t5 import T5Config
 from nanovlm.training import distributed
 from nanovlm.training.loop import freeze, train_stage
 from nanovlm.training.optim import make_optimiser
-from nanovlm.vit import clip_vit
+from nanovlm.vit import clip_vit, imagenet_vit
 
 PAD, STOP, IMAGE, V = 0, 2, 3, 29
 SIZE, N, QUERIES = 12, 9, 5  # pictures of 3 × 3 patches
@@ -44,10 +48,11 @@ class Case:
     build: Callable[[], nn.Module]
     stages: tuple[tuple[str, ...], ...]  # what learns, stage by stage; in the last enough to learn by heart
     inputs: tuple[str, ...]  # the names of a batch that `forward` and `generate` take
-    image_places: int  # positions that a picture takes in the text; 0: the model reads no pictures
+    image_places: int | None  # positions that a picture takes in the text, 0 if it stands beside it; None: the model reads no pictures
     logits: Callable[[nn.Module, dict, str], tuple[Tensor, Tensor]]  # of a batch: (B, L, V), and which are real (B, L)
     one_first: bool = False  # one picture before each text, not where a mark stands
     two: bool = False  # the prompt is read by an encoder, the answer stands in the labels alone
+    opens: bool = False  # the model puts a token of its own in the place of the first
     std: float = 0.3  # of the weights that bite
 
 
@@ -83,6 +88,24 @@ def blip2_logits(model: nn.Module, batch: dict, side: str) -> tuple[Tensor, Tens
     return model(batch["images"], batch["input_ids"], mask, **asked).logits, masks.with_queries(QUERIES, mask)
 
 
+def build_blip(**changes) -> nn.Module:
+    """Without changes the captioner."""
+    text = BertConfig(V, 40, 2, 5, 44, max_positions=19, dropout=0.0, image_width=26)
+    config = BLIPConfig(imagenet_vit(SIZE, 4, 26, 2, 2), text, 14, decode_id=1, encode_id=2, tasks=("lm",), smoothing=0.0,
+                        momentum=MomentumConfig(7, 0.9, ramp=2))
+    return BLIP(replace(config, **changes))
+
+
+def blip_logits(model: nn.Module, batch: dict, side: str) -> tuple[Tensor, Tensor]:
+    """Padded on the right as it learns, on the left as it is asked."""
+    ids, mask, tokens = batch["input_ids"], batch["attention_mask"], model.encode_image(batch["images"])
+    if side == "right":
+        return model.word_head.logits(model.write(tokens, ids, mask), model.text_decoder.embeddings.words), mask
+    cache = KVCache()
+    cache.state["context"] = tokens
+    return blip.read_on(model.text_decoder, model.word_head, blip.opened(ids, mask, 1), mask, cache), mask
+
+
 def answer_logits(model: nn.Module, batch: dict, side: str) -> tuple[Tensor, Tensor]:
     """After <start>, then after each token of the answer."""
     inputs = batch["input_ids"], batch["attention_mask"]
@@ -98,21 +121,24 @@ def answer_logits(model: nn.Module, batch: dict, side: str) -> tuple[Tensor, Ten
 TEXT = ("input_ids", "attention_mask")
 QUESTION = ("qformer_input_ids", "qformer_attention_mask")  # here always the words that the language model reads too
 BRIDGE = ("vision_norm", "qformer", "projection")
+EYES_OF_BLIP, WRITES = ("vision", "text_encoder", "image_projection", "text_projection", "match_head", "temperature"), ("text_decoder", "word_head")
 CASES = [
     Case("llava", build_llava, (("projector",), ("projector", "language")), ("images", *TEXT), N, llava_logits),
     Case("blip2", build_blip2, (BRIDGE, (*BRIDGE, "language")), ("images", *TEXT), QUERIES, blip2_logits, one_first=True),
     Case("blip2 asked", lambda: build_blip2(asks=True), (("vision", *BRIDGE), ("vision", *BRIDGE, "language")),
          ("images", *TEXT, *QUESTION), QUERIES, blip2_logits, one_first=True, std=0.2),
-    Case("llama", lambda: LanguageModel(llama(V, 40, 2, 5, 44)), (("language",),), TEXT, 0, text_logits),
-    Case("opt", lambda: LanguageModel(opt(V, 40, 2, 5, 44)), (("language",),), TEXT, 0, text_logits),
+    Case("blip", build_blip, (WRITES, ("vision", *WRITES)), ("images", *TEXT), 0, blip_logits, one_first=True, opens=True,
+         std=0.15),
+    Case("llama", lambda: LanguageModel(llama(V, 40, 2, 5, 44)), (("language",),), TEXT, None, text_logits),
+    Case("opt", lambda: LanguageModel(opt(V, 40, 2, 5, 44)), (("language",),), TEXT, None, text_logits),
     # nothing divides T5's scores: at 0.3 they are so sharp that every rounding shows
-    Case("t5", lambda: LanguageModel(T5_SIZES), (("language.encoder",), ("language",)), TEXT, 0, answer_logits, two=True,
+    Case("t5", lambda: LanguageModel(T5_SIZES), (("language.encoder",), ("language",)), TEXT, None, answer_logits, two=True,
          std=0.2),
     Case("blip2 on t5", lambda: build_blip2(language=T5_SIZES), (BRIDGE, (*BRIDGE, "language")), ("images", *TEXT), QUERIES,
          answer_logits, one_first=True, two=True, std=0.2),
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-image_cases = pytest.mark.parametrize("case", [case for case in CASES if case.image_places], ids=lambda case: case.name)
+image_cases = pytest.mark.parametrize("case", [case for case in CASES if case.image_places is not None], ids=lambda case: case.name)
 
 
 # --- examples and batches ---
@@ -137,9 +163,9 @@ def examples(case: Case, count: int = 10, seed: int = 0) -> list[Example]:
         ids, pictures = words(3 + i % 4), 0
         if case.one_first:
             ids, pictures = (first, second, third) if i < 6 else ids, 1
-        elif case.image_places and i < 6:
+        elif case.image_places is not None and i < 6:
             ids = (first, IMAGE, second, third)
-        elif case.image_places and i % 2 == 0:
+        elif case.image_places is not None and i % 2 == 0:
             ids = (ids[0], IMAGE, *ids[1:], IMAGE, first)
         images = torch.randn(pictures or ids.count(IMAGE), 3, SIZE, SIZE, generator=g)
         made.append(Example(ids, images, (*words(1 + i % 4), STOP)))
@@ -200,8 +226,8 @@ def perturbations(case: Case, rows: list[Example], side: str) -> Iterator[tuple[
             changed = {**batch, "input_ids": batch["input_ids"].clone()}
             column = batch["attention_mask"][row].nonzero()[t]
             changed["input_ids"][row, column] = 4 + (changed["input_ids"][row, column] - 3) % (V - 4)
-            yield f"word {t} of row {row}", changed, row, place(case, rows[row].ids, t)
-    for row in (2, 6, 8) if case.image_places else ():
+            yield f"word {t} of row {row}", changed, row, -1 if case.opens and t == 0 else place(case, rows[row].ids, t)
+    for row in (2, 6, 8) if case.image_places is not None else ():
         before = sum(len(other.images) for other in rows[:row])
         for k in range(len(rows[row].images)):
             changed = {**batch, "images": batch["images"].clone()}
@@ -215,7 +241,7 @@ def perturbations(case: Case, rows: list[Example], side: str) -> Iterator[tuple[
 
 def place(case: Case, ids: tuple[int, ...], t: int) -> int:
     """Where token t stands once the pictures before it have their places."""
-    return t + (case.image_places if case.one_first else (case.image_places - 1) * ids[:t].count(IMAGE))
+    return t + (case.image_places if case.one_first else (case.image_places - 1) * ids[:t].count(IMAGE)) if case.image_places is not None else t
 
 
 @every_case
@@ -322,7 +348,7 @@ def test_learns_ten_examples_by_heart(case):
     longest = max(len(row.answer) for row in rows)
     answers = [[*row.answer, *[PAD] * (longest - len(row.answer))] for row in rows]
     assert generate(case, model, rows, 8, [STOP]) == answers
-    if case.image_places:
+    if case.image_places is not None:
         wrong = [replace(row, images=other.images) for row, other in zip(rows[:6], rows[1:6] + rows[:1], strict=True)]
         assert generate(case, model, wrong, 8, [STOP]) == [answers[(i + 1) % 6][:longest] for i in range(6)]
 
@@ -373,6 +399,11 @@ def stage1_batch(rows: list[int]) -> dict:
             "image_group": torch.tensor([images[row] for row in rows])}
 
 
+def blip_batch(rows: list[int]) -> dict:
+    """The same in the order in which two ranks bring them, for in this order their keys stand in the queue."""
+    return stage1_batch(sorted(rows, key=lambda row: row % 2))
+
+
 def masked_batch(rows: list[int]) -> dict:
     """Texts by number, each with other words hidden and more of them: ranks have different numbers."""
     ids, hidden = randn(6, 9)[rows].abs().mul(9).long() % (V - 4) + 4, torch.arange(9) <= torch.tensor(rows)[:, None]
@@ -383,6 +414,7 @@ def masked_batch(rows: list[int]) -> dict:
 OTHERS = {
     "clip": (build_clip, ("vision", "text", "image_projection", "text_projection", "temperature"), clip_batch, 6),
     "blip2 stage 1": (lambda: BLIP2Stage1(blip2_config(text=19)), recipes.blip2.BRIDGE_1, stage1_batch, 4),
+    "blip, all three": (lambda: build_blip(tasks=("itc", "itm", "lm")), (*EYES_OF_BLIP, *WRITES), blip_batch, 4),
     "bert": (lambda: MaskedLanguageModel(BertConfig(V, 24, 2, 3, 34, max_positions=19, dropout=0.0)), ("bert", "word_head"), masked_batch, 6),
 }
 

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from itertools import chain
 from random import Random
 
 import pytest
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 
 from nanovlm import recipes
 from nanovlm.bert import BertConfig
-from nanovlm.data.masking import CHOSEN, hide, written
+from nanovlm.data.masking import ALL_HIDDEN, BESIDE_ANSWERS, CHOSEN, hide, written
 from nanovlm.data.sample import Sample, Turn
 from nanovlm.data.source import Exam
 from nanovlm.evaluate import judges
@@ -116,38 +117,63 @@ def test_gaps_are_filled_from_the_surest_on_and_each_is_seen_by_the_next():
 # --- what is hidden ---
 
 def test_what_a_sample_says():
+    """In parts, every second one an answer; put together they are the ids of the whole text."""
     told = Sample("", turns=(Turn("<image>\nwhat colour?", "red"), Turn("and where?", "top left")), told=("top left: red square.",))
-    assert [TOKENIZER.decode(ids) for ids in written(told, TOKENIZER)] == [
-        "top left: red square.\nwhat colour? red and where?", " top left"]
     unasked = Sample("", turns=(Turn("<image>\n", "a red square."),), told=("top left: red square.",))
-    assert [TOKENIZER.decode(ids) for ids in written(unasked, TOKENIZER)] == ["top left: red square.", " a red square."]
-    pages = Sample("", turns=(Turn("<image>", "one"), Turn("<image> <image>", "two")), told=("a", "b", "c"))
-    assert [TOKENIZER.decode(ids) for ids in written(pages, TOKENIZER)] == ["a one b c", " two"]
+    pages = Sample("", turns=(Turn("<image>", "7"), Turn("<image> <image>", "two")), told=("a", "b", "c"))
     alone = Sample("", caption="a red square.")
-    assert [TOKENIZER.decode(ids) for ids in written(alone, TOKENIZER)] == ["", "a red square."]
+    for sample, want in ((told, ["top left: red square.\nwhat colour?", " red", " and where?", " top left"]),
+                         (unasked, ["top left: red square.", " a red square."]), (pages, ["a", " 7", " b c", " two"]), (alone, ["a red square."])):
+        parts = written(sample, TOKENIZER)
+        assert [TOKENIZER.decode(ids) for ids in parts] == want
+        assert [*chain(*parts)] == TOKENIZER.encode("".join(want))
 
 
 def within_five_sigma(hits: int, n: int, p: float) -> bool:
     return abs(hits - n * p) < 5 * (n * p * (1 - p)) ** 0.5  # one false alarm in two million
 
 
-def test_how_often_words_are_chosen_and_what_becomes_of_them():
-    rng, words = Random(0), list(range(300, 340)) * 2500
-    read, labels = hide(words, TOKENIZER, rng)
-    assert len(read) == len(labels) == len(words)
+def fates_of(ids: list[int], read: list[int], labels: list[int]) -> Counter:
+    """How many words were chosen and became [MASK], another word, or stayed; what is not chosen stays."""
     fates = Counter()
-    for word, now, label in zip(words, read, labels):
-        if label == IGNORE:
-            assert now == word, "what is not chosen stays"
-            continue
-        assert label == word
-        fates["masked" if now == MASK else "kept" if now == word else "exchanged"] += 1
+    for word, now, label in zip(ids, read, labels, strict=True):
+        assert label == word or (label == IGNORE and now == word)
+        fates["masked" if now == MASK else "kept" if now == word else "exchanged"] += label == word
         assert now == MASK or len(TOKENIZER.specials) <= now < len(TOKENIZER)
-    assert within_five_sigma(fates.total(), len(words), CHOSEN) and CHOSEN == 0.15
+    return fates
+
+
+@pytest.mark.parametrize("share", [CHOSEN, BESIDE_ANSWERS])
+def test_how_often_words_are_chosen_and_what_becomes_of_them(share):
+    """Of a caption, and of what is told and asked, before an answer and behind one."""
+    words, half = list(range(300, 340)) * 7500, 150_000
+    parts = [words] if share == CHOSEN else [words[:half], [], words[half:], []]
+    read, labels = hide(parts, TOKENIZER, Random(0))
+    fates = fates_of(words, read, labels)
+    assert (CHOSEN, BESIDE_ANSWERS) == (0.15, 0.05) and within_five_sigma(fates.total(), len(words), share)
+    assert within_five_sigma(fates_of(words[half:], read[half:], labels[half:]).total(), half, share)
     for fate, p in (("masked", 0.8), ("exchanged", 0.1), ("kept", 0.1)):  # an exchange may draw the same word: 1 in 492
         assert within_five_sigma(fates[fate], fates.total(), p), fates
     others = {now for word, now, label in zip(words, read, labels) if label != IGNORE and now not in (word, MASK)}
     assert len(others) > 0.85 * (len(TOKENIZER) - len(TOKENIZER.specials)), "other words are drawn from all"
+
+
+def test_of_an_answer_a_share_is_hidden_from_none_of_it_to_all():
+    """Each answer's own share, drawn anew; nothing of it is exchanged."""
+    rng, answer, n, shares = Random(1), list(range(300, 350)), 3000, []
+    for _ in range(n):
+        read, labels = hide([[400], answer, [401], answer], TOKENIZER, rng)
+        fates = [fates_of(answer, read[first:first + 50], labels[first:first + 50]) for first in (1, 52)]
+        assert all(each.total() == each["masked"] for each in fates)
+        shares.append([each.total() / 50 for each in fates])
+    first, second = torch.tensor(shares).T
+    assert ALL_HIDDEN == 1 / 3 and abs(torch.corrcoef(torch.stack([first, second]))[0, 1]) < 5 / n ** 0.5
+    for share in (first, second):
+        # a share below 1 hides all of 50 words now and then: (2/3) / 51
+        assert within_five_sigma(int((share == 1).sum()), n, 1 / 3 + 2 / 3 / 51)
+        assert within_five_sigma(int((share < 0.5).sum()), n, 2 / 3 * 25 / 51) and int((share == 0).sum()) > 10
+    short = sum(hide([[400], [300]], TOKENIZER, rng)[1][1] == 300 for _ in range(n))
+    assert within_five_sigma(short, n, 2 / 3), "a word that is an answer by itself"
 
 
 def collate():
@@ -164,8 +190,7 @@ def test_a_batch_is_a_text_with_frame_and_its_hidden_words():
         assert real[0] == TOKENIZER.bos_id and real[-1] == TOKENIZER.eos_id and not learned[0] and not learned[-1]
         assert not ids[~mask].any() and (labels[~mask] == IGNORE).all()
         whole = torch.where(learned, labels[mask], real)[1:-1].tolist()
-        before, answer = written(sample, TOKENIZER)
-        assert whole == before + answer
+        assert whole == [*chain(*written(sample, TOKENIZER))]
         hidden += int(learned.sum())
     assert hidden > 20
     cut = replace(collate(), max_length=9)(samples, Random(0))
@@ -239,8 +264,8 @@ def test_in_an_exam_the_last_answer_is_hidden_all_of_it_and_nothing_else():
     batch = collate().ask(samples)
     assert batch.keys() == {"input_ids", "attention_mask", "masked"}
     for sample, ids, mask, masked in zip(samples, *batch.values(), strict=True):
-        before, answer = written(sample, TOKENIZER)
-        assert ids[mask].tolist() == [TOKENIZER.bos_id, *before, *[MASK] * len(answer), TOKENIZER.eos_id]
+        *before, answer = written(sample, TOKENIZER)
+        assert ids[mask].tolist() == [TOKENIZER.bos_id, *chain(*before), *[MASK] * len(answer), TOKENIZER.eos_id]
         assert torch.equal(masked, ids == MASK)
         assert sample.turns[-1].answer in TOKENIZER.decode(answer)
 

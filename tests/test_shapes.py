@@ -25,6 +25,8 @@ from nanovlm.decoder import clip_text, llama, opt
 from nanovlm.evaluate import retrieval
 from nanovlm.evaluate.pupil import Pupil
 from nanovlm.generation import score_candidates
+from nanovlm.momentum import MomentumConfig
+from nanovlm.papers.blip import BLIP, BLIPConfig
 from nanovlm.papers.blip2 import BLIP2, BLIP2Config, BLIP2Stage1
 from nanovlm.papers.clip import CLIP, CLIPConfig
 from nanovlm.papers.language_model import LanguageModel
@@ -134,6 +136,18 @@ def run_blip2() -> None:
     retrieval.measure(Pupil(first, recipe, recipe.stage("stage1"), TOKENIZER, "cpu"), world)
 
 
+def run_blip() -> None:
+    text = BertConfig(VOCAB, width=34, layers=3, heads=2, ffn=37, max_positions=64, image_width=26)
+    config = BLIPConfig(imagenet_vit(28, 4, 26, 2, 2), text, 17, decode_id=1, encode_id=2, momentum=MomentumConfig(queue=23, ramp=2))
+    model, input_ids, mask = BLIP(config), ids(B, T), torch.ones(B, T, dtype=torch.bool)
+    mask[1, 6:] = False
+    batch = {"images": torch.randn(B, 3, 28, 28), "input_ids": input_ids, "attention_mask": mask, "text_group": torch.arange(B),
+             "image_group": torch.arange(B)}
+    sum(total for total, _ in model.losses(batch).values()).backward()
+    model.score(batch["images"], ids(7, T), torch.ones(7, T, dtype=torch.bool))
+    answer(model, batch | {"attention_mask": mask.flip(1)}, beams=5)
+
+
 def run_masked_language_model() -> None:
     model = MaskedLanguageModel(BertConfig(VOCAB, width=34, layers=2, heads=2, ffn=37, max_positions=64))
     input_ids, mask = ids(B, T), torch.ones(B, T, dtype=torch.bool)
@@ -165,6 +179,7 @@ def checker() -> ShapeChecker:
         run_language_model()
         run_encoder_decoder()
         run_llava()
+        run_blip()
         run_blip2()
         run_masked_language_model()
         run_the_rest()

@@ -17,6 +17,7 @@ Legend: B batch, T text tokens, T' tokens of answers, K negatives per pair, n im
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 from random import Random
 
@@ -139,8 +140,8 @@ class Collate:
 
     def masked(self, samples: Sequence[Sample], rng: Random) -> Batch:
         """input_ids (B, T), "<s> text </s>", some words hidden; attention_mask; labels (B, T): what stood there, or −100."""
-        texts = [[*before, *answer] for before, answer in (written(sample, self.tokenizer) for sample in samples)]
-        rows = [hide(text[:self.max_length - 2] if self.max_length else text, self.tokenizer, rng) for text in texts]
+        room = self.max_length - 2 if self.max_length else None
+        rows = [[ids[:room] for ids in hide(written(sample, self.tokenizer), self.tokenizer, rng)] for sample in samples]
         batch = _pad_right([self.framed(ids) for ids, _ in rows], self.tokenizer.pad_id)
         batch["labels"] = _pad_right([[IGNORE, *labels, IGNORE] for _, labels in rows], IGNORE)["input_ids"]
         return batch
@@ -149,7 +150,8 @@ class Collate:
         """input_ids (B, T), "<s> text </s>", with a [MASK] for each token of the last answer; attention_mask; masked (B, T)."""
         blank = self.tokenizer.token_id("[MASK]")
         texts = [written(sample, self.tokenizer) for sample in samples]
-        batch = _pad_right([self.framed([*before, *[blank] * len(answer)]) for before, answer in texts], self.tokenizer.pad_id)
+        rows = [[*chain(*before), *[blank] * len(answer)] for *before, answer in texts]
+        batch = _pad_right([self.framed(ids) for ids in rows], self.tokenizer.pad_id)
         return {**batch, "masked": batch["input_ids"] == blank}
 
     def framed(self, ids: Sequence[int]) -> list[int]:
