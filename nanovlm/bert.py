@@ -57,7 +57,7 @@ class Embeddings(nn.Module):
         """first: the place of the first id, after those that a cache holds; or of each row's, int64 (B, 1): a row that is
         padded on the left begins below zero, and its first real token stands at 0.
         """
-        places = torch.arange(input_ids.shape[1], device=input_ids.device) + first  # (T,) or (B, T)
+        places = torch.arange(input_ids.shape[1], device=input_ids.device) + first  # for all rows, or a row of places for each
         longest, room = int(places.max()) + 1, len(self.positions.weight)
         if longest > room:
             raise UserError(f"A text of {longest} tokens does not fit into the {room} positions of this text "
@@ -161,6 +161,10 @@ class WordHead(nn.Module):
     def logits(self, hidden: Tensor, words: nn.Embedding) -> Tensor:
         """(…, D) → (…, V)."""
         return F.linear(self(hidden), words.weight, self.bias)
+
+    def take_bert(self, head: "WordHead") -> None:
+        """Start from a published BERT's; words beyond BERT's keep their bias of 0."""
+        self.load_state_dict({**head.state_dict(), "bias": torch.cat([head.bias, self.bias[len(head.bias):]])})
 
 
 def initialise(module: nn.Module) -> None:

@@ -35,6 +35,7 @@ from nanovlm.tokenizer import Tokenizer
 from nanovlm.training import distributed
 
 ROOM = 128  # tokens of an answer, where none is given
+SILENT = {"pairs": "compares pictures with texts", "masked": "fills gaps in texts", "statements": "judges statements about two pictures"}
 HELP = "\n".join(line.strip() for line in __doc__.split("\n") if line.startswith(("    > ", "    an empty")))
 
 
@@ -130,8 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not 0 <= options.temperature < math.inf:
             raise UserError(f"--temperature {options.temperature}: give 0, for the most likely words, or more, such as 0.7.")
         pupil = open_model(options.run, distributed.choose_device(options.device))
-        if pupil.model.reads.kind in ("pairs", "masked"):
-            does = "compares pictures with texts" if pupil.model.reads.kind == "pairs" else "fills gaps in texts"
+        if does := SILENT.get(pupil.model.reads.kind):
             raise UserError(f"{options.run} holds a {type(pupil.model).__name__}, which {does} and was never trained to converse: "
                             "name a run of llava, llava15 or blip2.")
         images = [load_image(image) for image in options.image]

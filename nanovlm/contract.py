@@ -5,7 +5,8 @@
 
 A batch is a dict. Of conversations and texts it holds input_ids, attention_mask and, to learn, labels; of pairs input_ids,
 attention_mask, text_group and image_group; images where there are any, and what else `reads` asks for. Who reads masked
-texts writes nothing: it has no prefill and no step, and its generate fills the places that the batch names in `masked`.
+texts writes nothing: it has no prefill and no step, and its generate fills the places that the batch names in `masked`. Nor does
+who judges statements about two pictures: of the words for false and true that the batch names in `choices` its generate takes one.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,14 +21,14 @@ from nanovlm.tiling import Tiling
 Batch = dict[str, Tensor]
 Gather = Callable[[Tensor], Tensor]  # this process's rows → the rows of all, with gradient
 
-KINDS = ("texts", "masked", "pairs", "conversations")
+KINDS = ("texts", "masked", "pairs", "conversations", "statements")
 
 
 @dataclass(frozen=True)
 class Reads:
     """What a model wants to find in a batch."""
 
-    kind: str = "conversations"  # one of KINDS; texts have no pictures, and of masked ones some words are hidden
+    kind: str = "conversations"  # one of KINDS; texts have no pictures, of masked ones some words are hidden, statements have two
     image_tokens: int = 0  # places that one view of a picture takes in the text
     tiling: Tiling | None = None  # pictures come as several views, and image_sizes with them
     question: bool = False  # the bridge reads the question too: qformer_input_ids

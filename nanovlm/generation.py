@@ -11,7 +11,8 @@ scoring of given candidates. Nothing here knows what an image is.
     prefill ─► logits ─► choose ─► ids ─► step ─► logits ─► choose ─► …   until `stop` or max_new_tokens
                  cache ───────────────────┘  └───► cache (one column longer each time)
 
-Legend: B rows of the batch, T tokens fed, V vocabulary, W beams, n tokens generated so far.
+Legend: B rows of the batch, T tokens fed, V vocabulary, W beams, C candidates, R rows that a candidate is scored for, n tokens
+generated so far.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -150,23 +151,25 @@ def beam_search(prefill: Prefill, step: Step, max_new_tokens: int, stop: Sequenc
 
 
 @torch.no_grad()
-def score_candidates(prefill: Prefill, step: Step, candidates: Sequence[Sequence[int]]) -> Tensor:
-    """log p(candidate | prompt), summed over its tokens → fp32 (B, number of candidates).
+def score_candidates(prefill: Prefill, step: Step, candidates: Sequence[Sequence[int]], shortlist: int = 0) -> Tensor:
+    """log p(candidate | prompt), summed over its tokens → fp32 (B, C), C the number of candidates.
 
-    The prompt is read once; each candidate is one further step on a copy of its cache.
+    The prompt is read once; each candidate is one further step on a copy of its cache. shortlist: of each row only so many
+    candidates are read, those with the likeliest first tokens, and the others get −inf (BLIP §5.3); 0: all of them.
     """
+    if not all(map(len, candidates)):
+        raise ValueError("a candidate has no tokens: there is nothing to score")
     logits, cache = prefill()  # (B, V)
-    B = len(logits)
-    everyone = torch.arange(B, device=logits.device)
-    columns = []
-    for candidate in candidates:
-        ids = torch.tensor(list(candidate), device=logits.device)
-        if len(ids) == 0:
-            raise ValueError("a candidate has no tokens: there is nothing to score")
-        predictions = logits[:, None]  # (B, 1, V)
-        if len(ids) > 1:
-            rest, _ = step(ids[:-1].expand(B, -1), cache.reorder(everyone))
-            predictions = torch.cat([predictions, rest], dim=1)  # (B, T, V)
-        log_p = predictions.float().log_softmax(dim=-1)
-        columns.append(log_p.gather(-1, ids.expand(B, -1)[..., None]).sum(dim=(1, 2)))  # (B,)
-    return torch.stack(columns, dim=1)
+    device, C = logits.device, len(candidates)
+    first = logits.float().log_softmax(dim=-1)[:, [candidate[0] for candidate in candidates]]  # (B, C)
+    scores = torch.full_like(first, float("-inf"))  # (B, C)
+    listed = torch.zeros_like(first, dtype=torch.bool).scatter(1, first.topk(min(shortlist or C, C)).indices, True)  # (B, C)
+    for j, candidate in enumerate(candidates):
+        rows = listed[:, j].nonzero()[:, 0]
+        score = first[rows, j]
+        if len(candidate) > 1 and len(rows) > 0:
+            ids = torch.tensor(list(candidate), device=device).expand(len(rows), -1)
+            rest, _ = step(ids[:, :-1], cache.reorder(rows))  # (R, T, V)
+            score = score + rest.float().log_softmax(dim=-1).gather(-1, ids[:, 1:, None]).sum(dim=(1, 2))
+        scores[rows, j] = score
+    return scores

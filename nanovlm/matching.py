@@ -23,9 +23,8 @@ from nanovlm.errors import UserError
 def need_wrong_partners(right: Tensor) -> None:
     """right: bool (B, G), which of all pairs are right for each of mine."""
     if right.all(dim=1).any():
-        raise UserError("A pair of the batch has no wrong partner in it: all the others share its text or its picture. "
-                        "Image-text matching needs at least two different pairs in every batch: make batch_size larger, "
-                        "or give captions that differ.")
+        raise UserError("A pair of the batch has no wrong partner in it: all the others share its text or its picture. Image-text "
+                        "matching needs at least two different pairs in every batch: make batch_size larger, or give captions that differ.")
 
 
 @torch.no_grad()
@@ -55,8 +54,7 @@ def three_pairs(image_tokens: Tensor, ids: Tensor, mask: Tensor, wrong_image: Te
 
 def pad_to_longest(ids: Tensor, mask: Tensor, gather: Gather) -> tuple[Tensor, Tensor]:
     """ids and mask (B, T) → (B, length of the longest text on any rank), so that all ranks' texts fit together."""
-    longest = int(gather(torch.tensor([ids.shape[1]], device=ids.device)).max())
-    missing = longest - ids.shape[1]
+    missing = int(gather(torch.tensor([ids.shape[1]], device=ids.device)).max()) - ids.shape[1]
     return F.pad(ids, (0, missing)), F.pad(mask, (0, missing))
 
 

@@ -106,6 +106,12 @@ def hf_blip(seed: int, text: dict | None = None, vision: dict | None = None) -> 
     return bite(transformers.BlipForConditionalGeneration(blip_config(text or {}, vision or {})), seed)
 
 
+def hf_blip_answers(seed: int, text: dict | None = None) -> nn.Module:
+    """Its decoder looks at states as wide as the ViT's: the two widths have to be equal."""
+    config = blip_config({"hidden_size": 24, "num_attention_heads": 6, **(text or {})}, {})
+    return bite(transformers.BlipForQuestionAnswering(config), seed)
+
+
 def hf_blip_retrieval(seed: int, text: dict | None = None, vision: dict | None = None) -> nn.Module:
     return bite(transformers.BlipForImageTextRetrieval(blip_config(text or {}, vision or {})), seed)
 

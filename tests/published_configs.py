@@ -144,6 +144,7 @@ BLIP_CAPTIONS_LARGE = {**BLIP_CAPTIONS, "text_config": {**BLIP_TEXT, "encoder_hi
                        "vision_config": {**BLIP_VISION, "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16,
                                          "num_hidden_layers": 24}}
 BLIP_ITM = {**BLIP_CAPTIONS, "architectures": ["BlipForImageTextRetrieval"]}
+BLIP_VQA = {**BLIP_CAPTIONS, "architectures": ["BlipForQuestionAnswering"]}
 # what equals the default is left out; the heads do not
 BLIP_SHORT = {"architectures": ["BlipForConditionalGeneration"], "model_type": "blip",
               "text_config": {"label_smoothing": 0.1, "model_type": "blip_text_model", "num_attention_heads": 12},
@@ -184,5 +185,6 @@ PUBLISHED = {
     "t5-small": T5_SMALL, "flan-t5-xl": FLAN_T5_XL, "blip2-opt-2.7b": BLIP2_OPT, "blip2-flan-t5-xl": BLIP2_T5,
     "blip2-opt-2.7b, written out": BLIP2_OPT_WRITTEN_OUT, "blip2-flan-t5-xl, written out": BLIP2_T5_WRITTEN_OUT,
     "blip2-itm-vit-g": BLIP2_ITM, "blip-image-captioning-base": BLIP_CAPTIONS, "blip-image-captioning-base, short": BLIP_SHORT,
-    "blip-image-captioning-large": BLIP_CAPTIONS_LARGE, "blip-itm-base-coco": BLIP_ITM, "llava-1.5-7b-hf": LLAVA_HF, "llava-v1.5-7b": LLAVA_ORIGINAL,
+    "blip-image-captioning-large": BLIP_CAPTIONS_LARGE, "blip-itm-base-coco": BLIP_ITM,
+    "blip-vqa-base": BLIP_VQA, "llava-1.5-7b-hf": LLAVA_HF, "llava-v1.5-7b": LLAVA_ORIGINAL,
     "llava-v1.6-vicuna-7b-hf": LLAVA_NEXT_HF, "llava-v1.6-vicuna-7b": LLAVA_NEXT_ORIGINAL}

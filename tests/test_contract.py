@@ -59,7 +59,7 @@ def test_every_papers_model_is_a_tiny_stages():
 @every_stage
 def test_a_model_has_what_the_contract_promises(name):
     """Whoever answers has all three of ANSWERS; a model that compares pictures with texts may have none, and then scores; one that
-    reads masked texts fills them, and writes nothing.
+    reads masked texts fills them, and writes nothing, nor does one that judges statements.
     """
     recipe, stage = tiny_stages()[name]
     with torch.device("meta"):
@@ -77,7 +77,7 @@ def test_a_model_has_what_the_contract_promises(name):
             assert parameters(getattr(model, method)) == parameters(getattr(Paper, method)), method
     assert inspect.signature(model.losses).parameters["gather"].default is alone
     answers = [hasattr(model, method) for method in ANSWERS]
-    assert sum(answers) in {"pairs": (0, 3), "masked": (1,)}.get(reads.kind, (3,)) and (reads.kind == "pairs" or answers[-1])
+    assert sum(answers) in {"pairs": (0, 3), "masked": (1,), "statements": (1,)}.get(reads.kind, (3,)) and (reads.kind == "pairs" or answers[-1])
     assert (reads.kind == "pairs") == model.whole_batch <= hasattr(model, "score")
     assert reads.matches <= hasattr(model, "match")
 
@@ -97,6 +97,8 @@ def test_pictures_take_places_only_where_they_stand_among_words():
     assert got["llava15/tiny-hd@hd"] == ("conversations", 16, True, False, False, False)
     assert got["blip/tiny@pretrain"] == got["blip/tiny@filter"] == got["blip/tiny@retrain"] == (*pairs, True, False)
     assert got["blip/tiny@captioner"] == ("conversations", 0, *[False] * 4)
+    assert got["blip/tiny-vqa@vqa"] == got["blip/tiny-caption@caption"] == ("conversations", 0, *[False] * 4)
+    assert got["blip/tiny-nlvr2@nlvr2"] == ("statements", 0, *[False] * 4)
     assert got["bert/tiny@bert"] == ("masked", 0, *[False] * 4)
     assert got["lm/tiny@lm"] == got["lm/tiny-t5@lm-t5"] == ("texts", 0, *[False] * 4)
 
@@ -121,7 +123,8 @@ def test_a_batch_made_by_what_it_reads_is_all_that_a_model_learns_from(tokenizer
     model = recipe.build(stage)
     batch = make_collate(recipe, stage, tokenizer, model.reads)(samples_of(recipe, stage), Random(0))
     allowed = {"input_ids", "attention_mask"} | ({"images"} if model.reads.kind != "masked" else set())
-    allowed |= {"text_group", "image_group"} if model.reads.kind == "pairs" else {"labels"}
+    allowed |= {"text_group", "image_group"} if model.reads.kind == "pairs" else \
+        {"choices", "truth"} if model.reads.kind == "statements" else {"labels"}
     allowed |= {"image_sizes"} if model.reads.tiling else set()
     allowed |= {"qformer_input_ids", "qformer_attention_mask"} if model.reads.question else set()
     allowed |= {"negative_ids", "negative_mask"} if model.reads.wrong_captions else set()
@@ -137,10 +140,10 @@ def test_a_batch_made_by_what_it_reads_is_all_that_a_model_learns_from(tokenizer
     losses = model.losses(batch, gather)
     torch.manual_seed(1)
     again = twin.losses(batch)
-    compares = {"clip/tiny@clip": {"itc"}, "blip/tiny@filter": {"itc", "itm"}, "blip/tiny@pretrain": {"itc", "itm", "lm"},
-                "blip/tiny@retrain": {"itc", "itm", "lm"}}
+    compares = {"clip/tiny@clip": {"itc"}, "blip/tiny@filter": {"itc", "itm"}, "blip/tiny-retrieval@retrieval": {"itc", "itm"},
+                "blip/tiny@pretrain": {"itc", "itm", "lm"}, "blip/tiny@retrain": {"itc", "itm", "lm"}}
     assert set(losses) == (compares.get(name, {"itc", "itm", "itg"}) if model.whole_batch else
-                           {"mlm" if model.reads.kind == "masked" else "lm"})
+                           {{"masked": "mlm", "statements": "truth"}.get(model.reads.kind, "lm")})
     for key, (total, count) in losses.items():
         assert total.shape == count.shape == () and total.requires_grad and not count.requires_grad
         assert total > 0 and count > 0 and torch.equal(total, again[key][0])
@@ -152,14 +155,14 @@ def test_a_prompt_made_by_what_it_reads_is_all_that_a_model_answers_to(tokenizer
     recipe, stage = tiny_stages()[name]
     torch.manual_seed(0)
     model = recipe.build(stage).eval()
-    if not hasattr(model, "generate") or name == "blip/tiny@filter":  # the filter has no decoder
+    if not hasattr(model, "generate") or name in ("blip/tiny@filter", "blip/tiny-retrieval@retrieval"):  # BLIP without its decoder
         assert model.reads.kind == "pairs"
         return
     collate = make_collate(recipe, replace(stage, format="plain") if model.reads.kind == "pairs" else stage, tokenizer, model.reads)
     batch = collate.ask(samples_of(recipe, stage))
     said = model.generate(batch, 3, stop_ids(stage.format, tokenizer), temperature=0.0)
     assert said.dtype == torch.int64 and len(said) == 4 and 1 <= said.shape[1] <= 3
-    if model.reads.kind == "masked":
+    if model.reads.kind in ("masked", "statements"):
         return
     with torch.no_grad():
         logits, cache = model.prefill(batch)

@@ -13,6 +13,7 @@ from oracles import (
     hf_blip2,
     hf_blip2_retrieval,
     hf_blip2_t5,
+    hf_blip_answers,
     hf_blip_retrieval,
     hf_clip,
     hf_clip_vision,
@@ -39,6 +40,7 @@ from nanovlm.hub.configs import IMAGE_TOKEN_INDEX
 from nanovlm.hub.names import rows, translate
 from nanovlm.papers.blip import BLIP
 from nanovlm.papers.blip2 import BLIP2, BLIP2Stage1
+from nanovlm.papers.blip_downstream import BLIPAnswerer
 from nanovlm.papers.clip import CLIP as OurCLIP
 from nanovlm.papers.language_model import LanguageModel
 from nanovlm.papers.llava import LLaVA
@@ -53,7 +55,8 @@ def hf_bert_alone(seed: int) -> torch.nn.Module:
 ALL = [(hf_clip_vision, ViT), (hf_llama, LanguageModel), (hf_opt, LanguageModel), (hf_llava, LLaVA), (hf_next, LLaVA),
        (hf_clip, OurCLIP), (hf_t5, LanguageModel), (hf_t5_exact, LanguageModel), (hf_t5_first, LanguageModel),
        (hf_bert, MaskedLanguageModel), (hf_bert_alone, Bert), (hf_blip2, BLIP2), (hf_blip2_retrieval, BLIP2Stage1),
-       (hf_blip2_t5, BLIP2), (hf_blip, BLIP), (hf_blip_retrieval, BLIP)]
+       (hf_blip2_t5, BLIP2), (hf_blip, BLIP), (hf_blip_retrieval, BLIP),
+       (hf_blip_answers, BLIPAnswerer)]
 
 
 @pytest.mark.parametrize(("build", "kind"), ALL)
@@ -261,13 +264,14 @@ def test_all_that_does_not_fit_is_listed():
     assert str(error.value).count(";") == 4  # these five and no more
 
 
+BLIP_COPIES = ("text_decoder.bert.embeddings.word_embeddings.weight", "text_decoder.cls.predictions.decoder.weight",
+               "text_decoder.cls.predictions.bias", "text_decoder.cls.predictions.decoder.bias")
 T5_COPIES = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 COPIES = {hf_opt: ("model.decoder.embed_tokens.weight", "lm_head.weight"), hf_t5: T5_COPIES,
           hf_t5_first: (*T5_COPIES, "lm_head.weight"),
           hf_blip2: ("language_model.model.decoder.embed_tokens.weight", "language_model.lm_head.weight"),
           hf_blip2_t5: tuple(f"language_model.{name}" for name in T5_COPIES),
-          hf_blip: ("text_decoder.bert.embeddings.word_embeddings.weight", "text_decoder.cls.predictions.decoder.weight",
-                    "text_decoder.cls.predictions.bias", "text_decoder.cls.predictions.decoder.bias"),
+          hf_blip: BLIP_COPIES, hf_blip_answers: BLIP_COPIES,
           hf_bert: ("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight",
                     "cls.predictions.bias", "cls.predictions.decoder.bias")}
 

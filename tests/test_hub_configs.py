@@ -51,7 +51,7 @@ PARAMETERS = {"clip-vit-large-patch14": 427_616_513, "clip-vit-large-patch14-336
               "blip2-itm-vit-g": 1_172_032_258 - 39 * 1408, "llava-1.5-7b-hf": 7_063_427_072,
               "llava-v1.6-vicuna-7b-hf": 7_063_431_168,
               "blip-image-captioning-base": 223_971_644, "blip-image-captioning-base, short": 223_971_644,
-              "blip-image-captioning-large": 446_290_492, "blip-itm-base-coco": 223_744_258,
+              "blip-image-captioning-large": 446_290_492, "blip-itm-base-coco": 223_744_258, "blip-vqa-base": 361_230_140,
               # 64 words fewer than Hugging Face's, in embedding and head
               "llava-v1.5-7b": 7_063_427_072 - 2 * 64 * 4096, "llava-v1.6-vicuna-7b": 7_063_431_168 - 2 * 64 * 4096}
 
@@ -353,6 +353,7 @@ REFUSED = [
     (hf_blip, {"vision_config": {**EVA, "image_size": [20, 25]}}, r"vision_config.image_size is \[20, 25\]; a whole number"),
     (hf_blip_retrieval, {"vision_config": {**EVA, "model_type": "clip_vision_model"}}, "vision_config.model_type is 'clip_vision_model'"),
     (hf_blip_retrieval, {"image_text_hidden_size": 0}, "image_text_hidden_size is 0; a whole number"),
+    (hf_blip, {"architectures": ["BlipForQuestionAnswering"]}, "text_config.hidden_size is 30; the answer decoder looks.*: 24, the vision tower's"),
     (hf_blip, {"architectures": ["BlipModel"]}, r"architectures is \['BlipModel'\]; supported: .*BlipForConditionalGeneration"),
     (hf_llava, {"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy is 'full'"),
     (hf_llava, {"vision_feature_layer": [-2, -5]}, r"vision_feature_layer is \[-2, -5\]; a whole number"),

@@ -79,6 +79,7 @@ def test_a_copy_is_not_the_encoder_itself():
     now = encoders()
     slow = Momentum(MomentumConfig(Q, 0.9), now, E)
     kept = copy.deepcopy(slow.copies.state_dict())
+    assert [name for e in now.values() for name, _ in e.named_parameters()] == [name for e in encoders().values() for name, _ in e.named_parameters()]
     with torch.no_grad():
         for encoder in now.values():
             for parameter in encoder.parameters():

@@ -28,6 +28,7 @@ from nanovlm.generation import score_candidates
 from nanovlm.momentum import MomentumConfig
 from nanovlm.papers.blip import BLIP, BLIPConfig
 from nanovlm.papers.blip2 import BLIP2, BLIP2Config, BLIP2Stage1
+from nanovlm.papers.blip_downstream import BLIPAnswerer, BLIPReasoner
 from nanovlm.papers.clip import CLIP, CLIPConfig
 from nanovlm.papers.language_model import LanguageModel
 from nanovlm.papers.llava import LLaVA, LLaVAConfig
@@ -127,7 +128,7 @@ def run_blip2() -> None:
     answer(on_t5, batch)
     second.losses(batch | {"labels": input_ids})
     answer(second, batch)
-    Bert(text)(input_ids, masks.causal_with_padding(mask, T), torch.randn(B, 49, 26), KVCache(), maps=[])
+    Bert(text)(input_ids, masks.causal_with_padding(mask, T), torch.randn(B, 49, 26), cache=KVCache(), maps=[])
     second.qformer(second.encode_image(images))
     first.qformer(first.encode_image(images), input_ids, masks.unimodal(9, mask))
     world = Scenes(size=28)
@@ -146,6 +147,19 @@ def run_blip() -> None:
     sum(total for total, _ in model.losses(batch).values()).backward()
     model.score(batch["images"], ids(7, T), torch.ones(7, T, dtype=torch.bool))
     answer(model, batch | {"attention_mask": mask.flip(1)}, beams=5)
+
+
+def run_blip_downstream() -> None:
+    text = BertConfig(VOCAB, width=34, layers=3, heads=2, ffn=37, max_positions=64, image_width=26)
+    config = BLIPConfig(imagenet_vit(28, 4, 26, 1, 2), text, decode_id=41, encode_id=42)
+    batch = {"images": torch.randn(B, 3, 28, 28), "input_ids": ids(B, T), "attention_mask": torch.ones(B, T, dtype=torch.bool)}
+    answerer, reasoner = BLIPAnswerer(config), BLIPReasoner(config)
+    answerer.losses(batch | {"labels": ids(B, 5)})
+    answer(answerer, batch)
+    answerer.rank(batch, [[5], [6, 7, 8]], 1)
+    pairs = batch | {"images": torch.randn(B, 2, 3, 28, 28), "truth": torch.tensor([0, 1, 1]), "choices": ids(2, 4)}
+    reasoner.losses(pairs)
+    reasoner.generate(pairs, 3, [])
 
 
 def run_masked_language_model() -> None:
@@ -181,6 +195,7 @@ def checker() -> ShapeChecker:
         run_llava()
         run_blip()
         run_blip2()
+        run_blip_downstream()
         run_masked_language_model()
         run_the_rest()
     return checker

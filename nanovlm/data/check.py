@@ -140,7 +140,7 @@ def go_through_stages(records: Records, recipe: Recipe) -> list[str]:
     for job in plan(Job(recipe, recipe.stages[-1]), setting):
         stage, reads = job.stage, recipes.build(job.recipe.name, stage=job.stage.name).reads
         collate = make_collate(job.recipe, stage, setting.tokenizer, reads)
-        shown += [(stage, collate)] if reads.kind not in ("pairs", "masked") else []  # in no format
+        shown += [(stage, collate)] if reads.kind in ("conversations", "texts") else []  # in no format
         try:
             leave_out_unfit([job], setting)
             MicroBatches(setting.samples(job), stage, setting.seed, collate)

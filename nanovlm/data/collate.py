@@ -5,6 +5,7 @@
             ├─► ask     images, input_ids, attention_mask                             padded on the left, to answer
             │                                                                         (on the right for an encoder)
             ├─► pairs   images, input_ids, attention_mask, who is equal to whom, wrong captions
+            ├─► statements  images (B, 2, …), input_ids, attention_mask, the words to choose from, truth
             ├─► masked  input_ids with words hidden, attention_mask, labels           see masking.py
             └─► blanks  input_ids with the last answer hidden, attention_mask, masked
 
@@ -33,6 +34,7 @@ from nanovlm.errors import UserError
 from nanovlm.lm_loss import IGNORE
 from nanovlm.tokenizer import Tokenizer
 
+TRUTH = ("no", "yes")  # the answers to a statement: false, true
 PAIR_LENGTH = 64  # longest text of a pair or question of a bridge, where a stage gives no other
 
 
@@ -48,7 +50,7 @@ class Collate:
 
     def __call__(self, samples: Sequence[Sample], rng: Random) -> Batch:
         """What the model learns from."""
-        return {"pairs": self.pairs, "masked": self.masked}.get(self.reads.kind, self.teach)(samples, rng)
+        return {"pairs": self.pairs, "masked": self.masked, "statements": self.statements}.get(self.reads.kind, self.teach)(samples, rng)
 
     # ---- conversations and texts
 
@@ -58,12 +60,13 @@ class Collate:
         In a `separate` format labels are (B, T'), the answers alone, and samples that name another format are in this one
         all the same: an encoder-decoder reads no other.
         """
-        separate, rows, labels, told = find_format(self.format).separate, [], [], []
+        layout, rows, labels, told = find_format(self.format), [], [], []
         for sample in samples:
-            turns = sample.turns[:rng.randint(1, len(sample.turns))] if separate and sample.turns else sample.turns
+            turns = sample.turns[:rng.randint(1, len(sample.turns))] if layout.separate and sample.turns else sample.turns
             row, row_labels = self.encode(replace(sample, turns=turns))
-            if separate:
-                row, row_labels = two_sequences(row, row_labels, _given(turns[-1], row_labels, rng))
+            if layout.separate:
+                given = _given(turns[-1], row_labels, rng) if layout.unasked is not None else 0
+                row, row_labels = two_sequences(row, row_labels, given)
             rows.append(row)
             labels.append(row_labels)
             told.append(replace(sample, turns=turns))
@@ -94,7 +97,7 @@ class Collate:
         try:
             if self.reads.kind == "conversations" and find_format(self.format).image_first and len(sample.images) != 1:
                 raise UserError(f"it has {len(sample.images)} pictures, and this model reads one before each text")
-            self.encode(sample)
+            (self.said if self.reads.kind == "statements" else self.encode)(sample)
         except UserError as error:
             return str(error)
         return None
@@ -103,6 +106,8 @@ class Collate:
         """images, input_ids and attention_mask (B, T) up to where the last answer would begin: there every row ends."""
         if self.reads.kind == "masked":
             return self.blanks(samples)
+        if self.reads.kind == "statements":
+            return {name: tensor for name, tensor in self.statements(samples).items() if name != "truth"}
         prompts = [prompt(sample.turns, self.tokenizer, self.layout(sample), name=sample.id, told=sample.told) for sample in samples]
         if find_format(self.format).separate:  # the answer begins elsewhere
             batch = _pad_right(prompts, self.tokenizer.pad_id)
@@ -157,6 +162,25 @@ class Collate:
     def framed(self, ids: Sequence[int]) -> list[int]:
         """"<s>" stands for BERT's [CLS], "</s>" for its [SEP]."""
         return [self.tokenizer.bos_id, *ids, self.tokenizer.eos_id]
+
+    # ---- statements
+
+    def statements(self, samples: Sequence[Sample], rng: Random | None = None) -> Batch:
+        """images (B, 2, 3, H, W), input_ids and attention_mask (B, T), "<s> statement </s>", truth int64 (B,), 1 = true.
+
+        choices (2, n): the ids of the words for false and for true.
+        """
+        said = [self.said(sample) for sample in samples]
+        images = self.images(samples, rng)["images"].unflatten(0, (-1, 2))
+        choices = _pad_right([self.tokenizer.encode(f" {word}") for word in TRUTH], self.tokenizer.pad_id)["input_ids"]
+        return {"images": images, **self.texts([text for text, _ in said]), "choices": choices,
+                "truth": torch.tensor([TRUTH.index(answer) for _, answer in said])}
+
+    def said(self, sample: Sample) -> tuple[str, str]:
+        """The statement of a sample, and one of TRUTH."""
+        if len(sample.images) != 2 or not sample.turns or sample.turns[-1].answer not in TRUTH:
+            raise UserError(f"{sample.id}: a statement needs two images, and {' or '.join(TRUTH)} as its answer.")
+        return sample.turns[-1].question.replace(IMAGE, "").strip(), sample.turns[-1].answer
 
     # ---- pairs
 

@@ -95,6 +95,8 @@ FORMATS = {
     "blip": Format("<s>", "", ("", ""), "", "", "", "", "</s>", marks_only=True, image_first=True, unasked=""),
     # BLIP App. A, captions after fine-tuning: the prompt is given, and only what follows is learned.
     "blip-caption": Format("<s>a picture of", "", ("", ""), "", "", "", " ", "</s>", marks_only=True, image_first=True, unasked=""),
+    # BLIP §5.3, questions after fine-tuning: [CLS] question [SEP] is read, the encoder having [ENC] for [CLS], and answer [SEP] written.
+    "blip-vqa": Format("<s>", "", ("", ""), "", " ", "", " ", "</s>", image_first=True, separate=True),
     # v1 without its 30 words of system prompt: a tiny model on a CPU has better uses for its context.
     "tiny": Format("<s>", "", ("", " "), "USER: ", "USER: ", " ASSISTANT:", " ", "</s>"),
 }
@@ -108,7 +110,7 @@ Piece = tuple[str | int, bool]  # a text, or the id of a special token; is it tr
 def template_texts() -> list[str]:
     """What the formats write around questions and answers: in a tokenizer's corpus it makes role names short.
 
-    flan_t5 is left out: all its words but "Short" are there already, and room in a tiny vocabulary is dear.
+    Those for an encoder-decoder are left out: all their words but "Short" are there already, and room in a tiny vocabulary is dear.
     """
     return [f"{f.first}{f.reply}{f.lead}{f.close}{f.later}{f.reply}{f.unasked or ''}" for f in FORMATS.values() if not f.separate]
 

@@ -32,6 +32,7 @@ from nanovlm.errors import UserError
 from nanovlm.hub import configs, disk, names
 from nanovlm.papers.blip import BLIP
 from nanovlm.papers.blip2 import BLIP2, BLIP2Stage1
+from nanovlm.papers.blip_downstream import BLIPAnswerer
 from nanovlm.papers.clip import CLIP
 from nanovlm.papers.language_model import LanguageModel
 from nanovlm.papers.llava import LLaVA
@@ -60,6 +61,7 @@ CLASSES = {
     "BertForMaskedLM": Published("bert", MaskedLanguageModel, configs.bert, names.MASKED_LM, names.OLD_BERT),
     "BertForPreTraining": Published("bert", MaskedLanguageModel, configs.bert, names.MASKED_LM, names.OLD_BERT),
     "BlipForConditionalGeneration": Published("blip", BLIP, partial(configs.blip, tasks=("lm",)), names.BLIP_CAPTIONS, {}),
+    "BlipForQuestionAnswering": Published("blip", BLIPAnswerer, configs.blip_answerer, names.BLIP_ANSWERS, {}),
     "BlipForImageTextRetrieval": Published(  # without temperature, slow copies and queue
         "blip", BLIP, partial(configs.blip, tasks=("itc", "itm")), names.BLIP_RETRIEVAL, {}),
     "Blip2ForConditionalGeneration": Published("blip-2", BLIP2, configs.blip2, names.BLIP2, {}),

@@ -225,6 +225,15 @@ def blip(config: dict, tasks: tuple[str, ...]) -> BLIPConfig:
                       smoothing=smoothing, momentum=None)
 
 
+def blip_answerer(config: dict) -> BLIPConfig:
+    """BlipForQuestionAnswering: its decoder is built to look at what is as wide as the ViT, and looks at the text encoder's states."""
+    c = blip(config, ("lm",))
+    if c.vision.width != c.text.width:
+        raise refused("text_config.hidden_size", c.text.width, f"the answer decoder looks at the question as at a picture: {c.vision.width}, the "
+                      "vision tower's, is needed")
+    return c
+
+
 def blip2(config: dict, retrieval: bool = False) -> BLIP2Config:
     """Blip2ForConditionalGeneration, or Blip2ForImageTextRetrieval, whose Q-Former reads."""
     c = read(config, BLIP2)

@@ -136,6 +136,7 @@ BLIP_CAPTIONS = rows({
     "text_decoder.cls.predictions.transform.{dense,LayerNorm}": "word_head.{transform,norm}",
     "text_decoder.cls.predictions.{bias,decoder}": "{word_head.bias,text_decoder.words_again}",
 })
+BLIP_ANSWERS = {**BLIP_CAPTIONS, **rows(under("text_encoder.", "text_encoder.", MED))}
 BLIP_RETRIEVAL = rows({
     **BLIP_EYES,
     "vision_model.post_layernorm": "vision.norm",

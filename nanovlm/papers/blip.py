@@ -60,7 +60,7 @@ class BLIPConfig:
     embedding: int = 256  # E
     decode_id: int = 30522  # [DEC]
     encode_id: int = 30523  # [ENC]
-    tasks: tuple[str, ...] = ("itc", "itm", "lm")  # ("lm",): captioner; ("itc", "itm"): filter, retrieval
+    tasks: tuple[str, ...] = ("itc", "itm", "lm")  # only "lm": captioner; "itc" and "itm": filter, retrieval
     shared: str = "all but self-attention"  # one of SHARED
     smoothing: float = 0.1  # of the LM's targets
     momentum: MomentumConfig | None = field(default_factory=MomentumConfig)  # None: as published, not to be trained on ITC
@@ -138,8 +138,8 @@ class BLIP(nn.Module):
             self.temperature.data.clamp_(0.001, 0.5)
             self.momentum.follow(self.copied())
         keys = self.keys(batch["images"], ids, mask)
-        queries = unit(self.image_projection, image_tokens), self.encode_text(ids, mask)  # (B, E)
-        itc, (i2t, t2i) = self.momentum.contrast(queries, keys, groups, self.temperature, gather)
+        image, text = unit(self.image_projection, image_tokens), self.encode_text(ids, mask)  # (B, E)
+        itc, (i2t, t2i) = self.momentum.contrast((image, text), keys, groups, self.temperature, gather)
         if learns:
             self.momentum.enqueue(keys, groups, gather)
         pairs, belongs = three_pairs(image_tokens, ids, mask, hard_negatives(t2i, right), hard_negatives(i2t, right), gather)

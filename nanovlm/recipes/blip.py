@@ -100,7 +100,7 @@ def published(name: str, vision: ViTConfig, imagenet: str, batch_size: int, lr: 
     pretrain = Stage("pretrain", ALL, HUMAN | NOISY, steps=20 * epoch, batch_size=batch_size, lr=lr, warmup=3_000 / (20 * epoch), clip=0.0,
                      max_length=30, evaluate=("retrieval",),
                      init=(("vision", f"published:{imagenet}"), ("text_encoder", bert), ("text_decoder", bert),
-                           ("word_head", bert.replace("published-bert", "published"))), **how)
+                           ("word_head", bert)), **how)
     tune = {"batch_size": 256, "warmup": 0.0, **how}  # COCO's 566,747 texts, 5 epochs to caption and 6 to retrieve
     return Recipe(
         name, BLIP, BLIPConfig(vision, text, momentum=MomentumConfig(ramp=2 * epoch)), image_size=224, vocab=text.vocab, checkpointing=True,

@@ -26,7 +26,8 @@ from torch import nn
 from nanovlm.errors import UserError
 
 SCHEDULES = ("cosine", "constant")
-EVALUATIONS = ("answers", "mixture", "science", "told", "pages", "captions", "two", "classes", "retrieval", "noise")  # see evaluate/
+EVALUATIONS = ("answers", "mixture", "science", "told", "pages", "captions", "two", "classes", "retrieval", "noise",
+               "statements")  # see evaluate/
 Diet = dict[str, float]  # data set → weight
 
 

@@ -1,7 +1,7 @@
 """Vital signs: the bugs that let the loss fall all the same.
 
     at the first step     loss beside that of a blind guess     ln V for "lm", "mlm", "itg", ln of the candidates for "itc",
-                                                                H(1/3) for "itm"
+                                                                H(1/3) for "itm", ln 2 for "truth"
     at steps 1 to 3       a part that should learn has no gradient
     at half time, end     the loss with the pictures exchanged = the loss with the right ones: the model ignores them
                           itm still costs what a blind guess costs
@@ -29,6 +29,8 @@ def guess(name: str, batch: dict, vocab: int, world: int) -> float | None:
         return math.log(vocab)
     if name == "itm":
         return PRIOR
+    if name == "truth":
+        return math.log(2)
     if name == "itc":
         pairs = len(batch["images"]) * world
         own = batch["negative_ids"].shape[1] if "negative_ids" in batch else 0

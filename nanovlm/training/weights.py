@@ -108,6 +108,7 @@ def load_published(model: nn.Module, module: str, how: str, name: str) -> set[st
     loaded = hub.load(published_folder(module, name))
     children = dict(loaded.named_children())
     if how == "published-bert":  # what BERT lacks starts at random
-        model.get_submodule(module).take_bert(children.get("bert", loaded))
+        part = "word_head" if module.endswith("word_head") else "bert"
+        model.get_submodule(module).take_bert(children.get(part, loaded))
         return {name for name in model.state_dict() if within(name, module)}
     return fill(model, module, children.get(module, loaded).state_dict())

@@ -22,6 +22,7 @@ A stage names data sets and their weights (recipes/stage.py). Each is drawn by i
     drills, letter drills, …        lists of lookups, see drills.py; "unnamed drills": notes of objects in colours without names
     short, sentences, letters, …    LLaVA-1.5's ways to ask, see mixture.py; signs: what a sign says, and nothing else
     science, science texts          question, context, options → reason, letter: ScienceQA in small, half of it without pictures
+    statements                      two pictures and a statement about them, true or false, see statements.py
     caption texts                   a caption and nothing else: for BERT, which is to read captions
     told/…                          each of these talks about a scene that is told where the picture will stand later
     told/repeat, told/captions, …   what only a reader without eyes is asked; told/tasks: see tasks.py
@@ -47,7 +48,7 @@ from nanovlm.data.prompts import CAPTION
 from nanovlm.data.sample import IMAGE, Sample, Turn
 from nanovlm.data.source import ASKED_IN, Exam, caption_exam, exam_of, exam_view
 from nanovlm.errors import UserError
-from nanovlm.world import drills, exams, mixture, noise, pages, tasks
+from nanovlm.world import drills, exams, mixture, noise, pages, statements, tasks
 from nanovlm.world.ask import DESCRIBE, conversation, put_before
 from nanovlm.world.say import DESCRIPTIONS, caption, captions, description, negatives, say, vaguer, wordings
 from nanovlm.world.scene import (
@@ -121,7 +122,7 @@ class Scenes:
 
     def _drawn(self, made: DataSet, rng: Random) -> Sample:
         pairs = PAIRS if made.texts else SEEN
-        scene = self._scene(rng, pairs, many=rng.choice(made.many), signs=made.signs, numbers=made.texts or made.numbers)
+        scene = self.scene(rng, pairs, many=rng.choice(made.many), signs=made.signs, numbers=made.texts or made.numbers)
         sample = made.make(self, scene, rng, pairs)
         return replace(sample, references=sample.references or captions(scene))
 
@@ -134,7 +135,7 @@ class Scenes:
         """Of the heaviest data set of the diet."""
         return [self.held_out(max(diet, key=diet.get), i) for i in range(n)]
 
-    def _scene(self, rng: Random, pairs: tuple, many: int = 0, including: tuple = (), signs: float = 0.4,
+    def scene(self, rng: Random, pairs: tuple, many: int = 0, including: tuple = (), signs: float = 0.4,
                numbers: bool = False) -> Scene:
         if self.small_print:
             return random_scene(rng, pairs, including, many, 0.9, NUMBERS, small_print=True)
@@ -142,7 +143,7 @@ class Scenes:
         return random_scene(rng, pairs, including, many, signs, texts)
 
     def _val_scene(self, rng: Random) -> Scene:
-        return self._scene(rng, PAIRS, including=HELD_OUT)
+        return self.scene(rng, PAIRS, including=HELD_OUT)
 
     def picture(self, scene: Scene) -> tuple:
         return (render(scene, self.image_size),)
@@ -164,7 +165,8 @@ class Scenes:
     def exams(self, names: Sequence[str], n: int = 0) -> list[Exam]:
         """answers, mixture, science: an exam for each kind of question. captions: of any scene; two: of two objects.
 
-        told: all of these and InstructBLIP's tasks, where words stand in the pictures' places. pages: see pages.py.
+        told: all of these and InstructBLIP's tasks, where words stand in the pictures' places. pages: see pages.py. statements: true and false ones, of
+        each kind in turn.
         """
         found: list[Exam] = []
         view = exam_view(names)
@@ -174,6 +176,8 @@ class Scenes:
             elif name in ("captions", "two"):
                 kind = "caption" if name == "captions" else exams.TWO
                 found.append(caption_exam(self.exam(n or 200, (kind,), view)))
+            elif name == "statements":
+                found.append(exam_of("statement", [statements.examined(self, i) for i in range(n or 600)]))
             elif name in exams.TOLD:
                 found += [exam_of(kind, [self._told(kind, i) for i in range(n or 100)]) for kind in exams.TOLD[name]]
         return found
@@ -265,7 +269,7 @@ def captioned(unnamed: bool = False, rate: float = 0.0) -> Callable:
         wording = rng.choice(wordings(scene, left_out))
         shown = recoloured(scene, rng) if unnamed else scene
         # Noise comes last: a clean twin has the same scene, picture and wording. It knows named colours only, hence not `shown`.
-        text, kind = noise.noisy(scene, wording, rng, pairs, lambda rng: world._scene(rng, pairs), rate)
+        text, kind = noise.noisy(scene, wording, rng, pairs, lambda rng: world.scene(rng, pairs), rate)
         return Sample("", world.picture(shown), caption=text, references=captions(scene, left_out), label=kind,
                       turns=(Turn(IMAGE, text, "caption"),))
     return make
@@ -296,7 +300,7 @@ def names(world: Scenes, scene: Scene, rng: Random, pairs: tuple) -> Sample:
 
 
 def shots(world: Scenes, scene: Scene, rng: Random, pairs: tuple) -> Sample:
-    turns, told = pages.shots([scene, *(world._scene(rng, pairs) for _ in range(rng.choice((0, 0, 1, 2))))], rng)
+    turns, told = pages.shots([scene, *(world.scene(rng, pairs) for _ in range(rng.choice((0, 0, 1, 2))))], rng)
     return Sample("", told=told, turns=turns, format="flamingo")
 
 
@@ -321,7 +325,7 @@ IN_LISTS = (2, 2, 3)
 SETS: dict[str, DataSet] = {
     "pairs": DataSet(pair), "vague pairs": DataSet(vague_pair, signs=0.5, numbers=True),
     "captions": DataSet(captioned()), "unnamed captions": DataSet(captioned(unnamed=True)), "unnamed drills": DataSet(unnamed_drill),
-    "science texts": DataSet(science_text), "names": DataSet(names, texts=True), "shots": DataSet(shots, texts=True),
+    "statements": DataSet(statements.drawn), "science texts": DataSet(science_text), "names": DataSet(names, texts=True), "shots": DataSet(shots, texts=True),
     "told/tasks": DataSet(told_task, texts=True), "caption texts": DataSet(caption_text, texts=True, corpus=False),
     "told/repeat": DataSet(told(one(drills.repeat), _plainly, IN_BLIP2), IN_LISTS, texts=True),
     "told/captions": DataSet(told(lambda scene, rng, pairs: (Turn("", caption(scene, rng), "caption"),), blip2=1.0), texts=True),
