@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         return stop(1, f"The disk is full ({error}): free some space, then go on with --resume.")
     except KeyboardInterrupt as error:
-        return stop(130, f"Interrupted: {error or 'go on with --resume'}.")
+        return stop(130, f"Interrupted: {str(error) or 'go on with --resume'}.")
 
 
 def stop(code: int, sentence: str) -> int:

@@ -27,6 +27,7 @@ from nanovlm.data.sample import IMAGE, Sample, Turn
 from nanovlm.data.transforms import load_image
 from nanovlm.errors import UserError
 from nanovlm.evaluate.pupil import Pupil
+from nanovlm.recipes.stage import resolve
 from nanovlm.runs import checkpoint, shipped
 from nanovlm.runs.folder import is_run
 from nanovlm.runs.run import model_of, shortened
@@ -112,7 +113,7 @@ def load_run(path: str | Path, device: torch.device | str = "cpu") -> Pupil:
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     if config.get("steps"):
         print(shortened(config["steps"]), file=sys.stderr)
-    recipe = recipes.get(config["recipe"]["name"])
+    recipe = resolve(recipes.get(config["recipe"]["name"]), real=config["data"] != "scenes")  # BLIP's last stages are not for --data
     stage = recipe.stages[-1]
     weights = path / f"{stage.name}.pt"
     if not weights.exists():

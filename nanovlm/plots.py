@@ -2,6 +2,7 @@
 
     metrics.jsonl ──► read_metrics ──► save_curves             curves.png    a panel per loss, evaluation and vital sign
     (image, question, truth, prediction) ──► save_samples      samples.png   a grid, right answers green, wrong ones red
+    title ─► (image, its texts, kept or not) ──► save_verdicts report.png    the same, in blocks
     mask (T, S) ──► show_mask(ax)                              notebooks     filled = may attend
     image + weights (N,) ──► attention_over_image(ax)          notebooks     the picture under a grid, a colour for each token
 
@@ -161,29 +162,44 @@ def _smooth(y: np.ndarray) -> np.ndarray:
 
 # ---- samples
 
-CELL, GAP, SIZE, LEADING = 2.5, 0.22, 8.0, 0.15  # inches, inches, points, inches from line to line
+CELL, GAP, SIZE, LEADING, TITLE = 2.5, 0.22, 8.0, 0.15, 0.4  # inches, inches, points, inches from line to line, inches
 MOST_LINES = 7  # of each of the three texts
 
 
 def save_samples(rows: Sequence[Row], png_path: str | Path) -> None:
     """A grid of pictures with question, truth and prediction below each. A row is (image or None, question, truth,
     prediction); truth may be several texts that are all right. What is right is decided as by vqa_accuracy."""
-    if not rows:
+    _save_grid({"": [(image, _sample_lines(*texts)) for image, *texts in rows]}, png_path)
+
+
+def save_verdicts(blocks: dict[str, Sequence[tuple[Image.Image, Sequence[tuple[str, bool]]]]], png_path: str | Path) -> None:
+    """A block of pictures under each title, with texts below each of them: green those that were kept, red those that were dropped."""
+    marked = {True: ("✓", GREEN), False: ("✗", RED)}
+    _save_grid({title: [(image, [(line, marked[kept][1]) for text, kept in texts for line in _wrap(f"{marked[kept][0]} {text}")])
+                        for image, texts in cells] for title, cells in blocks.items()}, png_path)
+
+
+def _save_grid(blocks: dict[str, list[tuple[Image.Image | None, list[tuple[str, str]]]]], png_path: str | Path) -> None:
+    """Up to four cells in a row, each a picture and lines of text in their colours; a block's title stands above its first row."""
+    columns = min(4, max(map(len, blocks.values()), default=0))
+    if not columns:
         raise UserError(f"{png_path}: there are no samples to draw.")
-    columns = min(4, len(rows))
-    texts = [_sample_lines(question, truth, prediction) for _, question, truth, prediction in rows]
+    rows = [("" if i else title, cells[i : i + columns]) for title, cells in blocks.items() for i in range(0, len(cells), columns)]
     # Every row of the grid is as tall as its longest text needs.
-    heights = [CELL + LEADING * (max(map(len, texts[i : i + columns])) + 1) + GAP for i in range(0, len(rows), columns)]
+    heights = [TITLE * bool(title) + CELL + LEADING * (max(len(lines) for _, lines in cells) + 1) + GAP for title, cells in rows]
     width, height = columns * (CELL + GAP) + GAP, sum(heights) + GAP
     figure = Figure(figsize=(width, height), dpi=DPI)
-    for i, (image, *_) in enumerate(rows):
-        left = GAP + (i % columns) * (CELL + GAP)
-        top = height - GAP - sum(heights[: i // columns])
-        ax = figure.add_axes((left / width, (top - CELL) / height, CELL / width, CELL / height))
-        _draw_picture(ax, image)
-        for n, (line, colour) in enumerate(texts[i], start=1):
-            figure.text(left / width, (top - CELL - 0.06 - n * LEADING) / height, line, fontsize=SIZE, color=colour,
+    for (title, cells), above in zip(rows, accumulate(heights, initial=GAP)):
+        top = height - above - TITLE * bool(title)
+        if title:
+            figure.text(GAP / width, (top + 0.13) / height, _drawable(title), fontsize=11, color=INK, weight="bold",
                         family=list(_fonts()), parse_math=False)
+        for column, (image, lines) in enumerate(cells):
+            left = GAP + column * (CELL + GAP)
+            _draw_picture(figure.add_axes((left / width, (top - CELL) / height, CELL / width, CELL / height)), image)
+            for n, (line, colour) in enumerate(lines, start=1):
+                figure.text(left / width, (top - CELL - 0.06 - n * LEADING) / height, line, fontsize=SIZE, color=colour,
+                            family=list(_fonts()), parse_math=False)
     _save(figure, png_path)
 
 

@@ -41,6 +41,10 @@ def hf_clip_vision(seed: int, **changes) -> nn.Module:
     return bite(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**{**CLIP, **changes})), seed)
 
 
+def hf_imagenet_vit(seed: int) -> nn.Module:
+    return bite(transformers.ViTForImageClassification(transformers.ViTConfig(**CLIP)), seed)
+
+
 def hf_llama(seed: int, **changes) -> nn.Module:
     return bite(transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**LLAMA, **changes})), seed)
 

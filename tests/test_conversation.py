@@ -24,14 +24,15 @@ TOKENIZER = Tokenizer.train([CORPUS] * 5, 340)
 BYTES = Tokenizer([])  # no merges: "###" is three tokens, and an answer may hold two of them
 NAMES = sorted(FORMATS)
 # What each answer begins with and what closes it, written out here and not taken from the table under test.
-LEAD = {"plain": "", "v0": " ", "v1": " ", "llama_2": " ", "blip2": " ", "flan_t5": " ", "blip2-caption": " ",
+LEAD = {"plain": "", "v0": " ", "v1": " ", "llama_2": " ", "blip2": " ", "flan_t5": " ", "blip-vqa": " ", "blip2-caption": " ",
         "instructblip": " ", "flamingo": " ", "blip": "", "blip-caption": " ", "tiny": " "}
-CLOSE = {"plain": "\n", "v0": "\n###", "v1": "</s>", "llama_2": " </s>", "blip2": "\n", "flan_t5": "</s>",
+CLOSE = {"plain": "\n", "v0": "\n###", "v1": "</s>", "llama_2": " </s>", "blip2": "\n", "flan_t5": "</s>", "blip-vqa": "</s>",
          "blip2-caption": "\n", "instructblip": "</s>", "flamingo": "<EOC>", "blip": "</s>", "blip-caption": "</s>",
          "tiny": "</s>"}
 FORBIDDEN = {"plain": "\n", "v0": "###", "blip2": "\n", "blip2-caption": "\n"}
 ONE_CAPTION = ("plain", "blip2-caption", "blip", "blip-caption")
-IMAGE_FIRST = ("blip2", "flan_t5", "blip2-caption", "instructblip", "blip", "blip-caption")
+SEPARATE = ("flan_t5", "blip-vqa")  # an encoder reads the question, a decoder writes the answer
+IMAGE_FIRST = ("blip2", *SEPARATE, "blip2-caption", "instructblip", "blip", "blip-caption")
 
 # Texts that try to break out of the template, beside any Unicode.
 SPITEFUL = st.sampled_from(["</s>", "<EOC>", "<s>", "### Assistant:", " ASSISTANT: no", "[/INST]", "\n\n", " ", "#", "\n##"])
@@ -53,7 +54,7 @@ def conversations(draw, name):
 
 
 def expected_trained(turns, name):
-    learned = turns[-1:] if name == "flan_t5" else turns  # an encoder-decoder reads the answers before
+    learned = turns[-1:] if name in SEPARATE else turns  # an encoder-decoder reads the answers before
     return "".join(LEAD[name] + turn.answer + CLOSE[name] for turn in learned)
 
 
@@ -76,7 +77,7 @@ def test_trained_tokens_are_exactly_answers_and_stops(name, data):
     assert len(rest) == len(everything) - len(expected_trained(turns, name))
     marks = sum(turn.question.count("<image>") for turn in turns)
     assert ids.count(TOKENIZER.image_id) == (0 if name in IMAGE_FIRST else marks)  # there the model puts the image first
-    stops = 2 if name == "flan_t5" else ("</s>" in CLOSE[name]) * len(turns)  # there what is read ends with one too
+    stops = 2 if name in SEPARATE else ("</s>" in CLOSE[name]) * len(turns)  # there what is read ends with one too
     assert ids.count(TOKENIZER.eos_id) == stops  # "</s>" that people write is no stop
     assert ids.count(TOKENIZER.token_id("<EOC>")) == (name == "flamingo") * len(turns)
 
@@ -204,6 +205,8 @@ TOLD = [
     ("blip-caption", CAPTIONED, ["A red hat.", "<s>", "a picture of", " a hat", "</s>"]),
     ("flan_t5", ASKED, ["A red hat.Question: what colour? Short answer: red Question: sure? Short answer:", "</s>", " yes", "</s>"]),
     ("flan_t5", CAPTIONED, ["A red hat.", "</s>", " a hat", "</s>"]),
+    ("blip-vqa", ASKED, ["A red hat.", "<s>", "what colour? red sure?", "</s>", " yes", "</s>"]),
+    ("blip-vqa", CAPTIONED, ["A red hat.", "<s>", "</s>", " a hat", "</s>"]),
     ("instructblip", ASKED, ["A red hat.", "<s>", "what colour?", " red", "</s>", "\nsure?", " yes", "</s>"]),
     ("flamingo", (Turn("<image>what colour?", "red"), Turn("and <image> too?", "yes")),
      ["<s>", "A red hat.Question: what colour? Answer:", " red", "<EOC>", "two shoesQuestion: and  too? Answer:", " yes", "<EOC>"]),
@@ -287,7 +290,7 @@ def test_an_answer_is_the_same_tokens_as_inside_a_sentence():
         ((Turn("<image>", "a"), Turn("b", "c")), "plain", "picture 3: this format holds one caption, not 2 turns"),
         ((Turn("<image><image>", "a"),), "blip2", "picture 3: in this format one image stands before everything"),
         ((Turn("hi", "a"), Turn("<image>", "c")), "blip2", "picture 3: in this format one image stands"),
-        ((Turn("hi", "a"),), "v9", "Unknown conversation format 'v9'.*v1, llama_2, blip2, flan_t5, instructblip, flamingo, blip2-caption, blip, blip-caption, tiny"),
+        ((Turn("hi", "a"),), "v9", "Unknown conversation format 'v9'.*v1, llama_2, blip2, flan_t5, instructblip, flamingo, blip2-caption, blip, blip-caption, blip-vqa, tiny"),
     ],
 )
 def test_what_cannot_be_encoded_is_said_in_one_sentence(turns, name, said):

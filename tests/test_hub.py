@@ -17,6 +17,7 @@ from oracles import (
     hf_blip_retrieval,
     hf_clip,
     hf_clip_vision,
+    hf_imagenet_vit,
     hf_llama,
     hf_llava,
     hf_next,
@@ -52,7 +53,7 @@ def hf_bert_alone(seed: int) -> torch.nn.Module:
     return hf_bert(seed).bert
 
 
-ALL = [(hf_clip_vision, ViT), (hf_llama, LanguageModel), (hf_opt, LanguageModel), (hf_llava, LLaVA), (hf_next, LLaVA),
+ALL = [(hf_clip_vision, ViT), (hf_imagenet_vit, ViT), (hf_llama, LanguageModel), (hf_opt, LanguageModel), (hf_llava, LLaVA), (hf_next, LLaVA),
        (hf_clip, OurCLIP), (hf_t5, LanguageModel), (hf_t5_exact, LanguageModel), (hf_t5_first, LanguageModel),
        (hf_bert, MaskedLanguageModel), (hf_bert_alone, Bert), (hf_blip2, BLIP2), (hf_blip2_retrieval, BLIP2Stage1),
        (hf_blip2_t5, BLIP2), (hf_blip, BLIP), (hf_blip_retrieval, BLIP),
@@ -70,6 +71,17 @@ def test_from_disk_equals_from_memory(build, kind, tmp_path):
     assert type(model) is kind
     same(load(tmp_path / "whole"), model)
     same(load(tmp_path / "shards"), model)
+
+
+def test_the_vit_that_blip_starts_from():
+    """Every token after the last norm; without ImageNet's classes."""
+    hf, images = hf_imagenet_vit(2), randn(2, 3, 20, 20)
+    with torch.no_grad():
+        model = ours(hf)
+        want = hf.vit(images).last_hidden_state
+        torch.testing.assert_close(model.norm(model(images)), want, rtol=1e-5, atol=1e-5)
+    assert want.std() > 0.1
+    from_hf({**parts(hf)[0], "architectures": ["ViTModel"]}, parts(hf.vit)[1])
 
 
 # --- train and eval, dtypes ---
@@ -280,7 +292,7 @@ COPIES = {hf_opt: ("model.decoder.embed_tokens.weight", "lm_head.weight"), hf_t5
 def test_each_missing_tensor_is_noticed(build):
     """Whichever is taken away, its own name is in the message; of several copies one is enough."""
     config, state = parts(build(10))
-    idle = re.compile(r"(block|layers|layer)\.[1-9]\.\w|pooler|position_ids|qkv")  # block 0 stands for all
+    idle = re.compile(r"(block|layers|layer)\.[1-9]\.\w|pooler|classifier|position_ids|qkv")  # block 0 stands for all
     for name in state:
         if not idle.search(name) and name not in COPIES.get(build, ()):
             with pytest.raises(UserError, match=rf"(json:|or|;) {re.escape(name)} (is missing|or)"):

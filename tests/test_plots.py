@@ -162,6 +162,17 @@ def test_any_of_several_truths_is_right_and_the_one_that_was_met_is_shown(tmp_pa
     assert figures[1].texts[-1].get_color() == plots.GREEN, "ten alternatives are no votes here"
 
 
+def test_verdicts_stand_in_blocks(tmp_path, figures):
+    kept, dropped = (CUBE, [("web: a cube", True), ("captioner: a ball", False)]), (CUBE, [("web: a dog", False)])
+    plots.save_verdicts({"kept: 5": [kept] * 5, "dropped: 1": [dropped], "none": []}, tmp_path / "v.png")
+    texts = [(t.get_text(), t.get_color()) for t in figures[0].texts]
+    both = [("✓ web: a cube", plots.GREEN), ("✗ captioner: a ball", plots.RED)]
+    assert texts == [("kept: 5", plots.INK), *both * 5, ("dropped: 1", plots.INK), ("✗ web: a dog", plots.RED)]
+    boxes = [ax.get_position() for ax in figures[0].axes]
+    assert len({round(box.y0, 3) for box in boxes}) == 3 and boxes[4].x0 == boxes[5].x0 == boxes[0].x0, "four in a row, a new row for a block"
+    assert all(0 <= t.get_position()[1] <= 1 for t in figures[0].texts)
+
+
 def test_pictures_keep_their_colours_and_shapes_and_text_rows_have_none(tmp_path, figures):
     plots.save_samples([(CUBE, "q", "t", "p"), (None, "q", "t", "p")], tmp_path / "s.png")
     side = plots.CELL * plots.DPI

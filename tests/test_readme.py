@@ -9,7 +9,7 @@ import pytest
 from oracles import hf_llava
 from source import MODULES, NOTEBOOKS, ROOT, closure, code_cells, read, relative
 
-from experiments import backbones, blip2_stage1, llava15_ladder, llava15_tiles, llava_data_mix, tiny_runs
+from experiments import backbones, blip2_stage1, blip_capfilt, capfilt_emoji, llava15_ladder, llava15_tiles, llava_data_mix, tiny_runs
 
 README, MEASURED = read(ROOT / "README.md"), read(ROOT / "experiments" / "README.md")
 
@@ -124,7 +124,8 @@ def test_the_figures_are_the_stored_ones():
     for name, result in stored.items():
         if "runs" in result:
             made_by = {"backbones.json": backbones, "blip2_stage1.json": blip2_stage1, "llava_data_mix.json": llava_data_mix,
-                       "llava15_ladder.json": llava15_ladder, "llava15_tiles.json": llava15_tiles}.get(name, tiny_runs)
+                       "llava15_ladder.json": llava15_ladder, "llava15_tiles.json": llava15_tiles, "capfilt_emoji.json": capfilt_emoji,
+                       "blip_capfilt.json": blip_capfilt}.get(name, tiny_runs)
             assert made_by.table(result) in MEASURED, f"{name}: python -m {made_by.__name__} --table prints another"
         for case in result.get("cases", []):
             row = f"| {case['name']} | {case['ratio']['median']:.2f} |"

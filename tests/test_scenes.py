@@ -137,7 +137,7 @@ def test_what_learns_to_see_is_shown_seen_pairs_only():
     """Only a language model alone reads of all pairs, and LLaVA-1.5's in talk without a picture, two in a hundred (ShareGPT)."""
     for recipe in map(recipes.get, recipes.names()):
         for stage in recipe.stages if "/tiny" in recipe.name else ():
-            named = {*stage.data, *(name for _, lesson in stage.lessons for name in lesson)}
+            named = {name for diet in (stage.data, *(lesson for _, lesson in stage.lessons)) for name in recipe.worldly(diet)}
             assert named <= set(SETS), f"{recipe.name}@{stage.name}"
             if stage.real != "texts":
                 told = {"told/sentences"} if recipe.name.startswith("llava15") and stage.name != "align" else set()

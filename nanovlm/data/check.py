@@ -143,7 +143,7 @@ def go_through_stages(records: Records, recipe: Recipe) -> list[str]:
         shown += [(stage, collate)] if reads.kind in ("conversations", "texts") else []  # in no format
         try:
             leave_out_unfit([job], setting)
-            MicroBatches(setting.samples(job), stage, setting.seed, collate)
+            MicroBatches(setting.samples(job, {}), stage, setting.seed, collate)
         except UserError as error:
             problems.append(str(error))
         train, val = (records.size(stage.real, split) for split in ("train", "val"))

@@ -74,6 +74,10 @@ class Records:
             texts += [text for turn in sample.turns for text in (turn.question.replace(IMAGE, ""), turn.answer)]
         return texts
 
+    def listed(self, split: str) -> list[Sample]:
+        """The records of a split that have one picture, with its path."""
+        return [record for record in self._records[split] if len(record.images) == 1]
+
     def size(self, view: str, split: str) -> int:
         if (view, split) not in self._entries:
             raise UserError(f"{self.name}: there is no view {view!r} of split {split!r}; "
@@ -295,6 +299,16 @@ def split_records(
     if "val" not in sides:
         raise UserError(f"{name}: all records share one picture, so none can be held out; add other pictures.")
     return sides
+
+
+def on_one_side(records: Records, other: Records) -> list[tuple[Sample, str]]:
+    """Those with one picture, each on the side on which `other` has that picture, if it has it: copies under two names are one."""
+    known = {content(record): split for split in SPLITS for record in other.listed(split)}
+    return [(record, known.get(content(record), split)) for split in SPLITS for record in records.listed(split)]
+
+
+def content(record: Sample) -> bytes:
+    return blake2b(record.images[0].read_bytes(), digest_size=16).digest()
 
 
 def _groups(samples: Sequence[Sample], same_picture: dict[Path, str]) -> list[list[int]]:

@@ -53,6 +53,8 @@ class Published(NamedTuple):
 
 CLASSES = {
     "CLIPVisionModel": Published("clip_vision_model", ViT, configs.clip_vision, names.CLIP_VISION, {"^vision_model.": "^"}),
+    "ViTModel": Published("vit", ViT, configs.imagenet_vit, names.IMAGENET_VIT, names.OLD_VIT),
+    "ViTForImageClassification": Published("vit", ViT, configs.imagenet_vit, names.IMAGENET_VIT, names.OLD_VIT),
     "CLIPModel": Published("clip", CLIP, configs.clip, names.CLIP, {}),
     "LlamaForCausalLM": Published("llama", LanguageModel, configs.llama, names.LLAMA, {}),
     "OPTForCausalLM": Published("opt", LanguageModel, configs.opt_decoder, names.OPT, {"^decoder.": "^model.decoder."}),

@@ -43,6 +43,9 @@ EVERY = {"is_decoder": (False,), "add_cross_attention": (False,), "is_encoder_de
 CLIP_VISION = {"model_type": ("clip_vision_model",), "image_size": 224, "patch_size": 32, "num_channels": (3,),
                "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
                "hidden_act": ("quick_gelu", "gelu"), "layer_norm_eps": 1e-5}
+IMAGENET_VIT = {"model_type": ("vit",), "image_size": 224, "patch_size": 16, "num_channels": (3,), "hidden_size": 768,
+                "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "hidden_act": ("gelu",),
+                "layer_norm_eps": 1e-12, "qkv_bias": (True,)}
 CLIP_TEXT = {"model_type": ("clip_text_model",), "vocab_size": 49408, "max_position_embeddings": 77, "hidden_size": 512,
              "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8,
              "hidden_act": ("quick_gelu", "gelu"), "layer_norm_eps": 1e-5}
@@ -114,7 +117,7 @@ HARMLESS = """_name_or_path name_or_path _commit_hash architectures auto_map tra
     tokenizer_padding_side image_crop_resolution image_split_resolution vocab_size projection_dim tie_word_embeddings
     encoder_hidden_size image_seq_length image_token_index use_decoder_only_language_model max_sequence_length n_positions
     directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head
-    pooler_type pretrain_mm_mlp_adapter label_smoothing"""
+    pooler_type pooler_act pooler_output_size encoder_stride pretrain_mm_mlp_adapter label_smoothing"""
 HARMLESS_ENDS = ("_token_id", "dropout", "dropout_prob", "dropout_rate")
 
 LIKE = {bool: "true or false", int: "a whole number like {}", float: "a number", str: "a text", list: "a list",
@@ -161,6 +164,11 @@ def read(config: dict, table: dict, where: str = "") -> dict:
 
 def clip_vision(config: dict, where: str = "") -> ViTConfig:
     return ViTConfig(**read(config, CLIP_VISION, where))
+
+
+def imagenet_vit(config: dict) -> ViTConfig:
+    """ViTModel or ViTForImageClassification, as DeiT is saved, too: what BLIP's ViT starts from."""
+    return ViTConfig(**read(config, IMAGENET_VIT), activation="gelu", pre_norm=False, patch_bias=True)
 
 
 def clip_text(config: dict, where: str) -> DecoderConfig:

@@ -49,6 +49,13 @@ CLIP_VISION = rows({
     "{pre_layrnorm,post_layernorm}": "{pre_norm,norm}",  # spelt like this in the files
     **CLIP_BLOCKS,
 })
+IMAGENET_VIT = rows({
+    "embeddings.{cls_token,position_embeddings,patch_embeddings.projection}": "{class_token,positions,patch_embedding}",
+    "layers.{i}.layernorm_{before,after}": "blocks.{i}.norm{1,2}",
+    "layers.{i}.attention.{q,k,v,o}_proj": "blocks.{i}.attention.{query,key,value,out}",
+    "layers.{i}.mlp.{fc1,fc2}": "blocks.{i}.feedforward.{up,down}",
+    "layernorm": "norm",
+})
 CLIP_TEXT = rows({
     "{embeddings.token_embedding,embeddings.position_embedding,final_layer_norm}": "{embedding,positions,norm}",
     **CLIP_BLOCKS,
@@ -158,6 +165,10 @@ LLAVA = rows({
 
 # --- what some files write: what the table says. ^ is the beginning of a name; the rows act one after the other ---
 
+OLD_VIT = rows({  # the files on the hub
+    "^vit.": "^", "^encoder.layer.": "^layers.", ".attention.output.dense": ".attention.o_proj", ".{intermediate,output}.dense": ".mlp.{fc1,fc2}",
+    ".attention.attention.{query,key,value}": ".attention.{q,k,v}_proj",
+})
 OLD_BERT = rows({"LayerNorm.{gamma,beta}": "LayerNorm.{weight,bias}"})  # written by TensorFlow
 HF_LLAVA = rows({
     "^{model.language_model.,lm_head}": "^language_model.{model.,lm_head}",
@@ -179,9 +190,9 @@ TIED = rows({
     "word_head.decoder.{weight,bias}": "{bert.embeddings.words.weight,word_head.bias}",
     "text_decoder.words_again.{weight,bias}": "{text_decoder.embeddings.words.weight,word_head.bias}",
 })
-# some files hold them, some do not: what is computed; a bias that T5 never reads; BERT's heads for pairs of sentences
+# some files hold them, some do not: what is computed; a bias that T5 never reads; heads for pairs of sentences and for ImageNet
 NOT_OURS = ("inv_freq", "position_ids", "decoder.version", "EncDecAttention.relative_attention_bias.weight",
-            "pooler.dense.weight", "pooler.dense.bias", "seq_relationship.weight", "seq_relationship.bias")
+            "pooler.dense.weight", "pooler.dense.bias", "classifier.weight", "classifier.bias", "seq_relationship.weight", "seq_relationship.bias")
 
 
 # --- from one name to the other ---

@@ -11,7 +11,7 @@ matching head's answer, P(belongs) ≥ 0.5, and nothing else (§3.3: "the ITM he
 
 The result is a file with a line for each text, dropped ones too, so that one can see what was done:
     {"picture": "scenes/web pairs/17", "text": "a large red circle in the top left.", "source": "captioner", "belongs": 0.98, "noise": ""}
-It grows a chunk of pictures at a time, and whoever was stopped goes on behind the last whole chunk. `noise` is the hidden label of
+It grows a chunk of pictures at a time, and whoever was stopped makes the last chunk of the file again. `noise` is the hidden label of
 the embedded world's web texts (world/noise.py): nobody who learns or judges ever sees it.
 """
 
@@ -29,6 +29,11 @@ SOURCES = ("web", "captioner")
 
 Write = Callable[[Sequence[Sample]], list[str]]  # a new text for each picture
 Judge = Callable[[Sequence[Sample]], list[float]]  # how likely each caption is its picture's
+Said = Callable[[Sample], Sequence[str]]  # what the web says of a picture
+
+
+def own_caption(sample: Sample) -> Sequence[str]:
+    return (sample.caption,)
 
 
 @dataclass(frozen=True)
@@ -46,11 +51,11 @@ class Text:
         return self.belongs is None or self.belongs >= 0.5
 
 
-def bootstrap(samples: Sequence[Sample], write: Write | None, judge: Judge | None) -> Iterator[list[Text]]:
+def bootstrap(samples: Sequence[Sample], write: Write | None, judge: Judge | None, said: Said = own_caption) -> Iterator[list[Text]]:
     """The texts of `samples`, a chunk of pictures at a time; write: None adds none, judge: None drops none."""
     for start in range(0, len(samples), CHUNK):
         chunk = samples[start:start + CHUNK]
-        asked = [(sample, "web", sample.label) for sample in chunk]
+        asked = [(replace(sample, caption=text), "web", sample.label) for sample in chunk for text in said(sample)]
         if write:
             # a captioner that says nothing has no text for this picture
             asked += [(replace(sample, caption=text), "captioner", "") for sample, text in zip(chunk, write(chunk)) if text]
@@ -59,15 +64,16 @@ def bootstrap(samples: Sequence[Sample], write: Write | None, judge: Judge | Non
 
 
 def grow(path: Path | None, samples: Sequence[Sample], write: Write | None, judge: Judge | None,
-         after: Callable[[int], None] = lambda done: None) -> list[Text]:
+         after: Callable[[int], None] = lambda done: None, said: Said = own_caption) -> list[Text]:
     """All texts of `samples`, from the file as far as it goes, and written to it; after: told how many pictures are done."""
     texts = read(path) if path and path.exists() else []
-    done = len({text.picture for text in texts}) // CHUNK * CHUNK  # a chunk that was cut off is made again
+    # the last chunk of the file is made again: a cut may have left each of its pictures with the web's text and not with the new one
+    done = max(0, len({text.picture for text in texts}) - 1) // CHUNK * CHUNK
     whole = {sample.id for sample in samples[:done]}
     texts = [text for text in texts if text.picture in whole]
     if path:
         path.write_text("".join(map(line, texts)), encoding="utf-8")
-    for chunk in bootstrap(samples[done:], write, judge):
+    for chunk in bootstrap(samples[done:], write, judge, said):
         texts += chunk
         done = min(done + CHUNK, len(samples))
         if path:

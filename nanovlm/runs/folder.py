@@ -30,14 +30,15 @@ OURS = "nanovlm run"  # config.json says so: the mark by which --overwrite knows
 class RunFolder:
     """The first store of a run, in front of the cache: its folder. Rank 0 alone writes."""
 
-    def __init__(self, recipe: str, out: str | None = None, resume: bool = False, overwrite: bool = False, quick: bool = False):
-        """quick: a shortened run, whose folder says so."""
+    def __init__(self, recipe: str, out: str | None = None, resume: bool = False, overwrite: bool = False, quick: bool = False,
+                 what: str = OURS):
+        """quick: a shortened run, whose folder says so. what: the mark in its config.json."""
         self.began, self.resume, self.overwrite = time.monotonic(), resume, overwrite
         self.before = 0.0  # seconds of the run before it was resumed
         self.records: list[dict] = []  # of finished stages, as in summary.json
         self.state: dict | None = None  # the checkpoint to go on from
         name = recipe.removesuffix("/tiny").replace("/", "-") + "-quick" * quick
-        self.path: Path = on_first(lambda: choose(out, name, resume, overwrite))
+        self.path: Path = on_first(lambda: choose(out, name, resume, overwrite, what))
         if resume and (self.path / "last.pt").exists():
             self.state = checkpoint.load(self.path / "last.pt")
             self.records, self.before = self.state["records"], self.state["seconds"]
@@ -125,7 +126,7 @@ def on_first(work: Callable[[], object]) -> object:
     return outcome
 
 
-def choose(out: str | None, name: str, resume: bool, overwrite: bool) -> Path:
+def choose(out: str | None, name: str, resume: bool, overwrite: bool, what: str = OURS) -> Path:
     """The folder to write into, not made yet; every way in which that could destroy something is a UserError."""
     if resume and overwrite:
         raise UserError("--resume goes on with a run and --overwrite deletes it: give one of them.")
@@ -133,12 +134,12 @@ def choose(out: str | None, name: str, resume: bool, overwrite: bool) -> Path:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder} is a file; name a folder.")
     filled = folder.is_dir() and any(folder.iterdir())
-    if resume and not is_run(folder):
+    if resume and not is_run(folder, what):
         raise UserError(f"--resume: {folder} holds no run (no config.json of ours); leave --resume out to start one.")
     if filled and not resume and not overwrite:
         raise UserError(f"--out {folder} is not empty: give --resume to go on with it, --overwrite to delete it, "
                         "or another name.")
-    if filled and overwrite and not is_run(folder):
+    if filled and overwrite and not is_run(folder, what):
         raise UserError(f"--overwrite: {folder} does not look like a run (no config.json of ours), "
                         "so it is not deleted; choose another --out.")
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
@@ -169,12 +170,12 @@ def _by_name(runs: Path, name: str, resume: bool) -> Path:
     return latest if resume else folder
 
 
-def is_run(folder: Path) -> bool:
+def is_run(folder: Path, what: str = OURS) -> bool:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(config, dict) and config.get("what") == OURS
+    return isinstance(config, dict) and config.get("what") == what
 
 
 def write_json(path: Path, value: dict) -> None:
