@@ -9,7 +9,16 @@ import pytest
 from oracles import hf_llava
 from source import MODULES, NOTEBOOKS, ROOT, closure, code_cells, read, relative
 
-from experiments import backbones, blip2_stage1, blip_capfilt, capfilt_emoji, llava15_ladder, llava15_tiles, llava_data_mix, tiny_runs
+from experiments import (
+    backbones,
+    blip2_stage1,
+    blip_capfilt,
+    capfilt_emoji,
+    llava15_ladder,
+    llava15_tiles,
+    llava_data_mix,
+    tiny_runs,
+)
 
 README, MEASURED = read(ROOT / "README.md"), read(ROOT / "experiments" / "README.md")
 

@@ -2,6 +2,7 @@
 
     weights/clip-tiny@clip.npz     every tensor in half precision, and `about`: recipe, seed, command, versions, figures, answers
     weights/llava-tiny@tune.npz    the parts that learned; of a part that stands in another file as well, that file's name
+    weights/blip-tiny@filter.npz   without slow copies and queue, which begin anew; what two parts share is stored once
     weights/tokenizer.json         one for all
 
     python -m nanovlm.runs.shipped runs/llava     puts a finished run of seed 0 there, stage by stage
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 import nanovlm
 from nanovlm import recipes
@@ -27,7 +29,7 @@ from nanovlm.data.source import Source
 from nanovlm.errors import UserError
 from nanovlm.evaluate.pupil import Pupil
 from nanovlm.files import replacing
-from nanovlm.recipes.stage import Recipe, Stage, as_config, resolve
+from nanovlm.recipes.stage import Recipe, Stage, as_config, resolve, within
 from nanovlm.runs import checkpoint
 from nanovlm.runs.setting import make_tokenizer, world_of
 from nanovlm.tokenizer import Tokenizer
@@ -62,12 +64,19 @@ def read(recipe: Recipe, stage: Stage) -> State | None:
     if not file.exists():
         return None
     state, _ = load(file)
-    with torch.device("meta"):
-        wanted = {name: tensor.shape for name, tensor in recipe.build(stage).state_dict().items()}
+    model = recipe.build(stage)
+    unheard = {name: tensor for name, tensor in model.state_dict().items() if name in set(unshipped(model))}
+    state |= {name: tensor for name, tensor in unheard.items() if name not in state}  # as in a fresh model
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if wanted != {name: tensor.shape for name, tensor in state.items()}:
         print(f"{file.name} holds another {recipe.name} than today's recipe has: it is not used.", file=sys.stderr)
         return None
     return state
+
+
+def unshipped(model: nn.Module) -> list[str]:
+    """Tensors of parts that reach no loss: BLIP's slow copies and queue, which begin anew where training goes on."""
+    return [name for name in model.state_dict() if any(within(name, part) for part in model.unheard)]
 
 
 def load(file: Path) -> tuple[State, dict]:
@@ -76,6 +85,7 @@ def load(file: Path) -> tuple[State, dict]:
         with np.load(file, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
         about = json.loads(arrays.pop("about").tobytes())
+        arrays |= {name: arrays[other] for name, other in about.get("tied", {}).items()}
         others = {part: load(folder() / other)[0] for part, other in about["shared"].items()}
         arrays |= {name: others[name.split(".")[0]][name].numpy() for name in about["tensors"] if name not in arrays}
         return {name: torch.from_numpy(arrays[name].astype(np.float32)) for name in about["tensors"]}, about
@@ -98,9 +108,12 @@ def write(weights: State, about: dict, file: Path) -> None:
         names = [name for name in arrays if name.split(".")[0] == part]
         if other := next((other for other in sorted(folder().glob("*.npz")) if other != file and _has(other, arrays, names)), None):
             shared[part] = other.name
-    about = {**about, "tensors": list(arrays), "shared": shared}
+    own = {name: array for name, array in arrays.items() if name.split(".")[0] not in shared}
+    first: dict[bytes, str] = {}  # content → the name that it is stored under
+    tied = {name: stored for name, array in own.items() if (stored := first.setdefault(repr(array.shape).encode() + array.tobytes(), name)) != name}
+    about = {**about, "tensors": list(arrays), "shared": shared, "tied": tied}
     text = np.frombuffer(json.dumps(about).encode(), dtype=np.uint8)
-    stored = {name: array for name, array in arrays.items() if name.split(".")[0] not in shared}
+    stored = {name: array for name, array in own.items() if name not in tied}
     with replacing(file) as beside, open(beside, "wb") as out:
         np.savez_compressed(out, about=text, **stored)
 
@@ -113,7 +126,7 @@ def _has(other: Path, arrays: dict[str, np.ndarray], names: list[str]) -> bool:
 def answers(weights: State, recipe: Recipe, stage: Stage, words: Tokenizer) -> list[list[str]]:
     """[question, answer] of ASKED held-out questions; of a model that compares, the captions that it likes best."""
     model = recipe.build(stage)
-    model.load_state_dict(weights)
+    model.load_state_dict({**model.state_dict(), **weights})
     with torch.inference_mode():
         return [[asked, answer] for _, asked, _, answer in Pupil(model, recipe, stage, words, "cpu").examples(world_of(recipe, 0), ASKED)]
 
@@ -136,7 +149,8 @@ def export(run: Path, stages: Sequence[str] = ()) -> list[Path]:
     started = f"torchrun --nproc-per-node {n}" if (n := config["machine"]["processes"]) > 1 else "python"
     chosen = [recipe.stage(name) for name in stages] or recipe.stages
     for stage in chosen:
-        weights = {name: tensor.half().float() for name, tensor in checkpoint.load(run / f"{stage.name}.pt").items()}
+        left_out = set(unshipped(recipe.build(stage)))
+        weights = {name: tensor.half().float() for name, tensor in checkpoint.load(run / f"{stage.name}.pt").items() if name not in left_out}
         rows = answers(weights, recipe, stage, words)
         write(weights, {
             "recipe": recipe.name, "stage": stage.name, "seed": 0, "steps": stage.steps, "versions": summary["versions"],
