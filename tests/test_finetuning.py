@@ -169,7 +169,7 @@ def asking() -> tuple:
     table = {**names.BLIP2, "qformer.embeddings.word_embeddings": "qformer.embeddings.words",
              "qformer.embeddings.position_embeddings": "qformer.embeddings.positions",
              "qformer.embeddings.layernorm": "qformer.norm"}
-    assert hub.fill(model, hub.as_ours(hf.state_dict()), table, {}) == []
+    assert hub.fill(model, hub.as_ours(hf.state_dict(), key_bias=False), table, {}) == []
     return hf, model.eval()
 
 

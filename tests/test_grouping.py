@@ -187,5 +187,5 @@ def test_a_language_model_reads_a_persons_texts_and_the_worlds(tmp_path):
     recipe = resolve(recipes.get("llava15/tiny"), real=True)
     setting = Setting(recipe, 0, torch.device("cpu"), formats.read(tmp_path / "own.jsonl"), Tokenizer([]))
     jobs = plan(Job(recipe, recipe.stages[-1]), setting)
-    read = {job.stage.name: type(setting.samples(job)) for job in jobs}
+    read = {job.stage.name: type(setting.samples(job, {})) for job in jobs}
     assert read == {"clip": Epochs, "lm": InTurn, "align": Epochs, "tune": Epochs}

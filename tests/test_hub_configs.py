@@ -316,7 +316,7 @@ REFUSED = [
     (hf_llama, {"num_hidden_layers": 0}, "num_hidden_layers is 0; a whole number like 32"),
     (hf_llama, {"num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": 7}, "36 is not a multiple of 5 heads"),
     (hf_llama, {"model_type": "mistral"}, "model_type is 'mistral'; supported: 'llama'"),
-    (hf_llama, {"model_type": "mistral", "architectures": None}, "model_type is 'mistral'; supported: clip_vision_model, clip, lla"),
+    (hf_llama, {"model_type": "mistral", "architectures": None}, "model_type is 'mistral'; supported: clip_vision_model, vit, clip, lla"),
     (hf_llama, {"model_type": None, "architectures": []}, "model_type is None"),
     (hf_llama, {"architectures": ["MistralForCausalLM"]}, r"architectures is \['MistralForCausalLM'\]; supported: CLIPVisionModel, "),
     (hf_llama, {"pruned_heads": {"0": [1]}}, "pruned_heads is {'0': .1.}; no code here reads"),
