@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         return stop(1, f"The disk is full ({error}): free some space, then go on with --resume.")
     except KeyboardInterrupt as error:
-        return stop(130, f"Interrupted: {str(error) or 'go on with --resume'}.")
+        return stop(130, f"Interrupted: {str(error) or 'the same command with --resume goes on'}.")
 
 
 def stop(code: int, sentence: str) -> int:

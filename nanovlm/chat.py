@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         pupil = open_model(options.run, distributed.choose_device(options.device))
         if does := SILENT.get(pupil.model.reads.kind):
             raise UserError(f"{options.run} holds a {type(pupil.model).__name__}, which {does} and was never trained to converse: "
-                            "name a run of llava, llava15 or blip2.")
+                            "name a run of llava, llava15 or blip2, or of --recipe blip/tiny-vqa.")
         images = [load_image(image) for image in options.image]
         if options.scene is not None:
             scene = world_of(pupil.recipe, 0).held_out("captions", options.scene)

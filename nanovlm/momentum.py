@@ -1,6 +1,6 @@
 """Momentum contrast: the keys are made by a slow copy of the encoders, many of them are kept, and the targets are soft.
 
-    MoCo (1911.05722) §3.2, Alg. 1: the slow copy and the queue;  ALBEF (2107.07651) §3.2 and §3.4, Eq. 6: soft labels;  BLIP §3.2
+    MoCo (1911.05722) §3.2, Alg. 1: the slow copy and the queue;  ALBEF (2107.07651) §3.2 and §3.3, Eq. 6: soft labels;  BLIP §3.2
 
     images, texts ─► encoders (learn)               ─► queries (B, E) ─────────────────────┐
          │                │ θ_m ← m θ_m + (1 − m) θ                                        ├─► similarity (B, G + Q)
@@ -19,7 +19,8 @@ The copies are buffers, not parameters: no optimiser and no count of parameters 
 Legend: B pairs on this rank, G pairs on all ranks, Q keys in the queue, E width of the common space, m momentum.
 Differs from the released code in: keys are those of all ranks (released: a rank's own and the queue), so that two processes take
 the step of one; pairs with an equal text or image, in the queue too, are all right (released: in fine-tuning only); the queue may
-be of any size that a batch fits in (released: a multiple of the batch).
+be of any size that a batch fits in (released: a multiple of the batch); the copies run without dropout (released: with it); α goes on where
+pre-training left it (released: fine-tuning ramps it again), and from shipped weights, which have no copies, it begins at 0.
 """
 
 from collections.abc import Mapping

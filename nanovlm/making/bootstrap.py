@@ -1,13 +1,13 @@
 """CapFilt: the captioner writes, the filter judges, and what is left is a better data set than the web gave.
 
-BLIP (2201.12086) §3.3, Fig. 3: "bootstrapping the caption"
+BLIP (2201.12086) §3.3, Fig. 3: CapFilt, captioning and filtering
 
     a picture of the web ─┬─ T_w  the web's own text ────────────────────┐
                           └─► captioner ─► T_s  a new text               ├─► filter: does it belong? ─► kept │ dropped
                                            (nucleus sampling, §4.3)  ────┘
 
 Both texts are judged apart, so a picture keeps none, one or two. What people wrote is not judged, it is believed. The rule is the
-matching head's answer, P(belongs) ≥ 0.5, and nothing else (§3.3: "the ITM head predicts a text as unmatched").
+matching head's answer, P(belongs) ≥ 0.5, and nothing else (§3.3: a text is noisy "if the ITM head predicts it as unmatched to the image").
 
 The result is a file with a line for each text, dropped ones too, so that one can see what was done:
     {"picture": "scenes/web pairs/17", "text": "a large red circle in the top left.", "source": "captioner", "belongs": 0.98, "noise": ""}

@@ -51,6 +51,8 @@ SAID_EVERY, DRAWN = 500, 8  # pictures: between two lines of progress; in a bloc
 
 def capfilt(run: Path, human_path: str | None, beams: int, options: Options) -> None:
     """From the command line to captions.jsonl."""
+    if beams < 1:
+        raise UserError(f"--beams {beams}: give 1, for sampling, or more.")
     if not human_path:
         raise UserError("--human is missing: captioner and filter must learn from texts that one can trust (BLIP's: COCO), or they copy the web's noise.")
     trained_on, recipe, made = open_run(run, beams)
@@ -121,7 +123,7 @@ def write_out(texts: Sequence[Text], paths: dict[str, Path], placed: Sequence[tu
     """report.png, and last of all captions.jsonl."""
     target = folder / "captions.jsonl"
     if not any(text.kept for text in texts):
-        raise UserError(f"The filter takes none of {len(texts):,} texts for right, so {target} is not written: give more human pairs or --steps.")
+        raise UserError(f"The filter takes none of {len(texts):,} texts for right, so {target} is not written: give more human pairs or a larger --steps, with --overwrite.")
     unlike = {(text.picture, text.text): text for text in reversed(texts) if text.kept}  # what the captioner repeats is the web's
     lines = [{"image": way(paths[text.picture], folder), "caption": text.text, "source": text.source, "belongs": round(text.belongs, 4),
               "split": "train"} for text in reversed(unlike.values())]

@@ -4,7 +4,7 @@
 
     image ─► ViT, which learns ─► norm ─► image tokens (B, N, D_v)
                                            │
-      MED, "multimodal mixture of encoder and decoder" (§3.1, Fig. 2): a BERT, in three modes, told apart by their first token
+      MED, "multimodal mixture of encoder-decoder" (§3.1, Fig. 2): a BERT, in three modes, told apart by their first token
       │
       ├ text encoder           [CLS] text   looks both ways, at no picture   ─► [CLS] ─► ITC  who belongs to whom, among all pairs
       ├ image-grounded encoder [ENC] text   looks both ways, and at N        ─► [ENC] ─► ITM  is this text this picture's? (§3.2)
@@ -23,9 +23,10 @@ ITC's keys come from slow copies and a queue (momentum.py). ITM's wrong partners
 `config.tasks` says which of the three losses a model is built for, and with them its parts: all for pre-training; ("lm",) is the
 captioner, ("itc", "itm") the filter of CapFilt and the model for retrieval. What they have in common bears the same names.
 
-Legend: B pairs, G pairs on all ranks, T text tokens, N image tokens (the class token too), E width of the common space.
+Legend: B pairs, G pairs on all ranks, T text tokens, N image tokens (the class token too), E width of the common space,
+D width of the text, D_v of the ViT, V words, P pairs to be matched.
 Differs from the released code in: wrong partners come from all ranks (released: from the own one); of equal texts or pictures none is
-ever a wrong partner (released: in fine-tuning), so that nothing needs to be added to probabilities; norms and biases are not decayed.
+ever a wrong partner (released: in fine-tuning), so that nothing needs to be added to probabilities; norms, biases and τ are not decayed.
 """
 
 from collections.abc import Sequence

@@ -17,7 +17,8 @@ losses, what is shared, CapFilt. Hyper-parameters of the published ones: §4.1, 
 random, as bert/tiny proved a worse start (experiments/README.md); of the tiny ones' pictures some are in colours without names, as
 BLIP-2's are (see world/datasets.py).
 
-Steps of the published ones: an epoch is 14M pictures and a fifth of LAION's 115M (§4.1), with CapFilt 1.6 texts for each (Table 12).
+Steps of the published ones: an epoch is 14M pictures and a fifth of LAION's 115M (§4.1), one text of each.
+differs: retrain takes as many steps as pretrain (paper: with CapFilt an epoch of the 14M has 1.6 times as many texts, Table 12).
 With --data there are no human texts: `pretrain` alone is trained; see `python -m nanovlm.making.capfilt --help` for the rest.
 """
 
@@ -60,9 +61,9 @@ TINY = Recipe(
     image_size=48, vocab=backbones.TINY_VOCAB,
     stages=(
         PRETRAIN,
-        Stage("captioner", WRITES, {"human pairs": 1}, lessons=((0.5, HUMAN_TEXTS),), sizes=CAPTIONER, init=(("", "blip/tiny@pretrain"),),
+        Stage("captioner", WRITES, {"human pairs": 1}, lessons=((0.5, HUMAN_TEXTS),), sizes=CAPTIONER, anew=True, init=(("", "blip/tiny@pretrain"),),
               steps=400, lr=5e-4, on_data=None, **{**LEARNS, "real": "captions"}),
-        Stage("filter", COMPARES, HUMAN_TEXTS, sizes=FILTER, init=(("", "blip/tiny@pretrain"),), steps=300,
+        Stage("filter", COMPARES, HUMAN_TEXTS, sizes=FILTER, anew=True, init=(("", "blip/tiny@pretrain"),), steps=300,
               lr=5e-4, evaluate=("noise",), on_data=None, **LEARNS),
         replace(PRETRAIN, name="retrain", data=PLAIN_MADE, lessons=((0.75, MADE),), anew=True, evaluate=JUDGED, on_data=None)),
     makes={"bootstrapped": CapFilt("web pairs"), "unnamed bootstrapped": CapFilt("unnamed web pairs")})
@@ -99,9 +100,9 @@ def published(name: str, vision: ViTConfig, imagenet: str, batch_size: int, lr: 
         name, BLIP, BLIPConfig(vision, text, momentum=MomentumConfig(ramp=2 * epoch)), image_size=224, vocab=text.vocab, checkpointing=True,
         stages=(
             pretrain,
-            Stage("captioner", WRITES, {"COCO": 567}, sizes=CAPTIONER, init=(("", f"{name}@pretrain"),), steps=11_069, lr=captioner_lr,
+            Stage("captioner", WRITES, {"COCO": 567}, sizes=CAPTIONER, anew=True, init=(("", f"{name}@pretrain"),), steps=11_069, lr=captioner_lr,
                   **{**tune, "format": "blip-caption", "real": "captions", "max_length": 40}),
-            Stage("filter", COMPARES, {"COCO": 567}, sizes=FILTER, init=(("", f"{name}@pretrain"),), steps=13_283, lr=filter_lr,
+            Stage("filter", COMPARES, {"COCO": 567}, sizes=FILTER, anew=True, init=(("", f"{name}@pretrain"),), steps=13_283, lr=filter_lr,
                   **{**tune, "max_length": 35}),
             replace(pretrain, name="retrain", data=HUMAN | BOOTSTRAPPED, anew=True)),
         makes={f"{web}, bootstrapped": CapFilt(web) for web in NOISY})
