@@ -101,7 +101,7 @@ def test_blip2(name):
 def test_an_encoder_decoder_is_given_prompt_and_answer_apart_and_a_decoder_is_not(name):
     for stage in recipes.get(name).stages:
         model = recipes.build(name, stage=stage.name)
-        if model.reads.kind in ("pairs", "masked"):  # in no format
+        if model.reads.kind in ("pairs", "masked", "statements") or name.startswith("blip/"):  # in no format; without a language model
             continue
         assert find_format(stage.format).separate == isinstance(model.language, T5)
         if isinstance(model.language, T5):

@@ -28,7 +28,7 @@ def true(text: str, left: Scene, right: Scene) -> bool:
         f"{thing.colour} {thing.shape} object".split() for thing in right.objects]
     if words[:2] == ["both", "pictures"]:  # both pictures show a red circle
         return all(any(set(words[4:]) <= set(look) for look in side) for side in looks)
-    if words[-3:] == ["exactly", "one", "picture"]:  # there is a red circle in exactly one picture
+    if words[-3:] == ["only", "one", "picture"]:  # there is a red circle in only one picture
         return sum(any(set(words[3:-4]) <= set(look) for look in side) for side in looks) == 1
     numbers = {"left": len(left.objects), "right": len(right.objects)}  # the left picture has more objects than the right one
     assert words[2:4] == ["picture", "has"] and words[5:8] == ["objects", "than", "the"] and words[8] != words[1]
@@ -68,7 +68,7 @@ def test_what_is_said_is_so_as_often_as_not(drawn):
 
 
 def test_one_picture_alone_does_not_tell_all(drawn):
-    """Of "exactly one", whether the left picture shows it says nothing; of "both" it says only what cannot be."""
+    """Of "only one", whether the left picture shows it says nothing; of "both" it says only what cannot be."""
     found = defaultdict(Counter)
     for index in range(3000):
         sample = Scenes().draw("statements", Random(index))

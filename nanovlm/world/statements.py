@@ -1,11 +1,11 @@
 """Statements about two pictures, each as often true as false: NLVR2 (1811.00491) in small.
 
     +---------+  +---------+     both pictures show a red circle.                            true: both do
-    |  ●   ▲  |  |  ■      |     there is a star in exactly one picture.                     true: one does, and the other does not
+    |  ●   ▲  |  |  ■      |     there is a star in only one picture.                        true: one does, and the other does not
     |         |  |      ●  |     the left picture has more objects than the right one.       true: it has
 
 What is said is drawn first, then whether it shall be true, then pictures until it is as it shall be. So the words alone tell nothing
-of the truth. Nor does one picture alone of "exactly one", as each shows what is looked for every second time; of the others one
+of the truth. Nor does one picture alone of "only one", as each shows what is looked for every second time; of the others one
 picture tells something.
 
 Training: SEEN pairs, shown and said. Held out: each picture shows a HELD_OUT pair, and what is looked for is one, or its colour or
@@ -67,7 +67,7 @@ def both(rng: Random, words: tuple) -> Stated:
 
 
 def one(rng: Random, words: tuple) -> Stated:
-    return f"there is {_a(words)} in exactly one picture.", lambda left, right: shows(left, words) != shows(right, words)
+    return f"there is {_a(words)} in only one picture.", lambda left, right: shows(left, words) != shows(right, words)
 
 
 def more(rng: Random, words: tuple) -> Stated:
