@@ -5,9 +5,9 @@
     lm/tiny-t5    the same, read by an encoder and answered by a decoder                 → module `language`
     bert/tiny     captions and the same texts, of which words are hidden                 → modules `bert`, `word_head`
 
-Trained once and shipped (weights/): the papers begin with such encoders and language models, too. All are good but BERT, from which
-BLIP's words therefore do not start (experiments/README.md). With --data
-they are trained on the spot, on that data.
+Trained once and shipped (weights/): the papers begin with such encoders and language models, too. With --data they are trained on
+the spot, on that data. Not shipped: lm/tiny-t5, which nobody has trained to its end, and bert/tiny, which is not good
+(experiments/README.md), so that BLIP's words begin at random.
 """
 
 from dataclasses import replace

@@ -37,7 +37,6 @@ WRITES = ("vision", "text_decoder", "word_head")
 ALL = (*COMPARES, "text_decoder", "word_head")
 CAPTIONER, FILTER = {"tasks": ("lm",)}, {"tasks": ("itc", "itm")}
 
-
 # --- tiny ---
 
 TINY_TEXT = BertConfig(backbones.TINY_VOCAB, width=128, layers=4, heads=4, ffn=512, max_positions=256, dropout=0.0,
@@ -48,8 +47,8 @@ LEARNS = {"format": "blip", "real": "pairs", "batch_size": 32, "weight_decay": 0
 
 # human texts a fifth of all; the last quarter shows colours with names only
 WEB, PLAIN_WEB = {"web pairs": 60, "unnamed web pairs": 20, "human pairs": 16, "unnamed human pairs": 5}, {"web pairs": 60, "human pairs": 16}
-MADE, PLAIN_MADE = ({"bootstrapped" if name == "web pairs" else "unnamed bootstrapped" if name == "unnamed web pairs" else name: weight
-                     for name, weight in diet.items()} for diet in (WEB, PLAIN_WEB))
+CLEANED = {"web pairs": "bootstrapped", "unnamed web pairs": "unnamed bootstrapped"}  # what CapFilt makes of each
+MADE, PLAIN_MADE = ({CLEANED.get(name, name): weight for name, weight in diet.items()} for diet in (WEB, PLAIN_WEB))
 HUMAN_TEXTS = {"human pairs": 3, "unnamed human pairs": 1}
 JUDGED = ("retrieval", "two")
 
@@ -66,7 +65,7 @@ TINY = Recipe(
         Stage("filter", COMPARES, HUMAN_TEXTS, sizes=FILTER, anew=True, init=(("", "blip/tiny@pretrain"),), steps=300,
               lr=5e-4, evaluate=("noise",), on_data=None, **LEARNS),
         replace(PRETRAIN, name="retrain", data=PLAIN_MADE, lessons=((0.75, MADE),), anew=True, evaluate=JUDGED, on_data=None)),
-    makes={"bootstrapped": CapFilt("web pairs"), "unnamed bootstrapped": CapFilt("unnamed web pairs")})
+    makes={cleaned: CapFilt(web) for web, cleaned in CLEANED.items()})
 
 # For one GPU of 24 GB, at 224 pixels; steps and rates follow the paper's proportions and have not been run.
 SMALL_TEXT = BertConfig(backbones.SMALL_VOCAB, width=384, layers=6, heads=6, ffn=1536, max_positions=128,
@@ -75,7 +74,7 @@ SMALL = Recipe(
     "blip/small", BLIP, BLIPConfig(backbones.SMALL_VISION, SMALL_TEXT, momentum=MomentumConfig(queue=16_384, ramp=5_000), **SPECIALS),
     image_size=224, vocab=backbones.SMALL_VOCAB,
     stages=(replace(PRETRAIN, steps=50_000, batch_size=256, lr=3e-4, betas=(0.9, 0.999), augment=True, max_length=30,
-                    init=(("vision", "clip/small:vision"),)),))
+                    init=(("vision", "clip/small:vision"),), evaluate=("retrieval", "captions"), on_data={}),))
 
 # --- published ---
 

@@ -99,8 +99,8 @@ class CapFilt:
     """
 
     web: str
-    captioner: str = "captioner"  # a stage; "": no new texts
-    filter: str = "filter"  # a stage; "": nothing is dropped
+    captioner: str = "captioner"  # a stage, and so is the filter
+    filter: str = "filter"
     top_p: float = 0.9  # nucleus sampling (§4.3), where there are no beams
     beams: int = 1
     room: int = 40  # tokens of a text

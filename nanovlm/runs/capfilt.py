@@ -31,15 +31,15 @@ def make(name: str, made: CapFilt, job: Job, setting: Setting, before: dict[str,
     """No more pictures than the stage has places for: a shortened run is short here, too."""
     world = setting.data_for(job)
     count = min(world.pool(made.web), job.stage.steps * job.stage.batch_size)
-    write = writer(pupil_of(made.captioner, job, setting, before), made, f"{setting.seed}/{name}") if made.captioner else None
-    judge = pupil_of(made.filter, job, setting, before).belongs if made.filter else None
+    captioner, judge = (pupil_of(stage, job, setting, before) for stage in (made.captioner, made.filter))
+    write = writer(captioner, made, f"{setting.seed}/{name}")
 
     def report(done: int) -> None:
         if done % SAID_EVERY == 0 or done == count:
             say(f"{name}: {done:,} of {count:,} pictures captioned and filtered")
 
     path = folder / f"{name.replace(' ', '-')}.jsonl" if folder else None
-    texts = on_first(lambda: grow(path, [world.pooled(made.web, i) for i in range(count)], write, judge, report))
+    texts = on_first(lambda: grow(path, [world.pooled(made.web, i) for i in range(count)], write, judge.belongs, report))
     if not any(text.kept for text in texts):
         warn(f"{name}: the filter takes none of {len(texts):,} texts for right, so none is dropped; train the filter longer")
         texts = [replace(text, belongs=None) for text in texts]

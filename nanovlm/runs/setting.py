@@ -102,7 +102,7 @@ def make_tokenizer(recipe: Recipe, source: Source, seed: int) -> Tokenizer:
 def needs(job: Job, setting: Setting) -> list[Job]:
     """The jobs whose weights this one starts from: the recipe's stage before it, what its `init` names, and who makes its data."""
     before = [] if job.stage.anew else job.recipe.stages[:job.recipe.stages.index(job.stage)][-1:]
-    makers = [job.recipe.stage(name) for made in job.makes.values() for name in (made.captioner, made.filter) if name]
+    makers = [job.recipe.stage(name) for made in job.makes.values() for name in (made.captioner, made.filter)]
     found = [Job(job.recipe, stage) for stage in (*before, *makers)] + [setting.job(*origin) for origin in needed_stages(job.stage)]
     return [other for place, other in enumerate(found) if other not in found[:place]]
 

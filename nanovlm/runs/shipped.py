@@ -65,9 +65,9 @@ def read(recipe: Recipe, stage: Stage) -> State | None:
         return None
     state, _ = load(file)
     model = recipe.build(stage)
-    unheard = {name: tensor for name, tensor in model.state_dict().items() if name in set(unshipped(model))}
-    state |= {name: tensor for name, tensor in unheard.items() if name not in state}  # as in a fresh model
-    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    fresh = model.state_dict()
+    state = {name: fresh[name] for name in unshipped(model)} | state
+    wanted = {name: tensor.shape for name, tensor in fresh.items()}
     if wanted != {name: tensor.shape for name, tensor in state.items()}:
         print(f"{file.name} holds another {recipe.name} than today's recipe has: it is not used.", file=sys.stderr)
         return None

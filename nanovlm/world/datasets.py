@@ -136,7 +136,7 @@ class Scenes:
         return [self.held_out(max(diet, key=diet.get), i) for i in range(n)]
 
     def scene(self, rng: Random, pairs: tuple, many: int = 0, including: tuple = (), signs: float = 0.4,
-               numbers: bool = False) -> Scene:
+              numbers: bool = False) -> Scene:
         if self.small_print:
             return random_scene(rng, pairs, including, many, 0.9, NUMBERS, small_print=True)
         texts = 6 * (DIGITS + WORDS) + NUMBERS if numbers else DIGITS + WORDS
@@ -165,8 +165,8 @@ class Scenes:
     def exams(self, names: Sequence[str], n: int = 0) -> list[Exam]:
         """answers, mixture, science: an exam for each kind of question. captions: of any scene; two: of two objects.
 
-        told: all of these and InstructBLIP's tasks, where words stand in the pictures' places. pages: see pages.py. statements: true and false ones, of
-        each kind in turn.
+        told: all of these and InstructBLIP's tasks, where words stand in the pictures' places. pages: see pages.py.
+        statements: true and false ones, of each kind in turn.
         """
         found: list[Exam] = []
         view = exam_view(names)
