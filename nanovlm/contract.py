@@ -21,19 +21,22 @@ from nanovlm.tiling import Tiling
 Batch = dict[str, Tensor]
 Gather = Callable[[Tensor], Tensor]  # this process's rows → the rows of all, with gradient
 
-KINDS = ("texts", "masked", "pairs", "conversations", "statements")
+KINDS = ("texts", "masked", "pairs", "conversations", "statements", "pages")
 
 
 @dataclass(frozen=True)
 class Reads:
     """What a model wants to find in a batch."""
 
-    kind: str = "conversations"  # one of KINDS; texts have no pictures, of masked ones some words are hidden, statements have two
+    kind: str = "conversations"  # one of KINDS; texts have no pictures, of masked ones some words are hidden, statements have two,
+    # pages any number and clips: images (B, M, F, 3, h, w), and frames (B, M), how many each has, 0 where there is none
     image_tokens: int = 0  # places that one view of a picture takes in the text
     tiling: Tiling | None = None  # pictures come as several views, and image_sizes with them
     question: bool = False  # the bridge reads the question too: qformer_input_ids
     matches: bool = False  # it also says whether a picture and a text belong together: match(image tokens, ids, mask)
     wrong_captions: bool = False  # pairs bring captions that are wrong in one point: negative_ids
+    most_images: int = 0  # of a page, to learn from; 0: all
+    p_next: float = 0.0  # how often the texts of a page are taken for those of the images behind them: backwards (B,)
 
 
 class Paper(Protocol):

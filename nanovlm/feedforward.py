@@ -26,11 +26,17 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+def squared_relu(x: Tensor) -> Tensor:
+    """relu(x)²: "Primer" (2109.08668) §4, which Flamingo's new layers have (App. A.1)."""
+    return F.relu(x).square()
+
+
 # name: (function, gated?)
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
     "relu": (F.relu, False),  # OPT
     "gelu": (F.gelu, False),  # BERT, EVA-CLIP, ImageNet ViT (exact, erf)
     "quick_gelu": (quick_gelu, False),  # CLIP
+    "squared_relu": (squared_relu, False),  # Flamingo's new layers
     "swiglu": (F.silu, True),  # LLaMA
     "geglu": (F.gelu, True),  # FlanT5 as BLIP-2 runs it
     "geglu_tanh": (gelu_tanh, True),  # FlanT5 as published

@@ -19,7 +19,15 @@ BLIP-2's three (§3.2, Fig. 2), for two queries and three words: which of them s
     ■ ■ | ■ ■ ■              ■ ■ | ■ ■ ·                  · · | ■ ■ ■
     ■ ■ | ■ ■ ■              ■ ■ | ■ ■ ■                  · · | ■ ■ ■
 
-Legend: B batch, T rows, S columns, Q queries.
+Flamingo's (§2.3, Fig. 7): a token looks at one image only, the last one before it. Two images of two latents each:
+
+    image_causal      <s>  ·  · · ·      φ = 0: a row that sees nothing
+                  <image>  1  ■ ■ · ·
+                    a cat  1  ■ ■ · ·
+                  <image>  2  · · ■ ■
+                    a dog  2  · · ■ ■
+
+Legend: B batch, T rows, S columns, Q queries, M images, φ which image a token sees (1 … M, 0 none).
 """
 
 import torch
@@ -93,3 +101,30 @@ def unimodal(queries: int, attention_mask: Tensor) -> Tensor:
 def with_queries(queries: int, attention_mask: Tensor) -> Tensor:
     """Queries are never padding: (B, T) → (B, Q + T)."""
     return torch.cat([attention_mask.new_ones(len(attention_mask), queries), attention_mask], dim=1)
+
+
+# --- Flamingo's: is_image bool (B, T), True on <image> tags (§2.3, App. A.1.3) ---
+
+def last_image(is_image: Tensor) -> Tensor:
+    """φ: which image stands last at or before each token, counting from 1; 0 before the first → int64 (B, T)."""
+    return is_image.cumsum(dim=1)
+
+
+def next_image(is_image: Tensor) -> Tensor:
+    """φ where texts stand before their images: which image comes next behind each token, 0 after the last → int64 (B, T).
+
+    §2.4: on half of the pages. The sheet leaves open what the last text then sees; here nothing.
+    """
+    behind = is_image.cumsum(dim=1) + 1
+    return behind.masked_fill(behind > is_image.sum(dim=1, keepdim=True), 0)
+
+
+def image_causal(phi: Tensor, there: Tensor, latents: int, all_previous: bool = False) -> Tensor:
+    """Each token looks at the latents of image φ alone: phi int64 (B, T), there bool (B, M) → (B, T, M · latents).
+
+    there: which images exist. A tag that points behind the last one sees nothing. all_previous: the images before φ, too,
+    which costs 7.2 points (Table 10 ii).
+    """
+    number = torch.arange(1, there.shape[1] + 1, device=phi.device)  # (M,)
+    seen = phi[..., None] >= number if all_previous else phi[..., None] == number  # (B, T, M)
+    return (seen & there[:, None]).repeat_interleave(latents, dim=2)

@@ -5,6 +5,7 @@
             ├─► ask     images, input_ids, attention_mask                             padded on the left, to answer
             │                                                                         (on the right for an encoder)
             ├─► pairs   images, input_ids, attention_mask, who is equal to whom, wrong captions
+            ├─► pages   images (B, M, F, …), frames (B, M), input_ids, attention_mask, labels, backwards
             ├─► statements  images (B, 2, …), input_ids, attention_mask, the words to choose from, truth
             ├─► masked  input_ids with words hidden, attention_mask, labels           see masking.py
             └─► blanks  input_ids with the last answer hidden, attention_mask, masked
@@ -12,7 +13,8 @@
 What a model wants besides, it says in `reads` (contract.py): views of tiled pictures with their sizes, the question for a
 bridge that reads.
 
-Legend: B batch, T text tokens, T' tokens of answers, K negatives per pair, n images in the batch.
+Legend: B batch, T text tokens, T' tokens of answers, K negatives per pair, n images in the batch, M images or clips of a page,
+F frames of a clip.
 """
 
 from collections.abc import Sequence
@@ -50,7 +52,8 @@ class Collate:
 
     def __call__(self, samples: Sequence[Sample], rng: Random) -> Batch:
         """What the model learns from."""
-        return {"pairs": self.pairs, "masked": self.masked, "statements": self.statements}.get(self.reads.kind, self.teach)(samples, rng)
+        makers = {"pairs": self.pairs, "masked": self.masked, "statements": self.statements, "pages": self.pages}
+        return makers.get(self.reads.kind, self.teach)(samples, rng)
 
     # ---- conversations and texts
 
@@ -80,6 +83,8 @@ class Collate:
         if marks != len(sample.images) + len(sample.told):
             raise UserError(f'{sample.id}: {marks} "{IMAGE}" marks in its questions but {len(sample.images)} images; '
                             "there must be one mark for each image.")
+        if self.reads.kind == "pages":  # cut later, see `window`
+            return encode(sample.turns, self.tokenizer, self.layout(sample), None, 1, sample.id, sample.told)
         try:
             counts = [self.transform.places(as_picture(image), self.reads.image_tokens) for image in sample.images]
         except UserError as error:  # too thin to be tiled
@@ -114,6 +119,8 @@ class Collate:
         else:
             turned = _pad_right([ids[::-1] for ids in prompts], self.tokenizer.pad_id)
             batch = {name: tensor.flip(1) for name, tensor in turned.items()}
+        if self.reads.kind == "pages":
+            return {**batch, **self.clips([sample.images for sample in samples])}
         return {**batch, **self.images(samples), **self.questions(samples)}
 
     def images(self, samples: Sequence[Sample], rng: Random | None = None) -> Batch:
@@ -140,6 +147,40 @@ class Collate:
             asked = " ".join(turn.question.replace(IMAGE, "").strip() for turn in sample.turns)
             rows.append([self.tokenizer.bos_id, *self.tokenizer.encode(asked)[2 - PAIR_LENGTH:], self.tokenizer.eos_id])
         return {f"qformer_{name}": tensor for name, tensor in _pad_right(rows, self.tokenizer.pad_id).items()}
+
+    # ---- pages
+
+    def pages(self, samples: Sequence[Sample], rng: Random) -> Batch:
+        """images (B, M, F, 3, H, W), frames (B, M), input_ids, attention_mask and labels (B, T), backwards bool (B,).
+
+        Of each page a window of max_length tokens and its first images. backwards: a page's texts belong to the images behind them.
+        """
+        rows, labels, shown = [], [], []
+        for sample in samples:
+            row, row_labels, images = window(*self.encode(sample), sample.images, self.tokenizer.image_id, self.max_length,
+                                             self.reads.most_images, rng)
+            rows.append(row)
+            labels.append(row_labels)
+            shown.append(images)
+        batch = _pad_right(rows, self.tokenizer.pad_id)
+        batch["labels"] = _pad_right(labels, IGNORE)["input_ids"]
+        chance = [self.reads.p_next * (self.layout(sample) == "pages") for sample in samples]
+        batch["backwards"] = torch.tensor([rng.random() < p for p in chance])
+        return {**batch, **self.clips(shown, rng)}
+
+    def clips(self, shown: Sequence[Sequence], rng: Random | None = None) -> Batch:
+        """images float32 (B, M, F, 3, H, W) and frames int64 (B, M): how many frames a clip has, 0 where there is none."""
+        films = [[image if isinstance(image, tuple) else (image,) for image in images] for images in shown]
+        frames = [[len(film) for film in page] for page in films]
+        M, F = max(1, *map(len, films), 1), max(1, *(n for page in frames for n in page), 1)
+        images = torch.zeros(len(films), M, F, 3, self.transform.size, self.transform.size)
+        counts = torch.zeros(len(films), M, dtype=torch.int64)
+        for b, page in enumerate(films):
+            for m, film in enumerate(page):
+                counts[b, m], seed = len(film), rng and rng.random()
+                for f, frame in enumerate(film):  # all frames of a clip are cropped and flipped alike
+                    images[b, m, f] = self.transform(as_picture(frame), rng and Random(seed))
+        return {"images": images, "frames": counts}
 
     # ---- masked texts
 
@@ -227,6 +268,21 @@ def _given(turn: Turn, labels: Sequence[int], rng: Random) -> int:
     """
     learned = sum(label != IGNORE for label in labels) - 1  # without "</s>"
     return rng.randint(0, learned // 2) if turn.kind == "caption" else 0
+
+
+def window(ids: Sequence[int], labels: Sequence[int], images: Sequence, image_id: int, length: int, most: int,
+           rng: Random) -> tuple[Sequence[int], Sequence[int], Sequence]:
+    """Of a page `length` tokens from anywhere (0: all), up to the image behind the first `most` (0: all); and its images.
+
+    Flamingo §2.4. differs: the paper drops further images but not, it seems, their texts, which would then look at the last image
+    that is left; here the page ends before them.
+    """
+    start = rng.randrange(len(ids) - length + 1) if 0 < length < len(ids) else 0
+    first = ids[:start].count(image_id)
+    marks = [place for place in range(start, min(len(ids), start + (length or len(ids)))) if ids[place] == image_id]
+    end = marks[most] if 0 < most < len(marks) else start + (length or len(ids))
+    kept = [IGNORE, *labels[start + 1:end]]  # before a window's first token stands nothing to guess it from
+    return ids[start:end], kept, images[first:first + (min(most, len(marks)) if most else len(marks))]
 
 
 def _pad_right(rows: Sequence[Sequence[int]], value: int) -> Batch:

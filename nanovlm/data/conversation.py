@@ -51,6 +51,7 @@ class Format:
     image_first: bool = False  # image tokens stand before `begin`, put there by the model
     marks_first: bool = False  # a question's marks stand before `first` or `later`
     unasked: str | None = None  # stands for `first`, question and `reply` where a caption needs no question
+    pages: bool = False  # no answers but what stands on a page behind its pictures, which may be nothing
     separate: bool = False  # for an encoder-decoder: all but the last answer is read, "</s>" after it, and never learned
 
 
@@ -88,6 +89,10 @@ FORMATS = {
     # Flamingo App. A.2, B.1: <s><image>Question: … Answer: …<EOC><image>Output: …<EOC>, one picture after another.
     "flamingo": Format("<s>", "", ("", ""), "Question: ", "Question: ", " Answer:", " ", "<EOC>", marks_first=True,
                        unasked="Output:"),
+    # Flamingo App. A.3.1: <s>title<EOC><image>text<EOC><image>text<EOC>, a page as it is written; all of its texts are learned.
+    "pages": Format("<s>", "", ("", ""), "", "", "", "", "<EOC>", pages=True, unasked=""),
+    # App. A.3.1: <s><image>caption<EOC></s>, one picture or clip and its text.
+    "pair": Format("<s>", "", ("", ""), "", "", "", "", "<EOC></s>", pages=True, unasked=""),
     # §4.2: captions after fine-tuning, [image tokens] <s>a photo of caption \n; only the caption is learned.
     "blip2-caption": Format("<s>a photo of", "", ("", ""), "", "", "", " ", "\n", forbidden="\n", marks_only=True,
                             image_first=True, unasked=""),
@@ -112,7 +117,8 @@ def template_texts() -> list[str]:
 
     Those for an encoder-decoder are left out: all their words but "Short" are there already, and room in a tiny vocabulary is dear.
     """
-    return [f"{f.first}{f.reply}{f.lead}{f.close}{f.later}{f.reply}{f.unasked or ''}" for f in FORMATS.values() if not f.separate]
+    return [f"{f.first}{f.reply}{f.lead}{f.close}{f.later}{f.reply}{f.unasked or ''}" for f in FORMATS.values()
+            if not f.separate and not f.pages]
 
 
 def find_format(format: str | Format) -> Format:
@@ -237,13 +243,13 @@ def _without_mark(turns: Sequence[Turn], name: str) -> Sequence[Turn]:
 
 
 def _answer_pieces(answer: str, tokenizer: Tokenizer, layout: Format, where: str) -> list[Piece]:
-    if not answer.strip():
+    if not answer.strip() and not layout.pages:
         raise UserError(f"{where} is empty; give it a text or remove the turn.")
     if layout.forbidden and layout.forbidden in answer:
         raise UserError(f"{where} holds {layout.forbidden!r}, at which generation stops in this format; "
                         "remove it from the answer or choose another format.")
     # Two pieces, never merged: the stop ids are the same whatever the answer ends with.
-    return [(layout.lead + answer, True), *_template(layout.close, tokenizer, trained=True)]
+    return [*[(text, True) for text in (layout.lead + answer,) if text], *_template(layout.close, tokenizer, trained=True)]
 
 
 def _template(text: str, tokenizer: Tokenizer, trained: bool = False) -> list[Piece]:

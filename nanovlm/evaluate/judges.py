@@ -4,6 +4,7 @@
     answer   vqa_accuracy    the answer itself, by the official VQA normalisation
     letter   vqa_accuracy    the letter that it names
     box      vqa_accuracy    a box that covers the right one by half (intersection over union)
+    fewshot  fewshot_accuracy  the answer itself, after so many examples
     class    vqa_accuracy    the right one of all class names, ranked by likelihood
     exact    caption_exact   any caption that counts as right, up to capitals and blanks
     cider    caption_cider   CIDEr-D against all captions that count as right
@@ -48,6 +49,7 @@ JUDGES = {
     "letter": Judge("vqa_accuracy", answer, each(lambda guess, truths: metrics.same_letter(guess, *truths)), metrics.option_letter),
     "box": Judge("vqa_accuracy", answer, each(lambda guess, truths: metrics.box_hit(guess, *truths))),
     "class": Judge("vqa_accuracy", answer, each(lambda guess, truths: guess in truths)),
+    "fewshot": Judge("fewshot_accuracy", answer, each(metrics.vqa_accuracy), metrics.normalise_answer),
     "exact": Judge("caption_exact", captions, each(metrics.exact_match)),
     "cider": Judge("caption_cider", captions, metrics.cider_of_each),
 }

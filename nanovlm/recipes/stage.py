@@ -8,6 +8,9 @@ The same sentence for all six papers: what is frozen, what learns, on which data
 `data` names data sets and their weights, of a thousand samples or whatever the sum is; `lessons` come before it, each up to a
 fraction of the stage, so that a shortened stage has them in the same proportions:
     lessons=((0.1, {"drills": 1}),), data={"talk": 85, "drills": 15}
+`mixed` says what a weight is: of "samples" how often a set is drawn; of "losses" what its loss is multiplied with, each micro-batch
+being of one set and all of them making one step (Flamingo Eq. 2); of "turns" the same, but one set a step, by turns:
+    data={"pages": 1.0, "pairs": 0.2, "clips": 0.03}, mixed="losses", accumulate=3
 Names are those of the embedded world (world/datasets.py); the published stages name the sets of their papers, for the reader.
 `init` names where weights come from before the stage starts:
     ("vision", "clip/tiny:vision")            module `vision` of the trained recipe clip/tiny, after its last stage
@@ -25,9 +28,10 @@ from torch import nn
 
 from nanovlm.errors import UserError
 
-SCHEDULES = ("cosine", "constant")
+MIXED = ("samples", "losses", "turns")
+SCHEDULES = ("cosine", "constant", "exponential")
 EVALUATIONS = ("answers", "mixture", "science", "told", "pages", "captions", "two", "classes", "retrieval", "noise",
-               "statements")  # see evaluate/
+               "statements", "fewshot", "clips")  # see evaluate/
 Diet = dict[str, float]  # data set → weight
 
 
@@ -52,6 +56,7 @@ class Stage:
     anew: bool = False  # a new model, of which nothing goes on from the stage before
 
     # on what
+    mixed: str = "samples"  # one of MIXED
     lessons: tuple[tuple[float, Diet], ...] = ()  # what comes first, each up to this fraction of the stage
     real: str = "conversations"  # what it reads of --data, of sample.REAL
     format: str = "plain"  # conversation format; pairs need none
@@ -64,10 +69,11 @@ class Stage:
     steps: int
     batch_size: int  # of one optimiser step, over all ranks and micro-batches together
     lr: float  # the highest, reached after the warm-up
-    schedule: str = "cosine"  # or "constant"
-    min_lr: float = 0.0  # where the cosine ends, as a fraction of lr
+    schedule: str = "cosine"  # one of SCHEDULES
+    min_lr: float = 0.0  # where it ends, as a fraction of lr
     warmup: float = 0.03  # fraction of the steps
     weight_decay: float = 0.0  # on matrices only
+    undecayed: tuple[str, ...] = ()  # parts without weight decay
     layer_decay: float = 1.0  # below 1 the encoder's early layers learn slower, see optim.py
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float = 1.0  # global gradient norm; 0 = no clipping
@@ -80,14 +86,34 @@ class Stage:
     on_data: dict[str, object] | None = field(default_factory=dict)
 
     def __post_init__(self):
-        for field_name, values, known in (("schedule", (self.schedule,), SCHEDULES), ("evaluate", self.evaluate, EVALUATIONS)):
+        for field_name, values, known in (("schedule", (self.schedule,), SCHEDULES), ("mixed", (self.mixed,), MIXED),
+                                          ("evaluate", self.evaluate, EVALUATIONS)):
             if not set(values) <= set(known):
                 raise ValueError(f"Stage {self.name}: {field_name} is {values}, but there are only {known}.")
 
     def diet(self, place: int) -> Diet:
         """What the sample at this place of the stage is drawn from; its first sample stands at place 0."""
+        step, within_batch = divmod(place, self.batch_size)
+        if self.mixed == "samples":
+            return self._whole_diet(place)
+        name, _ = self.parts(step)[within_batch * self.accumulate // self.batch_size]
+        return {name.removeprefix("/"): 1}
+
+    def _whole_diet(self, place: int) -> Diet:
         fraction = place / (self.steps * self.batch_size)
         return next((lesson for end, lesson in self.lessons if fraction < end), self.data)
+
+    def parts(self, step: int) -> list[tuple[str, float]]:
+        """Of each micro-batch of a step the end of its losses' names, and their weight."""
+        if self.mixed == "samples":
+            return [("", 1.0)] * self.accumulate
+        sets = [(f"/{name}", weight) for name, weight in self._whole_diet(step * self.batch_size).items()]
+        if self.mixed == "turns":
+            return [sets[step % len(sets)]] * self.accumulate
+        if self.accumulate % len(sets):
+            raise UserError(f"Stage {self.name} mixes the losses of {len(sets)} data sets but has {self.accumulate} micro-batches "
+                            "(accumulate); make it a multiple.")
+        return sets * (self.accumulate // len(sets))
 
 
 @dataclass(frozen=True)

@@ -95,30 +95,36 @@ def train_stage(model: nn.Module, stage: Stage, batches: Iterable[Batch], optimi
         lr = lr_at(step, stage)
         set_lr(optimiser, lr)
         optimiser.zero_grad(set_to_none=True)
-        losses = _backward(wrapped, micro, device, stage)
+        losses = _backward(wrapped, micro, device, stage, step)
         norm = torch.nn.utils.clip_grad_norm_(trained, stage.clip or float("inf")).item()
         _check_finite({**losses, "gradient norm": norm}, step, lr, stage, micro)  # before the weights are touched
         optimiser.step()
         yield Report(step + 1, losses, lr, norm, time.monotonic() - started, micro[-1])
 
 
-def _backward(wrapped: nn.Module, micro: list[Batch], device: torch.device, stage: Stage) -> dict[str, float]:
-    """Leaves the gradient of Σ_names Σ sum / Σ count in the parameters, sums over micro-batches and ranks."""
+def _backward(wrapped: nn.Module, micro: list[Batch], device: torch.device, stage: Stage, step: int) -> dict[str, float]:
+    """Leaves the gradient of Σ_names weight · Σ sum / Σ count in the parameters, sums over micro-batches and ranks.
+
+    A weight is 1, unless the stage mixes the losses of several data sets, each of which then has its own names: "lm/pages".
+    """
     world = distributed.world()
     sums: dict[str, Tensor] = {}
-    # of several micro-batches the labels tell the count before the first of them goes forward
-    counts = dict.fromkeys(BY_LABELS, _all_sum(sum(map(trained_tokens, micro)))) if len(micro) > 1 else {}
-    for i, batch in enumerate(micro):
+    parts, counts = stage.parts(step), {}
+    if len(micro) > 1:  # then the labels tell the count before the first of them goes forward
+        for part in dict.fromkeys(part for part, _ in parts):
+            tokens = _all_sum(sum(trained_tokens(batch) for batch, (own, _) in zip(micro, parts) if own == part))
+            counts |= {f"{name}{part}": tokens for name in BY_LABELS}
+    for i, (batch, (part, weight)) in enumerate(zip(micro, parts, strict=True)):
         last = i == len(micro) - 1
         with nullcontext() if last or world == 1 else wrapped.no_sync():
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                losses = wrapped(batch)
+                losses = {f"{name}{part}": value for name, value in wrapped(batch).items()}
             counts = counts or {name: _all_sum(count) for name, (_, count) in losses.items()}
             if not losses.keys() <= counts.keys():
                 raise UserError(f"Stage {stage.name} has accumulate={stage.accumulate} and the losses {sorted(losses)}, whose "
                                 "counts are known only when all of the batch has been seen; set accumulate to 1.")
             # DDP takes the mean of the ranks' gradients; we want their sum.
-            loss = sum(total * (world / counts[name]) for name, (total, _) in losses.items())
+            loss = sum(total * (weight * world / counts[name]) for name, (total, _) in losses.items())
             loss.backward()
         for name, (total, _) in losses.items():
             sums[name] = sums.get(name, 0.0) + total.detach().float()

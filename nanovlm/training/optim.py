@@ -21,17 +21,19 @@ from collections import defaultdict
 import torch
 from torch import nn
 
-from nanovlm.recipes.stage import Stage
+from nanovlm.recipes.stage import Stage, within
 
 
 def lr_at(step: int, stage: Stage) -> float:
-    """The learning rate of step 0, 1, …, stage.steps - 1: linear warm-up, then a cosine or a constant."""
+    """The learning rate of step 0, 1, …, stage.steps - 1: linear warm-up, then a cosine, a constant or an exponential."""
     warm = round(stage.warmup * stage.steps)
     if step < warm:
         return stage.lr * (step + 1) / (warm + 1)  # the first step already moves
     if stage.schedule == "constant":
         return stage.lr
     done = (step - warm) / max(1, stage.steps - 1 - warm)  # 0 right after the warm-up, 1 at the last step
+    if stage.schedule == "exponential":
+        return stage.lr * stage.min_lr ** done
     return stage.lr * (stage.min_lr + (1 - stage.min_lr) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
@@ -42,7 +44,8 @@ def make_optimiser(model: nn.Module, stage: Stage) -> torch.optim.AdamW:
     groups = defaultdict(list)  # parameters by weight decay and factor of the learning rate
     for name, p in trained.items():
         layer = last if (found := layer_of(name)) is None else found
-        groups[stage.weight_decay if p.ndim >= 2 else 0.0, stage.layer_decay ** (last - layer)].append(p)
+        decays = p.ndim >= 2 and not any(within(name, part) for part in stage.undecayed)
+        groups[stage.weight_decay if decays else 0.0, stage.layer_decay ** (last - layer)].append(p)
     fused = all(p.device.type in ("cuda", "cpu") for p in trained.values())  # one kernel per group, not ten per parameter
     return torch.optim.AdamW([{"params": parameters, "weight_decay": decay, "factor": factor}
                               for (decay, factor), parameters in groups.items()],

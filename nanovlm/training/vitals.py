@@ -25,6 +25,7 @@ SAME = 0.002  # relative difference of two losses below which they count as equa
 
 def guess(name: str, batch: dict, vocab: int, world: int) -> float | None:
     """The loss of a model that knows nothing, as it should be at a random initialisation; None where we cannot say."""
+    name = name.split("/")[0]  # "lm/pages"
     if name in ("lm", "mlm", "itg"):
         return math.log(vocab)
     if name == "itm":
@@ -57,7 +58,7 @@ def image_use(model: nn.Module, batch: dict) -> tuple[float, float] | None:
     sizes = batch.get("image_sizes")
     if images is None or len(images if sizes is None else sizes) < 2:
         return None
-    exchanged = {**batch, "images": torch.roll(images, 1, dims=0)}
+    exchanged = batch | {name: torch.roll(batch[name], 1, dims=0) for name in ("images", "frames") if name in batch}
     if sizes is not None:  # views stay with their picture
         own = images.split([model.reads.tiling.views(tuple(size)) for size in sizes.tolist()])
         exchanged |= {"images": torch.cat([own[-1], *own[:-1]]), "image_sizes": torch.roll(sizes, 1, dims=0)}
