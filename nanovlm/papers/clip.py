@@ -1,17 +1,21 @@
 """CLIP: a picture and its caption are pulled together, all others pushed apart.
 
 "Learning Transferable Visual Models From Natural Language Supervision" (2103.00020) §2.3–2.4, Fig. 3. CLIP is none of
-the six papers, but the eyes of most of them, and the tiny recipes train their own.
+the six papers, but the eyes of most of them, and the tiny recipes train their own. Flamingo's encoder (2204.14198 §B.1.3)
+learns from the same loss, with other parts:
 
     images (B, 3, h, w) ─► ViT ─► norm of the class token ─► image_projection ─► unit length (B, E) ─┐
                                                                                                      ├─► contrastive loss
     input_ids (B, T) ────► causal decoder ─► its last token ─► text_projection ─► unit length (B, E) ┘
 
+    pool "mean":  NFNet ─► mean over the grid, and BERT ─► mean over the real tokens; the rest is the same
+
 Beside the captions of the batch an image may meet hard negatives of its own: its caption with one fact wrong
 (NegCLIP, 2210.01936 §4). A tiny batch teaches few details without them.
 
 Legend: B pairs, T text tokens, K hard negatives of each image, E embedding width.
-Differs from the paper in: the temperature τ is learned directly, not as exp(t), clamped at 0.01 either way.
+Differs from the papers in: the temperature τ is learned directly, not as exp(t), clamped at 0.01 either way. Flamingo adds
+the two directions of the loss up, here they are averaged as in CLIP.
 """
 
 from dataclasses import dataclass
@@ -20,17 +24,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nanovlm import masks
+from nanovlm.bert import Bert, BertConfig
 from nanovlm.contract import Batch, Gather, Reads, alone
 from nanovlm.contrastive import contrastive_loss, positives, similarities
 from nanovlm.decoder import Decoder, DecoderConfig
+from nanovlm.nfnet import NFNet, NFNetConfig
 from nanovlm.vit import ViT, ViTConfig
 
 
 @dataclass(frozen=True)
 class CLIPConfig:
-    vision: ViTConfig
-    text: DecoderConfig
+    vision: ViTConfig | NFNetConfig
+    text: DecoderConfig | BertConfig
     embedding: int  # E
+    pool: str = "token"  # one token stands for the whole: ViT's class token, the decoder's last; or "mean": NFNet and BERT
+    smoothing: float = 0.0  # share of the target that is spread over all candidates
+
+
+def build(config: CLIPConfig) -> tuple[nn.Module, nn.Module, int]:
+    """The two encoders, and the width of what the first one gives for a picture."""
+    if config.pool == "mean":
+        return NFNet(config.vision), Bert(config.text), config.vision.pooled_width
+    return ViT(config.vision), Decoder(config.text), config.vision.width
 
 
 class CLIP(nn.Module):
@@ -41,22 +57,29 @@ class CLIP(nn.Module):
     def __init__(self, config: CLIPConfig):
         super().__init__()
         self.config = config
-        self.vision = ViT(config.vision)
-        self.text = Decoder(config.text)
-        self.image_projection = nn.Linear(config.vision.width, config.embedding, bias=False)
+        self.vision, self.text, width = build(config)
+        self.image_projection = nn.Linear(width, config.embedding, bias=False)
         self.text_projection = nn.Linear(config.text.width, config.embedding, bias=False)
         self.temperature = nn.Parameter(torch.tensor(0.07))
 
     def encode_image(self, images: Tensor) -> Tensor:
         """images (B, 3, h, w) → unit vectors (B, E)."""
-        tokens = self.vision(images)  # (B, 1 + N, D)
-        return F.normalize(self.image_projection(self.vision.norm(tokens[:, 0])), dim=-1)
+        if self.config.pool == "mean":
+            picture = self.vision.pooled(images)  # (B, P)
+        else:
+            tokens = self.vision(images)  # (B, 1 + N, D)
+            picture = self.vision.norm(tokens[:, 0])
+        return F.normalize(self.image_projection(picture), dim=-1)
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """ids (B, T), padded on the right → unit vectors (B, E): the last real token has read the whole sentence."""
-        hidden = self.text(input_ids, attention_mask=attention_mask)  # (B, T, D)
-        last = attention_mask.sum(dim=1) - 1  # (B,)
-        sentence = hidden[torch.arange(len(hidden), device=hidden.device), last]
+        """ids (B, T), padded on the right → unit vectors (B, E)."""
+        if self.config.pool == "mean":
+            hidden = self.text(input_ids, masks.padding(attention_mask))  # (B, T, D)
+            sentence = masked_mean(hidden, attention_mask)
+        else:
+            hidden = self.text(input_ids, attention_mask=attention_mask)  # (B, T, D)
+            last = attention_mask.sum(dim=1) - 1  # (B,), the last real token has read the whole sentence
+            sentence = hidden[torch.arange(len(hidden), device=hidden.device), last]
         return F.normalize(self.text_projection(sentence), dim=-1)
 
     def losses(self, batch: Batch, gather: Gather = alone) -> dict[str, tuple[Tensor, Tensor]]:
@@ -71,10 +94,17 @@ class CLIP(nn.Module):
             negatives = torch.einsum("be,bke->bk", image, flat.view(B, K, -1)) / temperature  # (B, K)
         image_to_text, text_to_image = similarities(image, text, gather)  # (B, G)
         right = positives(batch["text_group"], batch["image_group"], gather)  # (B, G)
-        loss = contrastive_loss(image_to_text / temperature, text_to_image / temperature, right, negatives)
+        loss = contrastive_loss(image_to_text / temperature, text_to_image / temperature, right, negatives,
+                                self.config.smoothing)
         return {"itc": loss}
 
     @torch.no_grad()
     def score(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Cosine of each image with each text: (B, number of texts)."""
         return self.encode_image(images) @ self.encode_text(input_ids, attention_mask).T
+
+
+def masked_mean(hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    """Of the real tokens only: (B, T, D), bool (B, T) → (B, D)."""
+    real = attention_mask[:, :, None].to(hidden.dtype)  # (B, T, 1)
+    return (hidden * real).sum(dim=1) / real.sum(dim=1)

@@ -77,6 +77,7 @@ class Stage:
     layer_decay: float = 1.0  # below 1 the encoder's early layers learn slower, see optim.py
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float = 1.0  # global gradient norm; 0 = no clipping
+    adaptive_clip: dict[str, float] = field(default_factory=dict)  # part → λ, clipped unit by unit instead, see optim.py
     accumulate: int = 1  # micro-batches per optimiser step: less memory, the same gradient
 
     # judged by

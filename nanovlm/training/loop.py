@@ -24,7 +24,7 @@ from nanovlm.errors import UserError
 from nanovlm.lm_loss import IGNORE
 from nanovlm.recipes.stage import Stage, within
 from nanovlm.training import distributed
-from nanovlm.training.optim import lr_at, set_lr
+from nanovlm.training.optim import clip_gradients, lr_at, set_lr
 
 BY_LABELS = ("lm", "mlm")  # losses whose count is that of the labels
 
@@ -87,7 +87,6 @@ def train_stage(model: nn.Module, stage: Stage, batches: Iterable[Batch], optimi
         raise UserError(f"Stage {stage.name} has accumulate={stage.accumulate}, but its loss compares every pair with "
                         "the whole batch: set accumulate to 1 and, if memory is short, make batch_size smaller.")
     wrapped = distributed.wrap(Losses(model), device)
-    trained = [p for p in model.parameters() if p.requires_grad]
     stream = iter(batches)
     for step in range(first, stage.steps):
         started = time.monotonic()
@@ -96,7 +95,7 @@ def train_stage(model: nn.Module, stage: Stage, batches: Iterable[Batch], optimi
         set_lr(optimiser, lr)
         optimiser.zero_grad(set_to_none=True)
         losses = _backward(wrapped, micro, device, stage, step)
-        norm = torch.nn.utils.clip_grad_norm_(trained, stage.clip or float("inf")).item()
+        norm = clip_gradients(model, stage).item()
         _check_finite({**losses, "gradient norm": norm}, step, lr, stage, micro)  # before the weights are touched
         optimiser.step()
         yield Report(step + 1, losses, lr, norm, time.monotonic() - started, micro[-1])

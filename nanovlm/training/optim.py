@@ -1,4 +1,4 @@
-"""AdamW and the learning rate of every step.
+"""AdamW, the learning rate of every step, and how large a gradient may be.
 
     lr                      AdamW (arXiv:1711.05101, Alg. 2) shrinks the weights beside the gradient step, not
      │    ╭──╮              through it. Only matrices shrink: a norm's gain or a bias pulled towards 0 would
@@ -12,6 +12,10 @@ Layer-wise decay (`Stage.layer_decay` d, as BEiT has it, arXiv:2106.08254 App., 
 layer's lr is lr · d^(L + 1 − layer). The embeddings are layer 0, block i is layer i + 1, what follows the encoder is
 layer L + 1 and learns at the full lr. The last block has d, therefore, and the first of 39, at d = 0.95, 0.14.
 differs: BLIP-2's released code makes these groups too, but its schedule never reads their factors.
+
+Adaptive gradient clipping (`Stage.adaptive_clip`, arXiv:2102.06171 §4, Eq. 3): not one norm for the whole gradient, but for each
+unit i, a row of a matrix or a filter of a convolution, measured by the unit's own weights:
+    G_i ← G_i · λ · max(|W_i|, ε) / |G_i|     where |G_i| is more than λ · max(|W_i|, ε)
 """
 
 import math
@@ -19,7 +23,7 @@ import re
 from collections import defaultdict
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nanovlm.recipes.stage import Stage, within
 
@@ -63,3 +67,34 @@ def layer_of(name: str) -> int | None:
 def set_lr(optimiser: torch.optim.Optimizer, lr: float) -> None:
     for group in optimiser.param_groups:
         group["lr"] = lr * group.get("factor", 1.0)
+
+
+def clip_gradients(model: nn.Module, stage: Stage) -> Tensor:
+    """Clip as the stage says, in place → the norm of the whole gradient before that.
+
+    What is clipped adaptively does not count for the global norm (Flamingo §B.1.3: λ for the NFNet, a norm for the rest).
+    A classifier in such a part is not clipped at all: it is the one layer that the paper leaves out (§4.1).
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not stage.adaptive_clip:
+        return nn.utils.clip_grad_norm_(trained.values(), stage.clip or float("inf"))
+    norm = nn.utils.get_total_norm([p.grad for p in trained.values() if p.grad is not None])
+    for part, factor in stage.adaptive_clip.items():
+        inside = [name for name in trained if within(name, part)]
+        if not inside:
+            raise ValueError(f"Stage {stage.name} clips {part!r} adaptively, but trains no parameters of that name.")
+        for name in inside:
+            parameter = trained.pop(name)
+            if parameter.grad is not None and not within(name, f"{part}.classifier"):
+                adaptive_clip(parameter, factor)
+    if trained:
+        nn.utils.clip_grad_norm_(trained.values(), stage.clip or float("inf"))
+    return norm
+
+
+@torch.no_grad()
+def adaptive_clip(parameter: nn.Parameter, factor: float, eps: float = 1e-3) -> None:
+    """In place. eps: a gain that starts at 0 could never move otherwise."""
+    axes = tuple(range(1, parameter.ndim)) or None  # of a gain or a bias the whole tensor is one unit
+    weight, gradient = (torch.linalg.vector_norm(x, dim=axes, keepdim=True) for x in (parameter, parameter.grad))
+    parameter.grad *= (factor * weight.clamp(min=eps) / gradient.clamp(min=1e-6)).clamp(max=1)
