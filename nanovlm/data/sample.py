@@ -5,9 +5,14 @@
 A mark "<image>" in a question stands for a picture, and the pictures come in the order of their marks. A pair for contrastive
 learning is a sample with one picture and a caption; a text without pictures is a sample with turns alone. Who cannot see is told
 what the pictures would show: the words in `told` stand where the pictures would.
+
+A page ("Flamingo", 2204.14198, Fig. 7) is the sample whose turns are its pieces in reading order, in the format "pages":
+
+    title <picture> text 1 <picture> text 2      Turn("", "title"), Turn(IMAGE, "text 1"), Turn(IMAGE, "text 2")
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 IMAGE = "<image>"
 REAL = ("pairs", "captions", "conversations", "prompted", "texts")  # what a stage may read of a person's records, see records.py
@@ -32,7 +37,7 @@ class Sample:
     """What a source hands out, whatever it was read from; `id` names the record in messages."""
 
     id: str
-    images: tuple = ()  # PIL images (RGB) or paths, in the order of the "<image>" marks
+    images: tuple = ()  # in the order of the "<image>" marks: PIL images (RGB) or paths, or tuples of them, which are the frames of a clip
     caption: str = ""
     references: tuple[str, ...] = ()  # all captions that count as right
     negatives: tuple[str, ...] = ()  # captions that are wrong in one point
@@ -46,3 +51,19 @@ class Sample:
     def captions(self) -> tuple[str, ...]:
         """All captions that count as right."""
         return self.references or (self.caption,)
+
+
+def page_turns(parts: Iterable[str | None], joint: str = "\n") -> tuple[Turn, ...]:
+    """What stands on a page, in reading order and with None for each picture, as turns.
+
+    Texts that follow each other become one: "<EOC>" stands before pictures and at the end of the page, nowhere else.
+    """
+    turns: list[Turn] = []
+    for part in parts:
+        if part is None:
+            turns.append(Turn(IMAGE, ""))
+        elif turns:
+            turns[-1] = replace(turns[-1], answer=joint.join(filter(None, (turns[-1].answer, part))))
+        else:
+            turns.append(Turn("", part))
+    return tuple(turns)

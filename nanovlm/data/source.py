@@ -15,7 +15,9 @@ from nanovlm.data.sample import Sample
 JUDGED_BY = {"grounding": "box", "science": "letter", "science_text": "letter", "caption": "exact", "task/captions": "exact",
              "task/signs": "exact", "task/asking": "exact"}
 ASKED_IN = ("answers", "mixture", "science")  # the exams that ask for answers, each in a view of its own
-ROOM = {"science": 1024, "science_text": 1024}  # tokens for an answer whose letter comes last
+ONE_WORD = 8  # tokens for an answer of one word
+# tokens for an answer: science's letter comes last
+ROOM = {"science": 1024, "science_text": 1024, "direction": ONE_WORD, "direction_30": ONE_WORD}
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,9 @@ A stage names data sets and their weights (recipes/stage.py). Each is drawn by i
     caption texts                   a caption and nothing else: for BERT, which is to read captions
     told/…                          each of these talks about a scene that is told where the picture will stand later
     told/repeat, told/captions, …   what only a reader without eyes is asked; told/tasks: see tasks.py
-    names, shots                    pages, see pages.py
+    names, long names, shots        pages that are told, see pages.py
+    named pages, web pages, …       the same with pictures, and pages of a small web; page pairs: a picture and a text, as a page
+    clips                           eight frames of something that moves, see clips.py
 
 The web and what people captioned are pools: a finite number of pictures, each with one text, met again and again. BLIP filters the
 web's texts and writes new ones (CapFilt), so each picture needs an index. Of each pool there is an "unnamed" one too.
@@ -46,9 +48,9 @@ from random import Random
 
 from nanovlm.data.prompts import CAPTION
 from nanovlm.data.sample import IMAGE, Sample, Turn
-from nanovlm.data.source import ASKED_IN, Exam, caption_exam, exam_of, exam_view
+from nanovlm.data.source import ASKED_IN, ONE_WORD, Exam, caption_exam, exam_of, exam_view
 from nanovlm.errors import UserError
-from nanovlm.world import drills, exams, mixture, noise, pages, statements, tasks
+from nanovlm.world import clips, drills, exams, mixture, noise, pages, statements, tasks
 from nanovlm.world.ask import DESCRIBE, conversation, put_before
 from nanovlm.world.say import DESCRIPTIONS, caption, captions, description, negatives, say, vaguer, wordings
 from nanovlm.world.scene import (
@@ -166,7 +168,8 @@ class Scenes:
         """answers, mixture, science: an exam for each kind of question. captions: of any scene; two: of two objects.
 
         told: all of these and InstructBLIP's tasks, where words stand in the pictures' places. pages: see pages.py.
-        statements: true and false ones, of each kind in turn.
+        statements: true and false ones, of each kind in turn. fewshot: naming by example, one exam for each number of
+        shots, on the same episodes. clips: which way something moves, in 8 frames and in 30.
         """
         found: list[Exam] = []
         view = exam_view(names)
@@ -178,6 +181,11 @@ class Scenes:
                 found.append(caption_exam(self.exam(n or 200, (kind,), view)))
             elif name == "statements":
                 found.append(exam_of("statement", [statements.examined(self, i) for i in range(n or 600)]))
+            elif name == "fewshot":
+                episodes = [pages.examined(self, index) for index in range(n or 300)]
+                found += [Exam(str(shots), [pages.last(page, shots) for page in episodes], ("fewshot",), room=ONE_WORD) for shots in pages.SHOTS]
+            elif name == "clips":
+                found += [exam_of(kind, [clips.examined(self, kind, i) for i in range(n or 200)]) for kind in clips.EXAMS]
             elif name in exams.TOLD:
                 found += [exam_of(kind, [self._told(kind, i) for i in range(n or 100)]) for kind in exams.TOLD[name]]
         return found
@@ -294,16 +302,6 @@ def told_task(world: Scenes, scene: Scene, rng: Random, pairs: tuple) -> Sample:
     return Sample("", told=(" then ".join(_plainly(one, rng) for one in scenes),), turns=put_before(turns), format=style)
 
 
-def names(world: Scenes, scene: Scene, rng: Random, pairs: tuple) -> Sample:
-    turns, told = pages.names(rng, rng.randint(2, pages.MOST_SHOTS + 1))
-    return Sample("", told=told, turns=turns, format="flamingo")
-
-
-def shots(world: Scenes, scene: Scene, rng: Random, pairs: tuple) -> Sample:
-    turns, told = pages.shots([scene, *(world.scene(rng, pairs) for _ in range(rng.choice((0, 0, 1, 2))))], rng)
-    return Sample("", told=told, turns=turns, format="flamingo")
-
-
 def pools(prefix: str, web: int, human: int) -> dict[str, DataSet]:
     """The web, noisy and clean, and what people captioned. prefix: "", or "unnamed " for pictures in colours without names."""
     noisy, right = f"{prefix}web pairs", captioned(unnamed=bool(prefix))
@@ -325,7 +323,11 @@ IN_LISTS = (2, 2, 3)
 SETS: dict[str, DataSet] = {
     "pairs": DataSet(pair), "vague pairs": DataSet(vague_pair, signs=0.5, numbers=True),
     "captions": DataSet(captioned()), "unnamed captions": DataSet(captioned(unnamed=True)), "unnamed drills": DataSet(unnamed_drill),
-    "statements": DataSet(statements.drawn), "science texts": DataSet(science_text), "names": DataSet(names, texts=True), "shots": DataSet(shots, texts=True),
+    "statements": DataSet(statements.drawn), "science texts": DataSet(science_text),
+    "names": DataSet(pages.told_names(pages.MOST_SHOTS), texts=True), "shots": DataSet(pages.told_shots, texts=True),
+    "long names": DataSet(pages.told_names(pages.SHOTS[-1]), texts=True, corpus=False),
+    "named pages": DataSet(pages.named_page, (1,), corpus=False), "web pages": DataSet(pages.web_page, (1, 1, 2), 0.2, corpus=False),
+    "page pairs": DataSet(pages.pair, corpus=False), "clips": DataSet(clips.drawn, (1,), corpus=False),
     "told/tasks": DataSet(told_task, texts=True), "caption texts": DataSet(caption_text, texts=True, corpus=False),
     "told/repeat": DataSet(told(one(drills.repeat), _plainly, IN_BLIP2), IN_LISTS, texts=True),
     "told/captions": DataSet(told(lambda scene, rng, pairs: (Turn("", caption(scene, rng), "caption"),), blip2=1.0), texts=True),

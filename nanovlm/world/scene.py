@@ -146,6 +146,11 @@ def side(thing: Object | Sign, other: Object | Sign) -> str | None:
     return None
 
 
+def about(scene: Scene) -> Object:
+    """The object that a page or a clip of one object shows: a held-out one where the scene has any."""
+    return next((thing for thing in scene.objects if thing.pair in HELD_OUT), scene.objects[0])
+
+
 def recoloured(scene: Scene, rng: Random) -> Scene:
     """The objects in any colours, which have no name: the picture for a caption that is silent about colour.
 
@@ -175,7 +180,7 @@ def render(scene: Scene, size: int = GRID) -> Image.Image:
             font_size = SIGN_FONT[thing.type] * size / GRID / (2 if thing.corner else 1)
             image.paste(SIGN_COLOUR, (left, top), _sign_mask(thing.text, width, height, font_size))
         else:
-            image.paste(COLOURS.get(thing.colour, thing.colour), (left, top), _shape_mask(thing.shape, width))
+            image.paste(COLOURS.get(thing.colour, thing.colour), (left, top), shape_mask(thing.shape, width))
     return image
 
 
@@ -219,7 +224,7 @@ FINE = 8  # masks are drawn this many times larger and shrunk, which smooths the
 
 
 @cache
-def _shape_mask(shape: str, width: int) -> Image.Image:
+def shape_mask(shape: str, width: int) -> Image.Image:
     side_length = width * FINE
     mask = Image.new("L", (side_length, side_length))
     pen = ImageDraw.Draw(mask)
