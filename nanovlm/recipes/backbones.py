@@ -63,6 +63,12 @@ LM_TINY = Recipe(
                   accumulate=4, lr=1.5e-3, weight_decay=0.05, betas=(0.9, 0.98), max_length=256, evaluate=("told", "pages"),
                   on_data={"steps": 800}),))
 
+# Flamingo's, which reads pages: it goes on from lm/tiny, mostly with names that only the page itself explains.
+LM_TINY_PAGES = replace(
+    LM_TINY, name="lm/tiny-pages",
+    stages=(replace(LM_TINY.stages[0], name="lm-pages", data={"names": 85, **{name: weight * 15 / sum(ALONE.values()) for name, weight in ALONE.items()}},
+                    lessons=(), init=(("language", "lm/tiny:language"),), steps=4_000, lr=1e-3),))
+
 # An encoder reads what is told before all else, so there are no pages; whatever it is asked, it is asked in one format.
 LM_TINY_T5 = replace(
     LM_TINY, name="lm/tiny-t5", config=TINY_T5,
@@ -105,4 +111,4 @@ LM_SMALL = Recipe(
     stages=(Stage("lm", ("language",), TOLD, lessons=LESSONS, real="texts", format="v1", steps=50_000, batch_size=64, lr=6e-4, weight_decay=0.1,
                   betas=(0.9, 0.95), min_lr=0.1, max_length=1024),))
 
-RECIPES = (CLIP_TINY, LM_TINY, LM_TINY_T5, BERT_TINY, NFNET_TINY, CLIP_SMALL, LM_SMALL, NFNET_SMALL, NFNET_F6)
+RECIPES = (CLIP_TINY, LM_TINY, LM_TINY_PAGES, LM_TINY_T5, BERT_TINY, NFNET_TINY, CLIP_SMALL, LM_SMALL, NFNET_SMALL, NFNET_F6)

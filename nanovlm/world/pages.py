@@ -159,4 +159,4 @@ def pair(world: object, scene: Scene, rng: Random, pairs: tuple) -> Sample:
     else:
         text = caption(scene, rng)
     turn = Turn(IMAGE, rng.choice(("", " ")) + text, "caption")
-    return Sample("", world.picture(scene), text, right, turns=(turn,), format="pages")
+    return Sample("", world.picture(scene), text, right, turns=(turn,), format="pair")
