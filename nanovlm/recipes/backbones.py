@@ -3,6 +3,7 @@
     clip/tiny     48-pixel pictures, 16 image tokens; captions with hard negatives       → module `vision`
     nfnet-clip/tiny  the same by convolutions, 6 × 6 image tokens: Flamingo's eyes       → module `vision`
     lm/tiny       scenes that are told, and all that the six papers will ask about them  → module `language`
+    lm/tiny-pages the same, gone on with pages on which things are given names              → module `language`: Flamingo's
     lm/tiny-t5    the same, read by an encoder and answered by a decoder                 → module `language`
     bert/tiny     captions and the same texts, of which words are hidden                 → modules `bert`, `word_head`
 
@@ -63,11 +64,13 @@ LM_TINY = Recipe(
                   accumulate=4, lr=1.5e-3, weight_decay=0.05, betas=(0.9, 0.98), max_length=256, evaluate=("told", "pages"),
                   on_data={"steps": 800}),))
 
-# Flamingo's, which reads pages: it goes on from lm/tiny, mostly with names that only the page itself explains.
+# Flamingo's, which has read pages: it goes on from lm/tiny, which learned next to nothing of names that only the page explains.
+# What it has to find, a thing and what stands behind it, it finds at once where nothing stands between (`plain_names`).
+OTHERS = {name: weight * 25 / sum(ALONE.values()) for name, weight in ALONE.items()}
 LM_TINY_PAGES = replace(
     LM_TINY, name="lm/tiny-pages",
-    stages=(replace(LM_TINY.stages[0], name="lm-pages", data={"names": 85, **{name: weight * 15 / sum(ALONE.values()) for name, weight in ALONE.items()}},
-                    lessons=(), init=(("language", "lm/tiny:language"),), steps=4_000, lr=1e-3),))
+    stages=(replace(LM_TINY.stages[0], name="lm-pages", data={"names": 35, "long names": 25, "plain names": 10, "shots": 5, **OTHERS},
+                    lessons=((0.35, {"plain names": 75, **OTHERS}),), init=(("language", "lm/tiny:language"),), steps=2_400, lr=1e-3),))
 
 # An encoder reads what is told before all else, so there are no pages; whatever it is asked, it is asked in one format.
 LM_TINY_T5 = replace(

@@ -75,6 +75,15 @@ def told_names(most: int) -> Callable:
     return make
 
 
+def plain_names(world: object, scene: Scene, rng: Random, pairs: tuple) -> Sample:
+    """Nothing stands between a thing and its name: "red star dax<EOC>blue square wug<EOC>…", and each thing comes again and again.
+
+    So a language model finds out within a few hundred steps what it may take thousands for where "Output:" stands between.
+    """
+    turns, told = names(rng, rng.randint(5, 12))
+    return Sample("", told=told, turns=tuple(replace(turn, answer=f" {turn.answer}") for turn in turns), format="pages")
+
+
 def told_shots(world: object, scene: Scene, rng: Random, pairs: tuple) -> Sample:
     turns, told = shots([scene, *(world.scene(rng, pairs) for _ in range(rng.choice((0, 0, 1, 2))))], rng)
     return Sample("", told=told, turns=turns, format="flamingo")
