@@ -89,7 +89,7 @@ def test_pictures_take_places_only_where_they_stand_among_words():
             reads = recipe.build(stage).reads
         got[name] = reads.kind, reads.image_tokens, reads.tiling is not None, reads.question, reads.matches, reads.wrong_captions
     pairs, talk = ("pairs", 0, False, False), ("conversations", 16, False, False, False, False)
-    assert got["clip/tiny@clip"] == (*pairs, False, True)
+    assert got["clip/tiny@clip"] == got["nfnet-clip/tiny@nfnet"] == (*pairs, False, True)
     assert got["blip2/tiny@stage1"] == got["blip2/tiny-retrieval@retrieval"] == (*pairs, True, False)
     assert got["blip2/tiny@stage2"] == got["blip2/tiny-caption@caption"] == ("conversations", 0, *[False] * 4)
     assert got["blip2/tiny-vqa@vqa"] == ("conversations", 0, False, True, False, False)
@@ -140,7 +140,7 @@ def test_a_batch_made_by_what_it_reads_is_all_that_a_model_learns_from(tokenizer
     losses = model.losses(batch, gather)
     torch.manual_seed(1)
     again = twin.losses(batch)
-    compares = {"clip/tiny@clip": {"itc"}, "blip/tiny@filter": {"itc", "itm"}, "blip/tiny-retrieval@retrieval": {"itc", "itm"},
+    compares = {"clip/tiny@clip": {"itc"}, "nfnet-clip/tiny@nfnet": {"itc"}, "blip/tiny@filter": {"itc", "itm"}, "blip/tiny-retrieval@retrieval": {"itc", "itm"},
                 "blip/tiny@pretrain": {"itc", "itm", "lm"}, "blip/tiny@retrain": {"itc", "itm", "lm"}}
     assert set(losses) == (compares.get(name, {"itc", "itm", "itg"}) if model.whole_batch else
                            {{"masked": "mlm", "statements": "truth"}.get(model.reads.kind, "lm")})

@@ -26,6 +26,7 @@ from nanovlm.evaluate import retrieval
 from nanovlm.evaluate.pupil import Pupil
 from nanovlm.generation import score_candidates
 from nanovlm.momentum import MomentumConfig
+from nanovlm.nfnet import NFNetConfig
 from nanovlm.papers.blip import BLIP, BLIPConfig
 from nanovlm.papers.blip2 import BLIP2, BLIP2Config, BLIP2Stage1
 from nanovlm.papers.blip_downstream import BLIPAnswerer, BLIPReasoner
@@ -66,6 +67,11 @@ def run_clip() -> None:
     model.losses(batch)
     model.score(batch["images"], ids(7, T), torch.ones(7, T, dtype=torch.bool))
     CLIP(CLIPConfig(imagenet_vit(28, 4, 26, 1, 2), model.config.text, 17)).vision(WIDE, maps=[])
+    nfnet = NFNetConfig(28, (1, 2), (12, 26), (1, 2), ((6, 2),), group_width=2, final=38, classes=7)
+    flamingos = CLIP(CLIPConfig(nfnet, BertConfig(VOCAB, 34, 2, 2, 41), 17, pool="mean", smoothing=0.1))
+    flamingos.losses(batch)
+    flamingos.vision.logits(WIDE)
+    flamingos.vision(WIDE)
 
 
 def run_language_model() -> None:

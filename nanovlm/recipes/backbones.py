@@ -49,7 +49,7 @@ NFNET_TINY = Recipe(
     CLIPConfig(TINY_NFNET, BertConfig(TINY_VOCAB, width=64, layers=2, heads=4, ffn=256, max_positions=64, dropout=0.0), 96, pool="mean",
                smoothing=0.1),
     image_size=48, vocab=TINY_VOCAB,
-    stages=(replace(CLIP_TINY.stages[0], name="nfnet-clip", steps=4000, adaptive_clip={"vision": 0.01}),))
+    stages=(replace(CLIP_TINY.stages[0], name="nfnet", steps=3500, adaptive_clip={"vision": 0.01}),))
 
 # What a language model reads before it sees: scenes that are told, and all that the six papers will ask of it about pictures.
 LESSONS = ((0.03, {"told/repeat": 1}), (0.26, {"told/drills": 1}))
@@ -98,7 +98,7 @@ NFNET_SMALL = Recipe(
     CLIPConfig(nfnet_f(0, image_size=224), replace(BERT_BASE, vocab=SMALL_VOCAB, width=384, layers=6, heads=6, ffn=1536, segments=0), 256,
                pool="mean", smoothing=0.1),
     image_size=224, vocab=SMALL_VOCAB,
-    stages=(replace(CLIP_SMALL.stages[0], name="nfnet-clip", adaptive_clip={"vision": 0.01}, clip=10.0),))
+    stages=(replace(CLIP_SMALL.stages[0], name="nfnet", adaptive_clip={"vision": 0.01}, clip=10.0),))
 
 # Flamingo's eyes (§B.1.3). Neither the size of BERT (here base) nor Adam's β are told, nor a warm-up; the lr falls to 0 in a line,
 # which a cosine comes closest to. The two sets are not mixed: each update adds up the gradients of one batch of either (Table 11:
@@ -106,7 +106,7 @@ NFNET_SMALL = Recipe(
 NFNET_F6 = Recipe(
     "nfnet-clip/f6", CLIP,
     CLIPConfig(nfnet_f(6, image_size=288), replace(BERT_BASE, segments=0), 1376, pool="mean", smoothing=0.1), image_size=288, vocab=30_522,
-    stages=(Stage("nfnet-clip", CLIP_PARTS, {"ALIGN": 1800, "LTIP": 312}, real="pairs", steps=1_200_000, batch_size=16_384, lr=1e-3, warmup=0.0,
+    stages=(Stage("nfnet", CLIP_PARTS, {"ALIGN": 1800, "LTIP": 312}, real="pairs", steps=1_200_000, batch_size=16_384, lr=1e-3, warmup=0.0,
                   augment=True, clip=10.0, adaptive_clip={"vision": 0.01}),))
 
 LM_SMALL = Recipe(
