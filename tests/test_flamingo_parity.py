@@ -6,6 +6,7 @@ the package, which would need open_clip. Gates are open everywhere: where they a
 
 import importlib
 import sys
+from collections import OrderedDict
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -153,7 +154,7 @@ def test_open_flamingo_on_opt(every, kept, tmp_path):
     """Published file in, same logits and same words out; its gated layers are the last of each group."""
     bare, lm, resampler = of_model(every, every)
     state = of_checkpoint(lm, resampler, kept)
-    torch.save(state if kept == "all" else {"epoch": 1, "model_state_dict": {f"module.{name}": t for name, t in state.items()}}, tmp_path / "checkpoint.pt")
+    torch.save(OrderedDict(state) if kept == "all" else {"epoch": 1, "model_state_dict": {f"module.{name}": t for name, t in state.items()}}, tmp_path / "checkpoint.pt")
     bridge = open_flamingo.load(tmp_path / "checkpoint.pt", tags=(V + 1, V))
     assert list(bridge.gated_xattn) == [str(i) for i in range(every - 1, 4, every)]
     config = FlamingoConfig(VISION, ResamplerConfig(D_V), opt(V, D, 4, 6, 44, 37), V, V + 1, every, every - 1)
@@ -197,7 +198,7 @@ KEYS = [f"perceiver.{name}" for name in (
     "layers.0.1.0.weight", "layers.0.1.0.bias", "layers.0.1.1.weight", "layers.0.1.3.weight")]
 GATED = "attn_gate ff_gate attn.norm.weight attn.norm.bias attn.to_q.weight attn.to_kv.weight attn.to_out.weight " \
         "ff.0.weight ff.0.bias ff.1.weight ff.3.weight"
-SHAPES = {"latents": (Q, D_V), "to_q": (64, D_V), "to_kv": (128, D_V), "to_out": (D_V, 64), "1.1": (4 * D_V, D_V), "1.3": (D_V, 4 * D_V),
+SHAPES = {".latents": (Q, D_V), "to_q": (64, D_V), "to_kv": (128, D_V), "to_out": (D_V, 64), "1.1": (4 * D_V, D_V), "1.3": (D_V, 4 * D_V),
           "attn.to_q": (64, D), "attn.to_out": (D, 64), "ff.1": (4 * D, D), "ff.3": (D, 4 * D), "attn_gate": (1,), "ff_gate": (1,)}
 
 

@@ -40,7 +40,7 @@ class Bridge(nn.Module):
     def __init__(self, resampler: PerceiverResampler, gated_xattn: nn.ModuleDict, tags: Tensor | None):
         super().__init__()
         self.resampler, self.gated_xattn = resampler, gated_xattn
-        self.tags = None if tags is None else nn.Parameter(tags)  # (2, D): <image>, <EOC>
+        self.tags = None if tags is None else nn.Parameter(tags)  # <image>, <EOC>
 
 
 def load(path: str | Path, **how) -> Bridge:
@@ -51,8 +51,8 @@ def load(path: str | Path, **how) -> Bridge:
         raise UserError(f"{path} could not be read ({error.strerror}).") from error
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise UserError(f"{path} is no file of tensors, or is damaged: download it again.") from error
-    state = state.get("model_state_dict", state) if type(state) is dict else state
-    if type(state) is not dict or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+    state = state.get("model_state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise UserError(f"{path} holds something else than tensors by name.")
     try:
         return from_state(state, **how)

@@ -55,10 +55,10 @@ def gradient_warning(names: set[str], trained: int) -> str | None:
 
 
 def image_use(model: nn.Module, batch: dict) -> tuple[float, float] | None:
-    """The loss with the right images and with every image in its neighbour's place; None without two images."""
+    """The loss with the right images and with every image in its neighbour's place; None without two images, or on pages of text alone."""
     images = batch.get("images")
     sizes = batch.get("image_sizes")
-    if images is None or len(images if sizes is None else sizes) < 2:
+    if images is None or len(images if sizes is None else sizes) < 2 or ("frames" in batch and not batch["frames"].any()):
         return None
     exchanged = batch | {name: torch.roll(batch[name], 1, dims=0) for name in ("images", "frames") if name in batch}
     if sizes is not None:  # views stay with their picture
