@@ -10,7 +10,7 @@ import torch
 from tools import bite, close, pad_mask, randn, random_ids
 from torch import Tensor
 
-from nanovlm import generation, masks
+from nanovlm import decoder, generation, masks
 from nanovlm.data.collate import window
 from nanovlm.decoder import llama
 from nanovlm.errors import UserError
@@ -272,6 +272,22 @@ def test_half_precision(autocast):
         assert len(model.generate(batch, 3, [CLOSE], beams=3)) == 2
     assert (got.float() - exact).abs().mean() < 0.1 * exact.std()
     assert all(p.grad.isfinite().all() for name, p in model.named_parameters() if name.startswith(recipes.NEW))
+
+
+def test_the_frozen_language_model_is_checkpointed(monkeypatch):
+    """It is in eval(), but gradients go through it: each of its three blocks runs twice, and the gradients are the same."""
+    gradients, runs, forward = [], [], decoder.Block.forward
+    monkeypatch.setattr(decoder.Block, "forward", lambda block, *given: runs.append(block) or forward(block, *given))
+    for checkpointing in (False, True):
+        model = build()
+        freeze(model, recipes.NEW)
+        model.language.checkpointing = checkpointing
+        model.losses({**page("wiwewiw"), "labels": random_ids(1, 7, 1, high=V)})["lm"][0].backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    for plain, again in zip(*gradients, strict=True):
+        close(again, plain)
+    assert len(runs) == 3 + 2 * 3
+    assert model.generate(page("wiw"), 2, [CLOSE]).shape[1] <= 2 and len(runs) <= 9 + 2 * 3, "nothing is kept for a gradient that nobody wants"
 
 
 def test_candidates_are_scored_as_in_a_whole_page():
