@@ -31,9 +31,11 @@ from nanovlm.papers.blip import BLIP, BLIPConfig
 from nanovlm.papers.blip2 import BLIP2, BLIP2Config, BLIP2Stage1
 from nanovlm.papers.blip_downstream import BLIPAnswerer, BLIPReasoner
 from nanovlm.papers.clip import CLIP, CLIPConfig
+from nanovlm.papers.flamingo import Flamingo, FlamingoConfig
 from nanovlm.papers.language_model import LanguageModel
 from nanovlm.papers.llava import LLaVA, LLaVAConfig
 from nanovlm.papers.masked_language_model import MaskedLanguageModel
+from nanovlm.perceiver_resampler import ResamplerConfig
 from nanovlm.qformer import QFormerConfig
 from nanovlm.t5 import T5Config
 from nanovlm.tiling import hd_tiling
@@ -168,6 +170,19 @@ def run_blip_downstream() -> None:
     reasoner.generate(pairs, 3, [])
 
 
+def run_flamingo() -> None:
+    vision = NFNetConfig(28, (1, 2), widths=(12, 24), strides=(1, 2), stem=((6, 1), (8, 2)), group_width=3, final=31, classes=7)
+    config = FlamingoConfig(vision, ResamplerConfig(24, 2, 3, latents=5, frames=2), llama(VOCAB, width=30, layers=2, heads=3, ffn=37), VOCAB, VOCAB + 1)
+    model, input_ids, mask = Flamingo(config), ids(B, T), torch.ones(B, T, dtype=torch.bool)
+    input_ids[0, 1] = input_ids[0, 6] = input_ids[2, 3] = VOCAB
+    mask[1, 8:] = False
+    batch = {"images": torch.randn(B, 2, 4, 3, 28, 28), "frames": torch.tensor([[4, 1], [0, 0], [2, 0]]), "input_ids": input_ids, "attention_mask": mask}
+    model.train()(**batch, labels=input_ids, backwards=torch.tensor([True, False, True]), maps=[]).loss.backward()
+    model.losses(batch | {"labels": input_ids, "backwards": torch.tensor([True, False, True])})
+    answer(model.eval(), batch, beams=7)
+    model.vision.logits(torch.randn(B, 3, 20, 36))
+
+
 def run_masked_language_model() -> None:
     model = MaskedLanguageModel(BertConfig(VOCAB, width=34, layers=2, heads=2, ffn=37, max_positions=64))
     input_ids, mask = ids(B, T), torch.ones(B, T, dtype=torch.bool)
@@ -202,6 +217,7 @@ def checker() -> ShapeChecker:
         run_blip()
         run_blip2()
         run_blip_downstream()
+        run_flamingo()
         run_masked_language_model()
         run_the_rest()
     return checker
