@@ -274,7 +274,7 @@ def test_flamingo_learns_from_the_conversation(untrained, photo, monkeypatch, ca
     monkeypatch.setattr(Pupil, "read", seen)
     monkeypatch.setattr(chat.generation, "stream", lambda *_, **__: iter([torch.tensor([TOKENIZER.encode(" wug")])]))
     assert main([untrained("flamingo/tiny")]) == 0
-    assert capsys.readouterr().out == " wug\nwug\n".replace(" wug", "wug")
+    assert capsys.readouterr().out == "wug\nwug\n"
     shots = "<s><image>Output: dax<EOC><image>Output:"
     assert asked == [shots, f"{shots} wug<EOC>Question: sure? Answer:"]
 

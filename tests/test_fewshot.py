@@ -169,10 +169,8 @@ def test_each_query_has_its_own_candidates(pupil):
 def test_open_answers_are_found_by_three_beams_up_to_the_close(pupil, monkeypatch):
     seen, generate = [], pupil.model.generate
     monkeypatch.setattr(pupil.model, "generate", lambda *given, **how: seen.append((given[1:], how)) or generate(*given, **how))
-    said = fewshot.answers(pupil, [[one.query for one in episodes(2, 0)]], [(), ()], 4)
-    assert len(said) == 2 and seen == [((4, [TOKENIZER.token_id("</s>")]), {"beams": 3})] or seen[0][1] == {"beams": 3}
-    sample = with_examples(shot("x", 0), [])
-    assert pupil.stop([sample]) == [TOKENIZER.token_id("<EOC>")]
+    said = fewshot.answers(pupil, [[with_examples(one.query, one.examples) for one in episodes(2, 1)]], [(), ()], 4)
+    assert len(said) == 2 and seen == [((4, [TOKENIZER.token_id("<EOC>")]), {"beams": 3})]
 
 
 # ---- controls
@@ -201,7 +199,7 @@ def test_shuffled_pictures_belong_to_others():
     """Clips and pictures alike, in one list; a page alone exchanges its own, and one picture alone stays."""
     clip = (picture(7), picture(8))
     pages_ = [with_examples(shot("x", i), [shot("y", 10 + i)]) for i in range(20)]
-    pages_ = [*pages_, replace(pages_[0], images=(clip, pages_[0].images[1]))]
+    pages_ = [*pages_, replace(pages_[0], images=(clip, picture(99)))]
     before, after = ([image for page in found for image in page.images] for found in (pages_, permuted(pages_)))
     assert sorted(map(id, before)) == sorted(map(id, after)) and all(a is not b for a, b in zip(before, after))
     one = pages_[0]
@@ -250,7 +248,7 @@ def test_the_worlds_exam_has_the_controls_of_two_numbers():
     assert [exam.name for exam in exams] == ["0", "1", "2", "4", "4/no images", "4/text only", "8", "8/no images", "8/text only", "16"]
     four, blank, words = exams[3:6]
     assert all(exam.judges == ("fewshot",) and exam.room == pages.ONE_WORD for exam in exams)
-    assert [s.turns for s in blank.samples] == [s.turns for s in four.samples] and {*blank.samples[0].images} == {BLANK}
+    assert [s.turns for s in blank.samples] == [s.turns for s in four.samples] and all(image is BLANK for image in blank.samples[0].images)
     assert [s.images for s in words.samples] == [s.images[-1:] for s in four.samples]
 
 
