@@ -4,12 +4,15 @@
 
     > what is it?                      a question
     > /image other.png                 one more picture; it belongs to the next question
+    > /output TEXT                     an example: what you would say of that picture (Flamingo)
+    > /output                          now the model says it
     > /new                             forget all that was said, keep the first pictures
     > /help                            these lines
     an empty line, Ctrl-D or Ctrl-C    the end
 
 Every question is put to the model with all earlier turns and pictures, as in its training; a model that was never trained on
 several pictures in one conversation will read them, and is likely to mix them up. BLIP-2 reads one picture, before all else.
+Flamingo learns from the conversation: /image, /output dax, /image, /output wug, /image, /output ─► "dax" or "wug".
 """
 
 import argparse
@@ -56,16 +59,23 @@ class Dialogue:
         self.waiting = list(self.first)  # for the next question
 
     def ask(self, question: str) -> Iterator[str]:
-        marks = f"{IMAGE}\n" * len(self.waiting)
-        turns = [*self.turns, Turn(marks + question.replace(IMAGE, ""), " ")]
-        images = [*self.images, *self.waiting]
+        marked = f"{IMAGE}\n" * len(self.waiting) + question.replace(IMAGE, "")
+        # the pages that Flamingo was trained on are no conversations; those it reads as its few-shot prompts are written
+        format = "flamingo" if self.pupil.model.reads.kind == "pages" else ""
         answer = ""
-        for piece in self.say(Sample("the conversation", tuple(images), turns=tuple(turns))):
+        for piece in self.say(Sample("the conversation", (*self.images, *self.waiting), turns=(*self.turns, Turn(marked, " ")), format=format)):
             answer += piece
             yield piece
         # what the model has said nothing to is no turn: the next prompt would be of a kind that it never met
         if answer.strip():
-            self.turns, self.images, self.waiting = [*turns[:-1], Turn(turns[-1].question, answer.strip())], images, []
+            self.add(Turn(marked, answer.strip()))
+
+    def tell(self, answer: str) -> None:
+        """A worked example: the waiting pictures, and a person's words for them."""
+        self.add(Turn(f"{IMAGE}\n" * len(self.waiting), answer))
+
+    def add(self, turn: Turn) -> None:
+        self.turns, self.images, self.waiting = [*self.turns, turn], [*self.images, *self.waiting], []
 
     @torch.inference_mode()
     def say(self, sample: Sample) -> Iterator[str]:
@@ -181,8 +191,10 @@ def follow(dialogue: Dialogue, line: str) -> None:
         print(HELP)
     elif command == "/image" and rest.strip():
         dialogue.waiting.append(load_image(rest.strip()))
+    elif command == "/output":
+        dialogue.tell(rest.strip()) if rest.strip() else answer(dialogue, "")
     elif line.startswith("/"):
-        raise UserError(f"{command} is no command, or lacks something: there are /image FILE, /new and /help.")
+        raise UserError(f"{command} is no command, or lacks something: there are /image FILE, /output TEXT, /new and /help.")
     else:
         answer(dialogue, line)
 

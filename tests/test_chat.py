@@ -259,6 +259,26 @@ def test_a_language_model_talks_without_pictures(untrained, photo, capsys):
     assert "reads no pictures" in capsys.readouterr().err
 
 
+def test_flamingo_learns_from_the_conversation(untrained, photo, monkeypatch, capsys):
+    """What a person says of a picture is an example; the prompt is the paper's, and goes on with the model's own answer."""
+    lines, asked, read = iter([f"/image {photo}", "/output dax", f"/image {photo}", "/output", "sure?", ""]), [], Pupil.read
+
+    def seen(self: Pupil, samples: list[Sample]) -> dict:
+        batch = read(self, samples)
+        names = dict(enumerate(Tokenizer.SPECIALS))
+        asked.append("".join(names[i] if i in names else self.tokenizer.decode([i]) for i in batch["input_ids"][0].tolist()))
+        assert (batch["frames"] == 1).all() and batch["frames"].shape == (1, 2)
+        return batch
+
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    monkeypatch.setattr(Pupil, "read", seen)
+    monkeypatch.setattr(chat.generation, "stream", lambda *_, **__: iter([torch.tensor([TOKENIZER.encode(" wug")])]))
+    assert main([untrained("flamingo/tiny")]) == 0
+    assert capsys.readouterr().out == "wug\nwug\n"
+    shots = "<s><image>Output: dax<EOC><image>Output:"
+    assert asked == [shots, f"{shots} wug<EOC>Question: sure? Answer:"]
+
+
 @pytest.mark.parametrize("name", ["clip/tiny", "blip2/tiny-retrieval"])
 def test_whoever_only_compares_is_refused(untrained, capsys, name):
     assert main([untrained(name), "--ask", "x"]) == 2

@@ -14,6 +14,8 @@ A page ("Flamingo", 2204.14198, Fig. 7) is the sample whose turns are its pieces
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from PIL import Image
+
 IMAGE = "<image>"
 REAL = ("pairs", "captions", "conversations", "prompted", "texts")  # what a stage may read of a person's records, see records.py
 
@@ -51,6 +53,27 @@ class Sample:
     def captions(self) -> tuple[str, ...]:
         """All captions that count as right."""
         return self.references or (self.caption,)
+
+
+# ---- controls for pages of examples (Flamingo): do their pictures count, or are the words enough?
+
+BLANK = Image.new("RGB", (48, 48), (122, 116, 104))  # the mean colour of CLIP's training pictures: zeros, once it is normalised
+
+
+def without_pictures(sample: Sample) -> Sample:
+    """The tags stay, and every picture and frame is blank."""
+    return replace(sample, images=tuple((BLANK,) * len(image) if isinstance(image, tuple) else BLANK for image in sample.images))
+
+
+def text_only(sample: Sample) -> Sample:
+    """Pictures and tags are gone from all turns but the last that has any: the examples are words, the question keeps its picture."""
+    marks = [turn.question.count(IMAGE) for turn in sample.turns]
+    last = max((i for i, n in enumerate(marks) if n), default=0)
+    turns = tuple(turn if i >= last else replace(turn, question=turn.question.replace(IMAGE, "")) for i, turn in enumerate(sample.turns))
+    return replace(sample, images=sample.images[sum(marks[:last]):], turns=turns)
+
+
+CONTROLS = {"no images": without_pictures, "text only": text_only}
 
 
 def page_turns(parts: Iterable[str | None], joint: str = "\n") -> tuple[Turn, ...]:

@@ -11,4 +11,5 @@ A figure means something only beside what can be had without looking. A model th
     judges.py      what a right answer is; one `measure` for answers, captions and classes
     retrieval.py   pictures and texts that are to find each other
     filtering.py   texts of which some are wrong, and which of them a filter finds
+    fewshot.py     questions after worked examples
 """

@@ -9,7 +9,8 @@ from dataclasses import replace
 from random import Random
 
 import torch
-from torch import nn
+from PIL import Image
+from torch import Tensor, nn
 
 from nanovlm import generation
 from nanovlm.contract import Batch
@@ -41,16 +42,20 @@ class Pupil:
         """
         if not samples:
             return []
-        answers, layout, stop = [], self.collate.layout(samples[0]), self.stop(samples)
+        if among:
+            return [among[best] for best in self.scores(samples, among).argmax(dim=1).tolist()]
+        stop = self.stop(samples)
+        return [self.text(ids, stop) for chunk in chunks(samples)
+                for ids in self.model.generate(self.read(chunk), room, stop, **how).tolist()]
+
+    def scores(self, samples: Sequence[Sample], among: Sequence[str]) -> Tensor:
+        """log p of each of the C candidates, with what closes it, as the answer to each sample's last question: fp32 (n, C)."""
+        ids = [answer_ids(candidate, self.tokenizer, self.collate.layout(samples[0])) for candidate in among]
+        found = []
         for chunk in chunks(samples):
             batch = self.read(chunk)
-            if among:
-                ids = [answer_ids(candidate, self.tokenizer, layout) for candidate in among]
-                scores = generation.score_candidates(lambda: self.model.prefill(batch), self.model.step, ids)  # noqa: B023
-                answers += [among[best] for best in scores.argmax(dim=1).tolist()]
-            else:
-                answers += [self.text(ids, stop) for ids in self.model.generate(batch, room, stop, **how).tolist()]
-        return answers
+            found.append(generation.score_candidates(lambda: self.model.prefill(batch), self.model.step, ids))  # noqa: B023
+        return torch.cat(found)
 
     @torch.no_grad()
     def belongs(self, samples: Sequence[Sample]) -> list[float]:
@@ -81,10 +86,10 @@ class Pupil:
         samples = [sample for exam in exams for sample in exam.samples]
         samples = [samples[i * len(samples) // n] for i in range(min(n, len(samples)))]
         if not samples:  # before instruction tuning: what it says of a picture, of a text, or which caption it finds the best
-            samples = [replace(s, turns=s.turns[:1], told=s.told[:1]) for s in source.look(self.recipe.worldly(self.stage.data), self.stage.real, n)]
+            samples = [opening(s) for s in source.look(self.recipe.worldly(self.stage.data), self.stage.real, n)]
             if self.model.reads.kind == "pairs":
                 return self.best_captions(samples) if samples else []
-        return [(as_picture(s.images[0]) if s.images else None, question(s), truth(s, answer), answer)
+        return [(drawn(s.images[-1]) if s.images else None, question(s), truth(s, answer), answer)
                 for s, answer in zip(samples, self.answer(samples))]
 
     def best_captions(self, samples: Sequence[Sample]) -> Rows:
@@ -96,8 +101,31 @@ class Pupil:
                 for s, best in zip(samples, scores.argmax(dim=1).tolist())]
 
 
+def opening(sample: Sample) -> Sample:
+    """A conversation or page up to its first turn with a picture: a title may stand before that."""
+    end = next((i for i, turn in enumerate(sample.turns) if IMAGE in turn.question), 0) + 1
+    shown = sum(turn.question.count(IMAGE) for turn in sample.turns[:end])
+    return replace(sample, turns=sample.turns[:end], images=sample.images[:shown], told=sample.told[:shown])
+
+
+def drawn(image: object) -> Image.Image:
+    """A picture to look at; of a clip its first, middle and last frame, side by side."""
+    if not isinstance(image, tuple):
+        return as_picture(image)
+    frames = [as_picture(image[place]) for place in (0, len(image) // 2, -1)]
+    strip = Image.new("RGB", (3 * frames[0].width, frames[0].height))
+    for i, frame in enumerate(frames):
+        strip.paste(frame, (i * frame.width, 0))
+    return strip
+
+
 def question(sample: Sample) -> str:
-    """What was asked, with what was told in a picture's place, and with the turn before where the question leans on one."""
+    """What was asked, with what was told in a picture's place, and with the turn before where the question leans on one.
+
+    Of pictures with examples and no question what each example was said to show: "dax, wug, dax → ?".
+    """
+    if sample.format == "flamingo" and not sample.told and sample.turns[-1].question == IMAGE:
+        return f"{', '.join(turn.answer for turn in sample.turns[:-1])} → ?".strip()
     asked = [turn.question.replace(IMAGE, "").strip() for turn in sample.turns]
     before = [f"{asked[-2]} {sample.turns[-2].answer}."] if len(asked) > 1 else []
     return " ".join([*sample.told, *before, asked[-1]])
@@ -119,7 +147,8 @@ def permuted(samples: Sequence[Sample]) -> list[Sample]:
 def _moved(things: list) -> Iterator:
     order = list(range(len(things)))
     Random(0).shuffle(order)
-    return iter([things[order[(order.index(i) + 1) % len(order)]] for i in range(len(things))])
+    after = dict(zip(order, order[1:] + order[:1]))  # round in a circle: nothing stays in its place
+    return iter([things[after[i]] for i in range(len(things))])
 
 
 def chunks(samples: Sequence[Sample]) -> Iterator[Sequence[Sample]]:

@@ -48,7 +48,7 @@ from random import Random
 
 from nanovlm.data.prompts import CAPTION
 from nanovlm.data.sample import IMAGE, Sample, Turn
-from nanovlm.data.source import ASKED_IN, ONE_WORD, Exam, caption_exam, exam_of, exam_view
+from nanovlm.data.source import ASKED_IN, Exam, caption_exam, exam_of, exam_view
 from nanovlm.errors import UserError
 from nanovlm.world import clips, drills, exams, mixture, noise, pages, statements, tasks
 from nanovlm.world.ask import DESCRIBE, conversation, put_before
@@ -169,7 +169,7 @@ class Scenes:
 
         told: all of these and InstructBLIP's tasks, where words stand in the pictures' places. pages: see pages.py.
         statements: true and false ones, of each kind in turn. fewshot: naming by example, one exam for each number of
-        shots, on the same episodes. clips: which way something moves, in 8 frames and in 30.
+        shots, on the same episodes, and their controls. clips: which way something moves, in 8 frames and in 30.
         """
         found: list[Exam] = []
         view = exam_view(names)
@@ -182,8 +182,7 @@ class Scenes:
             elif name == "statements":
                 found.append(exam_of("statement", [statements.examined(self, i) for i in range(n or 600)]))
             elif name == "fewshot":
-                episodes = [pages.examined(self, index) for index in range(n or 300)]
-                found += [Exam(str(shots), [pages.last(page, shots) for page in episodes], ("fewshot",), room=ONE_WORD) for shots in pages.SHOTS]
+                found += pages.exams([pages.examined(self, index) for index in range(n or 300)])
             elif name == "clips":
                 found += [exam_of(kind, [clips.examined(self, kind, i) for i in range(n or 200)]) for kind in clips.EXAMS]
             elif name in exams.TOLD:

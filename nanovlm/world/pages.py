@@ -25,7 +25,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from random import Random
 
-from nanovlm.data.sample import IMAGE, Sample, Turn, page_turns
+from nanovlm.data.sample import CONTROLS, IMAGE, Sample, Turn, page_turns
+from nanovlm.data.source import ONE_WORD, Exam
 from nanovlm.world.ask import KINDS, ask
 from nanovlm.world.say import DESCRIPTIONS, Wording, caption, description, say
 from nanovlm.world.scene import HELD_OUT, PAIRS, Scene, about, random_scene
@@ -35,6 +36,7 @@ NAMES = ("dax", "wug", "blik", "toma", "fep", "gorp", "zib", "kesh", "lorn", "mi
 KNOWN = 4  # classes that have names on one page
 MOST_SHOTS = 8  # of a page that is told
 SHOTS = (0, 1, 2, 4, 8, 16)  # of an exam with pictures
+CONTROLLED = (4, 8)  # shots of which the controls are measured too, see data/sample.py
 PICTURES = 5  # of a named page in training: the paper trains on five pictures of a page, and is asked with up to 32
 SECTIONS = (2, 8)  # of a web page, the fewest and the most
 LAYOUTS = ("sentence first", "picture first")
@@ -119,6 +121,16 @@ def examined(world: object, index: int) -> Sample:
 def last(page: Sample, shots: int) -> Sample:
     """The page's last question, and so many shots before it."""
     return replace(page, images=page.images[-shots - 1:], turns=page.turns[-shots - 1:])
+
+
+def exams(episodes: Sequence[Sample]) -> list[Exam]:
+    """The same episodes with each number of shots, and of some numbers the controls: "4", "4/no images", "4/text only"."""
+    found = []
+    for shots in SHOTS:
+        asked = [last(page, shots) for page in episodes]
+        changed = {f"{shots}/{name}": [change(s) for s in asked] for name, change in CONTROLS.items() if shots in CONTROLLED}
+        found += [Exam(name, samples, ("fewshot",), room=ONE_WORD) for name, samples in {str(shots): asked, **changed}.items()]
+    return found
 
 
 def _with_others(pair: tuple, n: int, rng: Random, pairs: tuple) -> list[tuple]:
