@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 IMAGE = "<image>"
-REAL = ("pairs", "captions", "conversations", "prompted", "texts")  # what a stage may read of a person's records, see records.py
+REAL = ("pairs", "captions", "conversations", "prompted", "texts", "pages")  # what a stage may read of a person's records, see records.py
 
 
 def unmarked(text: str) -> str:
