@@ -104,13 +104,13 @@ def test_a_page_whose_picture_is_missing_is_left_out_as_elsewhere(tmp_path):
     assert len(everything(source, "pages")) == 4 and len(source.skipped) == 2
 
 
-def test_pictures_that_m3w_would_not_have_are_taken_out_and_counted(tmp_path, capsys):
+def test_pictures_that_m3w_would_not_have_are_taken_out_and_counted(tmp_path):
     """A side below 64 pixels, or more than three times as long as the other; the bounds themselves may stay."""
     for name, size in {"small": (63, 90), "thin": (64, 193), "least": (64, 64), "longest": (64, 192)}.items():
         photo(tmp_path / f"{name}.png", len(name), size)
     names = ["small", "least", "thin", "longest"]
     row = {"texts": [text for name in names for text in (None, f"after {name}")], "images": [x for name in names for x in (f"{name}.png", None)]}
-    found = scan(lines(tmp_path / "pages.jsonl", row, {"text_list": ["x"]}))
+    found = scan(lines(tmp_path / "pages.jsonl", row, *({"text_list": [text]} for text in "xy")))
     page = found.samples[0]
     assert [path.stem for path in page.images] == ["least", "longest"] and found.problems == []
     assert page.turns == (Turn("", "after small"), Turn(IMAGE, "after least\nafter thin"), Turn(IMAGE, "after longest"))
