@@ -66,11 +66,15 @@ LM_TINY = Recipe(
 
 # Flamingo's, which has read pages: it goes on from lm/tiny, which learned next to nothing of names that only the page explains.
 # What it has to find, a thing and what stands behind it, it finds at once where nothing stands between (`plain_names`).
+# Then it reads the texts of pages and of pairs: who has never met them holds what stands behind a picture for impossible, so firmly
+# that the gated layers learn to shout instead of to look.
 OTHERS = {name: weight * 25 / sum(ALONE.values()) for name, weight in ALONE.items()}
 LM_TINY_PAGES = replace(
     LM_TINY, name="lm/tiny-pages",
     stages=(replace(LM_TINY.stages[0], name="lm-pages", data={"names": 35, "long names": 25, "plain names": 10, "shots": 5, **OTHERS},
-                    lessons=((0.35, {"plain names": 75, **OTHERS}),), init=(("language", "lm/tiny:language"),), steps=2_400, lr=1e-3),))
+                    lessons=((0.35, {"plain names": 75, **OTHERS}),), init=(("language", "lm/tiny:language"),), steps=2_400, lr=1e-3),
+            replace(LM_TINY.stages[0], name="lm-texts", data={"page texts": 40, "names": 30, "long names": 15, **OTHERS}, lessons=(),
+                    steps=600, lr=5e-4)))
 
 # An encoder reads what is told before all else, so there are no pages; whatever it is asked, it is asked in one format.
 LM_TINY_T5 = replace(

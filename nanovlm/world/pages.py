@@ -86,6 +86,12 @@ def plain_names(world: object, scene: Scene, rng: Random, pairs: tuple) -> Sampl
     return Sample("", told=told, turns=tuple(replace(turn, answer=f" {turn.answer}") for turn in turns), format="pages")
 
 
+def page_text(world: object, scene: Scene, rng: Random, pairs: tuple) -> Sample:
+    """A web page or a pair without its pictures: what a language model has read before it sees, as Chinchilla has read the web."""
+    page = (web_page if rng.random() < 0.5 else pair)(world, scene, rng, pairs)
+    return replace(page, images=(), turns=tuple(replace(turn, question="") for turn in page.turns))
+
+
 def told_shots(world: object, scene: Scene, rng: Random, pairs: tuple) -> Sample:
     turns, told = shots([scene, *(world.scene(rng, pairs) for _ in range(rng.choice((0, 0, 1, 2))))], rng)
     return Sample("", told=told, turns=turns, format="flamingo")
