@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -36,10 +36,12 @@ def trained_before(name: str, last: int, seed: int) -> tuple[Setting, dict[str, 
 
 
 def learn(recipe: Recipe, stage: Stage, samples: Samples, seed: int, tokenizer: Tokenizer, finished: dict[str, State],
-          after: Callable[[nn.Module, Report], None] = lambda model, report: None) -> nn.Module:
-    """The recipe's model after this stage; `finished` has the stages before it. after: called at every step."""
+          after: Callable[[nn.Module, Report], None] = lambda model, report: None,
+          prepare: Callable[[nn.Module], None] = lambda model: None) -> nn.Module:
+    """The recipe's model after this stage; `finished` has the stages before it. after: called at every step; prepare: before them."""
     model = initial_model(recipe, stage, seed, finished)
     freeze(model, stage.trains)
+    prepare(model)
     batches = MicroBatches(samples, stage, seed, make_collate(recipe, stage, tokenizer, model.reads))
     for report in train_stage(model, stage, stream(batches, 0, CPU), make_optimiser(model, stage), CPU):
         if report.step % 200 == 0:
@@ -47,6 +49,11 @@ def learn(recipe: Recipe, stage: Stage, samples: Samples, seed: int, tokenizer: 
             print(f"    {stage.name} {report.step}/{stage.steps}: {told}", flush=True)
         after(model, report)
     return model
+
+
+def spread(values: Sequence[float]) -> str:
+    """The mean, and from the lowest to the highest."""
+    return f"{sum(values) / len(values):.2f} ({min(values):.2f}–{max(values):.2f})"
 
 
 def machine() -> str:
