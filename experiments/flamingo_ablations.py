@@ -134,10 +134,6 @@ ARMS: dict[str, tuple[Callable[[Stage], Stage], Callable[[Flamingo], None]]] = {
 }
 
 
-def timeless(recipe: Recipe) -> Recipe:
-    return replace(recipe, config=replace(recipe.config, resampler=replace(recipe.config.resampler, frames=0)))
-
-
 class Trial:
     """One arm of one seed: its model, trained, and all that is measured."""
 
