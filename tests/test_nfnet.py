@@ -1,6 +1,8 @@
 """NFNet against timm's, and what keeps its signal in bounds; adaptive clipping against a slow loop; the CLIP that is made of it."""
 
+import importlib.util
 from dataclasses import replace
+from types import ModuleType
 
 import pytest
 import torch
@@ -34,6 +36,19 @@ def awake(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 # ---- timm's, an independent implementation
+
+LIBRARY: list[torch.library.Library] = []
+OPERATORS = ("_deform_conv2d_backward _ps_roi_align_backward _ps_roi_pool_backward _roi_align_backward _roi_pool_backward deform_conv2d nms "
+             "ps_roi_align ps_roi_pool qnms qroi_align roi_align roi_pool").split()
+
+
+def timm(module: str) -> ModuleType:
+    """torchvision, which timm imports, was built for another torch: the operators that it misses are declared, and nobody calls them."""
+    if not LIBRARY and importlib.util.find_spec("torchvision"):
+        LIBRARY.append(torch.library.Library("torchvision", "FRAGMENT"))
+        for name in OPERATORS:
+            LIBRARY[0].define(f"{name}(Tensor x) -> Tensor")
+    return pytest.importorskip(f"timm{module}", reason="timm is not installed, see requirements-dev.txt")
 
 NAMES = {"downsample.conv": "shortcut", "conv1": "residual.0", "conv2": "residual.2", "conv2b": "residual.4", "conv3": "residual.6",
          "attn_last.fc1": "residual.7.down", "attn_last.fc2": "residual.7.up"}
@@ -75,7 +90,7 @@ def as_released(theirs: nn.Module, activation: str = "gelu") -> nn.Module:
 @pytest.mark.parametrize("size", [(64, 64), (61, 95), (33, 34)])
 def test_equals_timms(activation, size):
     """Grids of even and odd sides, at which SAME padding and the pooled shortcut round up."""
-    nfnet = pytest.importorskip("timm.models.nfnet", reason="timm is not installed, see requirements-dev.txt")
+    nfnet = timm(".models.nfnet")
     config = nfnet.NfCfg(depths=SMALL.depths, channels=SMALL.widths, stem_type="deep_quad", stem_chs=64, group_size=8, extra_conv=True,
                          gamma_in_act=True, same_padding=True, skipinit=True, num_features=56, attn_layer="se",
                          attn_kwargs={"rd_ratio": 0.5}, act_layer="relu" if activation == "relu" else "gelu")
@@ -93,8 +108,7 @@ def test_equals_timms(activation, size):
 
 
 def test_f0_equals_timms_at_its_full_size():
-    timm = pytest.importorskip("timm", reason="timm is not installed, see requirements-dev.txt")
-    theirs = as_released(awake(timm.create_model("dm_nfnet_f0"), 2))
+    theirs = as_released(awake(timm("").create_model("dm_nfnet_f0"), 2))
     model = NFNet(replace(nfnet_f(0, classes=1000), activation="gelu")).eval()
     same_weights(theirs, model)
     with torch.no_grad():
@@ -103,7 +117,7 @@ def test_f0_equals_timms_at_its_full_size():
 
 
 def test_adaptive_clipping_equals_timms():
-    agc = pytest.importorskip("timm.utils.agc", reason="timm is not installed, see requirements-dev.txt")
+    agc = timm(".utils.agc")
     for parameter in some_parameters():
         copy = nn.Parameter(parameter.detach().clone())
         copy.grad = parameter.grad.clone()
