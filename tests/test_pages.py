@@ -2,6 +2,7 @@
 
 from collections import Counter
 from hashlib import blake2b
+from itertools import pairwise
 from random import Random
 
 import numpy as np
@@ -80,7 +81,7 @@ def test_the_ceiling_of_the_exam(scenes):
 
 def test_the_same_episodes_with_fewer_shots():
     exams = Scenes().exams(("fewshot",), 6)
-    for few, many in zip(exams, exams[1:]):
+    for few, many in pairwise(exams):
         for one, two in zip(few.samples, many.samples):
             assert one.turns == two.turns[-len(one.turns):] and one.images == two.images[-len(one.images):] and one.id == two.id
     assert exams[3].samples == Scenes(seed=5).exams(("fewshot",), 6)[3].samples
