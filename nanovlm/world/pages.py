@@ -68,7 +68,7 @@ def shots(scenes: list[Scene], rng: Random, kind: str = "") -> Page:
 # ---- as samples. world: Scenes, which draws scenes and pictures of them
 
 def told_names(most: int) -> Callable:
-    """Things with their names: two on the shortest page, `most` and one more on the longest."""
+    """Things with their names: two shots on the shortest page, `most` and one more on the longest; then comes what is asked."""
     def make(world: object, scene: Scene, rng: Random, pairs: tuple) -> Sample:
         turns, told = names(rng, rng.randint(2, most + 1))
         return Sample("", told=told, turns=turns, format="flamingo")
