@@ -171,6 +171,18 @@ def test_documents_that_share_a_picture_stay_on_one_side(tmp_path):
     assert source.size("pages", "val") == 4 + 2
 
 
+def test_check_counts_documents_their_pictures_and_clips(tmp_path, capsys):
+    for i in range(4):
+        photo(tmp_path / f"{i}.png", 30 * i, (80, 70 - 5 * i))
+    rows = [{"texts": ["title", None], "images": [None, f"{i}.png"]} for i in range(4)] + [{"text_list": [f"text {i}"]} for i in range(3)]
+    rows += [{"frames": ["0.png", "1.png"], "caption": f"it moves {i}"} for i in range(3)] + [{"texts": [], "images": []}]
+    assert main([str(lines(tmp_path / "pages.jsonl", *rows)), "--model", "clip"]) == 1
+    printed = capsys.readouterr().out
+    assert "pages: documents" in printed and "documents 7, with 3 pictures, 4 without any" in printed
+    assert "clips     3, of 2 to 2 frames" in printed and "left out  1 pictures of pages; the first is pages.jsonl line 4: 3.png" in printed
+    assert "pages.jsonl line 11: the page is empty" in printed
+
+
 # ---- shards
 
 
@@ -284,7 +296,7 @@ def test_clips_in_a_table(tmp_path):
 
 
 @pytest.mark.skipif(not (SHARED / "recipes").is_dir(), reason="../shared/data/recipes is not on this machine")
-def test_recipes(capsys):
+def test_recipes():
     found = scan(SHARED / "recipes")
     assert (found.name, found.kind, found.problems, found.left_out) == ("recipes", "documents", [], [])
     assert (found.splits.count("train"), found.splits.count("val")) == (167, 30)
@@ -297,6 +309,3 @@ def test_recipes(capsys):
     pages = everything(source, "pages")
     assert sum(not page.images for page in pages) == 60 and sum(len(page.images) for page in pages) == 161
     assert {"½", "°", "🍔"} <= set("".join(turn.answer for page in pages for turn in page.turns))
-    assert main([str(SHARED / "recipes"), "--model", "clip"]) == 1  # it learns from pairs, and documents are none
-    printed = capsys.readouterr().out
-    assert "documents 197, with 161 pictures, 60 without any" in printed and "no usable record of split train fits the view pairs" in printed
