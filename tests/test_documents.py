@@ -178,8 +178,8 @@ def test_check_counts_documents_their_pictures_and_clips(tmp_path, capsys):
     rows += [{"frames": ["0.png", "1.png"], "caption": f"it moves {i}"} for i in range(3)] + [{"texts": [], "images": []}]
     assert main([str(lines(tmp_path / "pages.jsonl", *rows)), "--model", "clip"]) == 1
     printed = capsys.readouterr().out
-    assert "pages: documents" in printed and "documents 7, with 3 pictures, 4 without any" in printed
-    assert "clips     3, of 2 to 2 frames" in printed and "left out  1 pictures of pages; the first is pages.jsonl line 4: 3.png" in printed
+    assert "pages: documents" in printed and "documents 7, with 2 pictures, 5 without any" in printed
+    assert "clips     3, of 2 to 2 frames" in printed and "left out  2 pictures of pages; the first is pages.jsonl line 3: 2.png" in printed
     assert "pages.jsonl line 11: the page is empty" in printed
 
 
