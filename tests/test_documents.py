@@ -248,9 +248,9 @@ def test_a_damaged_shard_is_one_sentence(tmp_path, damage, said):
     ({"a.json": json.dumps({"texts": ["x", None], "images": [None, "../b.png"]}).encode()}, "the picture ../b.png is missing in the shard"),
     ({"a.json": json.dumps({"texts": ["x", None], "images": [None, "/etc/hostname"]}).encode()}, "the picture /etc/hostname is missing in the shard")])
 def test_what_is_wrong_in_a_shard_is_named(tmp_path, members, said):
-    photo(tmp_path.parent / "b.png")
+    photo(tmp_path / "b.png")  # above the shard: no name leads there
     with pytest.raises(UserError, match=f"x.tar: x.tar/{said}" if said[1] == ":" else said):
-        read(tar(tmp_path / "x.tar", members))
+        read(tar(tmp_path / "shards" / "x.tar", members))
 
 
 def test_links_in_a_shard_are_not_followed(tmp_path):
