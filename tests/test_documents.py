@@ -178,8 +178,8 @@ def test_check_counts_documents_their_pictures_and_clips(tmp_path, capsys):
     rows += [{"frames": ["0.png", "1.png"], "caption": f"it moves {i}"} for i in range(3)] + [{"texts": [], "images": []}]
     assert main([str(lines(tmp_path / "pages.jsonl", *rows)), "--model", "clip"]) == 1
     printed = capsys.readouterr().out
-    assert "pages: documents" in printed and "documents 7, with 3 pictures, 4 without any" in printed
-    assert "clips     3, of 2 to 2 frames" in printed and "left out  1 pictures of pages; the first is pages.jsonl line 4: 3.png" in printed
+    assert "pages: documents" in printed and "documents 7, with 2 pictures, 5 without any" in printed
+    assert "clips     3, of 2 to 2 frames" in printed and "left out  2 pictures of pages; the first is pages.jsonl line 3: 2.png" in printed
     assert "pages.jsonl line 11: the page is empty" in printed
 
 
@@ -248,9 +248,9 @@ def test_a_damaged_shard_is_one_sentence(tmp_path, damage, said):
     ({"a.json": json.dumps({"texts": ["x", None], "images": [None, "../b.png"]}).encode()}, "the picture ../b.png is missing in the shard"),
     ({"a.json": json.dumps({"texts": ["x", None], "images": [None, "/etc/hostname"]}).encode()}, "the picture /etc/hostname is missing in the shard")])
 def test_what_is_wrong_in_a_shard_is_named(tmp_path, members, said):
-    photo(tmp_path.parent / "b.png")
+    photo(tmp_path / "b.png")  # above the shard: no name leads there
     with pytest.raises(UserError, match=f"x.tar: x.tar/{said}" if said[1] == ":" else said):
-        read(tar(tmp_path / "x.tar", members))
+        read(tar(tmp_path / "shards" / "x.tar", members))
 
 
 def test_links_in_a_shard_are_not_followed(tmp_path):
