@@ -218,7 +218,7 @@ def test_shards_are_read_where_they_lie(shards):
         "00000.tar/000", "00000.tar/001", "00000.tar/deep/003", "00001.tar/one.json", "00001.tar/two.json"}
     assert pages["00001.tar/one.json"].turns == OF_OBELICS
     assert [image.getpixel((0, 0))[0] for image in pages["00001.tar/one.json"].images] == [90, 120]
-    assert {page.caption for page in pages.values()} == {"a hat", "a shoe", "ein Schuh, größer", ""}
+    assert {page.caption for page in pages.values()} == {"a hat", "a shoe", "ein Schuh, größer", "The title", "One sentence."}
     assert sorted(shards.rglob("*")) == before, "nothing is unpacked"
     only = scan(shards / "00001.tar")
     assert (only.name, only.kind, len(only.samples), only.problems) == ("00001", "documents", 2, [])
@@ -306,6 +306,8 @@ def test_recipes():
         assert "\n".join(turn.answer for turn in page.turns if turn.answer) == "\n".join(text for text in row["texts"] if text)
     source = read(SHARED / "recipes")
     assert (source.size("pages", "train"), source.size("pages", "val")) == (167, 30) == (source.size("texts", "train"), source.size("texts", "val"))
+    assert (source.size("pairs", "train"), source.size("pairs", "val"), source.size("conversations", "train")) == (101, 20, 0)
+    assert "Apple Pie" in {pair.caption for pair in everything(source, "pairs")}
     pages = everything(source, "pages")
     assert sum(not page.images for page in pages) == 60 and sum(len(page.images) for page in pages) == 161
     assert {"½", "°", "🍔"} <= set("".join(turn.answer for page in pages for turn in page.turns))
