@@ -48,7 +48,7 @@ NEIGHBOURS = {("qformer", "bert")}  # who may import whom on floor 1
 PAPERS = ["clip", "language_model", "masked_language_model", "blip", "blip_downstream", "flamingo", "blip2", "llava", "instructblip"]  # use earlier ones
 # lines of code, so that no wing eats what another saves; the design wants data 1,000, training 450 and runs 480.
 # The world has grown by InstructBLIP's eleven groups of tasks, Flamingo's pages and clips and BLIP's noisy web, training by what it draws from, runs by what is shipped.
-BUDGET = {"world": 1_420, "data": 1_520, "making": 725, "training": 480, "runs": 1_000, "evaluate": 230, "hub": 600}
+BUDGET = {"world": 1_420, "data": 1_520, "making": 725, "training": 480, "runs": 1_000, "evaluate": 230, "hub": 660}
 
 
 def allowed(importer: Sequence[str], imported: Sequence[str]) -> bool:
