@@ -272,6 +272,8 @@ def test_a_page_opens_with_its_first_picture():
     assert opening(page).turns == page.turns[:2] and opening(page).images == page.images[:1]
     text = Sample("text", turns=(Turn("what?", "no"), Turn("sure?", "yes")))
     assert opening(text).turns == text.turns[:1]
+    pair = Sample("pair", (picture(1),), "a cat")
+    assert opening(pair) is pair
 
 
 # ---- emoji by a stranger
