@@ -32,8 +32,8 @@ def trained_before(name: str, last: int, seed: int) -> tuple[Setting, dict[str, 
     world = world_of(recipe, seed)
     setting = Setting(recipe, seed, CPU, world, find_tokenizer(recipe, world, seed))
     later = [Job(recipe, stage) for stage in recipe.stages[-last:]]
-    before = dict.fromkeys(other for job in later for other in needs(job, setting) if other not in later)
-    return setting, {job.stage.name: weights_after(job, setting, Cache(setting)) for job in before}
+    before = {other.stage.name: other for job in later for other in needs(job, setting) if other not in later}
+    return setting, {name: weights_after(job, setting, Cache(setting)) for name, job in before.items()}
 
 
 def learn(recipe: Recipe, stage: Stage, samples: Samples, seed: int, tokenizer: Tokenizer, finished: dict[str, State],
