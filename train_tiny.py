@@ -13,7 +13,7 @@ from nanovlm.runs.run import Options, run
 from nanovlm.training.loop import TrainingFailed
 
 MODELS = [name.removesuffix("/tiny") for name in recipes.names() if name.endswith("/tiny") and name not in recipes.BACKBONES]
-PLANNED = ("flamingo", "instructblip")
+PLANNED = ("instructblip",)
 
 EXAMPLES = """examples:
   python train_tiny.py --model llava                                the whole of it, on the embedded world

@@ -1,6 +1,6 @@
 """How good are the backbones that the embedded world's recipes freeze? Each is judged by what the papers will ask of it.
 
-    clip/tiny              pictures and captions that find each other; what a linear probe reads in its patches (encoder_probe.py)
+    clip/tiny, nfnet-clip/tiny   pictures and captions that find each other; what a linear probe reads in its patches (encoder_probe.py)
     lm/tiny, lm/tiny-t5    questions about scenes that are told in words, in the forms of all six papers; pages of examples
     any other              by the exams that its stage names in `evaluate`
 

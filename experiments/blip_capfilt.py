@@ -126,21 +126,17 @@ def table(result: dict) -> str:
     runs = result["runs"]
     lines = [f"| learned from | {' | '.join(FIGURES)} |", "|---" * (len(FIGURES) + 1) + "|"]
     for arm in ARMS:
-        cells = [spread([run["figures"][arm][name]["value"] for run in runs]) for name in FIGURES]
+        cells = [seeds.spread([run["figures"][arm][name]["value"] for run in runs]) for name in FIGURES]
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     known = [name for name in runs[0]["texts"]["both"] if name != "web dropped"]
     lines += ["", f"| texts of | {' | '.join(known)} |", "|---" * (len(known) + 1) + "|"]
     for arm in MADE:
-        lines.append(f"| {arm} | {' | '.join(spread([run['texts'][arm][name] for run in runs]) for name in known)} |")
+        lines.append(f"| {arm} | {' | '.join(seeds.spread([run['texts'][arm][name] for run in runs]) for name in known)} |")
     kinds = list(runs[0]["texts"]["both"]["web dropped"])
     lines += ["", f"| of the web's texts dropped | {' | '.join(kinds)} |", "|---" * (len(kinds) + 1) + "|"]
     for arm in ("both", "shared"):
-        lines.append(f"| {arm} | {' | '.join(spread([run['texts'][arm]['web dropped'][kind] for run in runs]) for kind in kinds)} |")
+        lines.append(f"| {arm} | {' | '.join(seeds.spread([run['texts'][arm]['web dropped'][kind] for run in runs]) for kind in kinds)} |")
     return "\n".join(lines)
-
-
-def spread(values: Sequence[float]) -> str:
-    return f"{sum(values) / len(values):.2f} ({min(values):.2f}–{max(values):.2f})"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What stands in an encoder's patch tokens? A linear probe for each fact of the embedded world.
 
     picture ─► vision, up to the block that LLaVA reads, class token dropped ─► 4 × 4 tokens ─► 4 cells of 2 × 2 tokens
+    or an NFNet's last stage, as Flamingo reads it                           ─► 6 × 6 tokens ─► 4 cells of 3 × 3 tokens
                                                                                                  │
     colour  shape  size  place  sign  tens  ones  ◄── softmax of one linear map each ◄── cell (4·D) ─ the same maps for all cells
 
@@ -24,6 +25,7 @@ from torch.nn import functional as F
 
 from nanovlm.data.sample import Sample
 from nanovlm.evaluate.pupil import Pupil, chunks
+from nanovlm.nfnet import NFNet
 from nanovlm.recipes.llava import TINY as LLAVA
 from nanovlm.vit import ViT
 from nanovlm.world.scene import (
@@ -90,8 +92,10 @@ def held_out_numbers(n: int) -> list[Scene]:
     return [random_scene(Random(f"val/number/{i}"), PAIRS, including=HELD_OUT, signs=1.0, texts=NUMBERS) for i in range(n)]
 
 
-def patches(vision: ViT) -> Callable[[Tensor], Tensor]:
-    """What LLaVA's projector is given: images (B, 3, h, w) → tokens (B, N, D)."""
+def patches(vision: ViT | NFNet) -> Callable[[Tensor], Tensor]:
+    """What a bridge is given: images (B, 3, h, w) → tokens (B, N, D). Of a ViT what LLaVA reads, of an NFNet its last stage."""
+    if isinstance(vision, NFNet):
+        return vision
     depth = vision.config.layers + 1 + LLAVA.config.feature_layer
     return lambda images: vision(images, depth=depth)[:, 1:]
 

@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from nanovlm import recipes
 from nanovlm.recipes.stage import Recipe, Stage, resolve
 from nanovlm.runs.cache import Cache
 from nanovlm.runs.run import versions, weights_after
-from nanovlm.runs.setting import Job, Setting, plan, world_of
+from nanovlm.runs.setting import Job, Setting, needs, world_of
 from nanovlm.runs.shipped import find_tokenizer
 from nanovlm.tokenizer import Tokenizer
 from nanovlm.training.batches import MicroBatches, Samples, make_collate, stream
@@ -27,19 +27,22 @@ CPU = torch.device("cpu")
 
 
 def trained_before(name: str, last: int, seed: int) -> tuple[Setting, dict[str, State]]:
-    """Of a recipe that has yet to train its `last` stages: world and tokenizer, and the weights of all stages before, by name."""
+    """Of a recipe that has yet to train its `last` stages: world and tokenizer, and the weights that these begin with, by name."""
     recipe = resolve(recipes.get(name), real=False)
     world = world_of(recipe, seed)
     setting = Setting(recipe, seed, CPU, world, find_tokenizer(recipe, world, seed))
-    before = plan(Job(recipe, recipe.stages[-1]), setting)[:-last]
-    return setting, {job.stage.name: weights_after(job, setting, Cache(setting)) for job in before}
+    later = [Job(recipe, stage) for stage in recipe.stages[-last:]]
+    before = {other.stage.name: other for job in later for other in needs(job, setting) if other not in later}
+    return setting, {name: weights_after(job, setting, Cache(setting)) for name, job in before.items()}
 
 
 def learn(recipe: Recipe, stage: Stage, samples: Samples, seed: int, tokenizer: Tokenizer, finished: dict[str, State],
-          after: Callable[[nn.Module, Report], None] = lambda model, report: None) -> nn.Module:
-    """The recipe's model after this stage; `finished` has the stages before it. after: called at every step."""
+          after: Callable[[nn.Module, Report], None] = lambda model, report: None,
+          prepare: Callable[[nn.Module], None] = lambda model: None) -> nn.Module:
+    """The recipe's model after this stage; `finished` has the stages before it. after: called at every step; prepare: before them."""
     model = initial_model(recipe, stage, seed, finished)
     freeze(model, stage.trains)
+    prepare(model)
     batches = MicroBatches(samples, stage, seed, make_collate(recipe, stage, tokenizer, model.reads))
     for report in train_stage(model, stage, stream(batches, 0, CPU), make_optimiser(model, stage), CPU):
         if report.step % 200 == 0:
@@ -47,6 +50,11 @@ def learn(recipe: Recipe, stage: Stage, samples: Samples, seed: int, tokenizer: 
             print(f"    {stage.name} {report.step}/{stage.steps}: {told}", flush=True)
         after(model, report)
     return model
+
+
+def spread(values: Sequence[float]) -> str:
+    """The mean, and from the lowest to the highest."""
+    return f"{sum(values) / len(values):.2f} ({min(values):.2f}–{max(values):.2f})"
 
 
 def machine() -> str:

@@ -132,7 +132,7 @@ class Decoder(nn.Module):
         for i, block in enumerate(self.blocks):
             if before_block is not None:
                 x = before_block(i, x, cache)
-            if self.checkpointing and self.training:
+            if self.checkpointing and torch.is_grad_enabled():  # a frozen one in eval(), too: what stands before it may learn
                 x = checkpoint(block, x, bias, rope, use_reentrant=False)
             else:
                 x = block(x, bias, rope, None if cache is None else cache[i], maps)

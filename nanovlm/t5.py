@@ -162,7 +162,7 @@ class Stack(nn.Module):
     def forward(self, x: Tensor, bias: Tensor, memory: Tensor | None = None, memory_mask: Tensor | None = None,
                 cache: KVCache | None = None, maps: list | None = None, checkpointing: bool = False) -> Tensor:
         for i, block in enumerate(self.blocks):
-            if checkpointing and self.training:
+            if checkpointing and torch.is_grad_enabled():  # a frozen one in eval(), too
                 x = checkpoint(block, x, bias, memory, memory_mask, use_reentrant=False)
             else:
                 caches = (None, None) if cache is None else (cache[i], cache["cross", i])

@@ -89,7 +89,7 @@ def test_pictures_take_places_only_where_they_stand_among_words():
             reads = recipe.build(stage).reads
         got[name] = reads.kind, reads.image_tokens, reads.tiling is not None, reads.question, reads.matches, reads.wrong_captions
     pairs, talk = ("pairs", 0, False, False), ("conversations", 16, False, False, False, False)
-    assert got["clip/tiny@clip"] == (*pairs, False, True)
+    assert got["clip/tiny@clip"] == got["nfnet-clip/tiny@nfnet"] == (*pairs, False, True)
     assert got["blip2/tiny@stage1"] == got["blip2/tiny-retrieval@retrieval"] == (*pairs, True, False)
     assert got["blip2/tiny@stage2"] == got["blip2/tiny-caption@caption"] == ("conversations", 0, *[False] * 4)
     assert got["blip2/tiny-vqa@vqa"] == ("conversations", 0, False, True, False, False)
@@ -99,6 +99,7 @@ def test_pictures_take_places_only_where_they_stand_among_words():
     assert got["blip/tiny@captioner"] == ("conversations", 0, *[False] * 4)
     assert got["blip/tiny-vqa@vqa"] == got["blip/tiny-caption@caption"] == ("conversations", 0, *[False] * 4)
     assert got["blip/tiny-nlvr2@nlvr2"] == ("statements", 0, *[False] * 4)
+    assert got["flamingo/tiny@pages"] == got["flamingo/tiny-vqa@vqa"] == ("pages", 1, *[False] * 4)
     assert got["bert/tiny@bert"] == ("masked", 0, *[False] * 4)
     assert got["lm/tiny@lm"] == got["lm/tiny-t5@lm-t5"] == ("texts", 0, *[False] * 4)
 
@@ -125,6 +126,7 @@ def test_a_batch_made_by_what_it_reads_is_all_that_a_model_learns_from(tokenizer
     allowed = {"input_ids", "attention_mask"} | ({"images"} if model.reads.kind != "masked" else set())
     allowed |= {"text_group", "image_group"} if model.reads.kind == "pairs" else \
         {"choices", "truth"} if model.reads.kind == "statements" else {"labels"}
+    allowed |= {"frames", "backwards"} if model.reads.kind == "pages" else set()
     allowed |= {"image_sizes"} if model.reads.tiling else set()
     allowed |= {"qformer_input_ids", "qformer_attention_mask"} if model.reads.question else set()
     allowed |= {"negative_ids", "negative_mask"} if model.reads.wrong_captions else set()
@@ -140,7 +142,7 @@ def test_a_batch_made_by_what_it_reads_is_all_that_a_model_learns_from(tokenizer
     losses = model.losses(batch, gather)
     torch.manual_seed(1)
     again = twin.losses(batch)
-    compares = {"clip/tiny@clip": {"itc"}, "blip/tiny@filter": {"itc", "itm"}, "blip/tiny-retrieval@retrieval": {"itc", "itm"},
+    compares = {"clip/tiny@clip": {"itc"}, "nfnet-clip/tiny@nfnet": {"itc"}, "blip/tiny@filter": {"itc", "itm"}, "blip/tiny-retrieval@retrieval": {"itc", "itm"},
                 "blip/tiny@pretrain": {"itc", "itm", "lm"}, "blip/tiny@retrain": {"itc", "itm", "lm"}}
     assert set(losses) == (compares.get(name, {"itc", "itm", "itg"}) if model.whole_batch else
                            {{"masked": "mlm", "statements": "truth"}.get(model.reads.kind, "lm")})

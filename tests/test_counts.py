@@ -10,6 +10,7 @@ from nanovlm import recipes
 from nanovlm.bert import BERT_BASE
 from nanovlm.data.conversation import find_format
 from nanovlm.decoder import OPT_2_7B, OPT_6_7B, VICUNA_7B, VICUNA_13B, Decoder, DecoderConfig
+from nanovlm.nfnet import NFNet, nfnet_f
 from nanovlm.papers.blip import BLIP, BLIPConfig
 from nanovlm.t5 import FLAN_T5_XL, FLAN_T5_XXL, T5, T5Config
 from nanovlm.training.loop import freeze
@@ -223,6 +224,50 @@ def test_language_models(config: DecoderConfig, published: int):
 def test_encoder_decoders(config: T5Config, published: int):
     """FlanT5's head is its own; that of the first T5 (here "base", 220M in the paper) is its embedding."""
     assert count(on_meta(T5, config)) == published
+
+
+# flamingo.md §0 and §3: width and layers of the LM, gated layers; Table 5's LM, gated layers and total, in billions; exactly ours in all
+FLAMINGO = {"flamingo/3b": (2048, 24, 24, 1.4, 1.2, 3.2, 3_036_748_948), "flamingo/9b": (4096, 32, 8, 7.1, 1.6, 9.3, 8_622_093_428),
+            "flamingo/80b": (8192, 80, 12, 70, 10, 80, 73_648_759_932)}
+F6, FINAL_CONV, PRINTED_RESAMPLER = 435_286_116, 4_724_736, 194_000_000
+
+
+@pytest.mark.parametrize("name", FLAMINGO)
+def test_flamingo(name):
+    """Ours to the unit, and Table 5 by the paper's own parts: where ours has fewer, it is for a reason that is known."""
+    D, layers, gated, language_b, gated_b, total_b, total = FLAMINGO[name]
+    model = recipes.build(name)
+    norms, media = (2 * layers + 1) * D, 1536
+    language = 12 * D * D * layers + 32_000 * D + norms
+    assert count(model.language) == language
+    assert count(model.gated_xattn) == gated * (10 * D * D + 2 * media * D + 2 * 2 * D + 2)  # two maps from 1536, two norms, two gates
+    # 12·D² a layer, three norms; a last norm, 64 latents, 8 times. Table 5 has 194M, which no reading of Table 4 gives: keys and
+    # values that latents and features each have of their own make 14·D², 198M
+    assert count(model.resampler) == 6 * (12 * media * media + 3 * 2 * media) + 2 * media + (64 + 8) * media == 170_038_272
+    assert count(model.vision) == F6 and model.tags.numel() == 2 * D
+    assert count(model) == total == language + F6 + 170_038_272 + count(model.gated_xattn) + 2 * D
+    # the paper's LM has relative positions, a map more a layer; its gated layers read media that are as wide as the words
+    relative, wide = language - norms + D * D * layers, gated * 12 * D * D
+    print(f"{name}: LM {language / 1e9:.3f}B, with relative positions {relative / 1e9:.3f}B, published {language_b}B; gated "
+          f"{count(model.gated_xattn) / 1e9:.3f}B, reading {D}-wide media {wide / 1e9:.3f}B, published {gated_b}B; all {total / 1e9:.1f}B, published {total_b}B")
+    assert relative / 1e9 == pytest.approx(language_b, rel=0.02)
+    assert wide / 1e9 == pytest.approx(gated_b, rel=0.04)
+    assert (relative + wide + F6 + PRINTED_RESAMPLER) / 1e9 == pytest.approx(total_b, rel=0.01)
+
+
+def test_the_435_million_of_flamingos_eyes():
+    """F6 without its classifier; the last 1 × 1 convolution is counted, though Flamingo reads what is before it."""
+    eyes = nfnet_f(6, 320)
+    assert count(on_meta(NFNet, replace(eyes, classes=1000))) == 438_359_116
+    assert count(on_meta(NFNet, eyes)) == F6 == 438_359_116 - 3073 * 1000
+    assert count(on_meta(NFNet, replace(eyes, final=0))) == F6 - FINAL_CONV == 430_561_380
+
+
+def test_table_4_of_flamingo_contradicts_table_5():
+    """40 layers and 10 gated ones, as Table 4 says, are 8.9B and 2.0B, not the 7.1B and 1.6B of Table 5; 32 and 8 are (recipes/flamingo.py)."""
+    for layers, gated, fits in ((40, 10, False), (32, 8, True)):
+        found = 13 * 4096**2 * layers + 32_000 * 4096, gated * 12 * 4096**2
+        assert (found == pytest.approx((7.1e9, 1.6e9), rel=0.01)) == fits
 
 
 def test_nothing_of_the_published_sizes_is_allocated():

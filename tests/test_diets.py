@@ -33,11 +33,11 @@ def resolved(name: str, real: bool, steps: float) -> Stage:
 
 def drawn(samples: object, stage: Stage) -> list[tuple[float, str]]:
     """(how far the stage is, data set) of every sample of some steps, evenly spread, as its micro-batches have them."""
-    stage = replace(stage, accumulate=1)
     batches = MicroBatches(samples, stage, 0, lambda rows, rng: [(int(row.id.rsplit("/", 1)[1]), row.label) for row in rows if row.label])
     stride = max(1, stage.steps * stage.batch_size // VISITED)
     whole = stage.steps * stage.batch_size
-    return [(place / whole, name) for step in range(0, stage.steps, stride) for place, name in batches[step]]
+    return [(place / whole, name) for step in range(0, stage.steps, stride)
+            for micro in range(stage.accumulate) for place, name in batches[step * stage.accumulate + micro]]
 
 
 def judge(found: list[tuple[float, str]], stage: Stage) -> None:
@@ -46,8 +46,9 @@ def judge(found: list[tuple[float, str]], stage: Stage) -> None:
     for end, diet in (*stage.lessons, (1.0, stage.data)):
         part = Counter(name for fraction, name in found if begin <= fraction < end)
         assert set(part) <= set(diet), f"from {begin} to {end} of {stage.name}"
-        for name, weight in diet.items():
-            n, p = part.total(), weight / sum(diet.values())
+        shares = stage.portions or diet  # where losses are mixed, a weight is that of a loss
+        for name, weight in shares.items():
+            n, p = part.total(), weight / sum(shares.values())
             assert abs(part[name] - n * p) <= 5 * (n * p * (1 - p)) ** 0.5, (name, begin, end)
             assert part[name] > 0 or n * p <= 10, name
         assert part.total() / len(found) == pytest.approx(end - begin, abs=0.01 + stage.batch_size / (stage.steps * stage.batch_size))

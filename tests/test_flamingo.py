@@ -10,7 +10,7 @@ import torch
 from tools import bite, close, pad_mask, randn, random_ids
 from torch import Tensor
 
-from nanovlm import generation, masks
+from nanovlm import decoder, generation, masks
 from nanovlm.data.collate import window
 from nanovlm.decoder import llama
 from nanovlm.errors import UserError
@@ -252,6 +252,54 @@ def test_tags_behind_the_vocabulary_can_be_read_and_said():
     logits = said(model, batch)
     assert logits.shape[-1] == V + 2
     close(model.embed(torch.tensor([[V, V + 1]]))[0], model.tags)
+
+
+@pytest.mark.parametrize("ids", [(V, CLOSE), (IMAGE, V), (V + 1, V), (V + 3, V + 4)])
+def test_tags_are_both_words_or_both_behind_them(ids):
+    with pytest.raises(ValueError, match=f"{ids[0]} and {ids[1]}; either both are among the {V} words, or they are {V} and {V + 1}"):
+        build(image_id=ids[0], close_id=ids[1])
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision(autocast):
+    """Weights in bf16 under pictures in fp32, or fp32 weights under autocast: close to fp32, in training and in generation."""
+    model, batch = build(), page("wiwewiw", "iwwiwww", frames=2)
+    exact, labels = said(model, batch), random_ids(2, 7, 1, high=V)
+    model = model if autocast else model.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        got = said(model, batch)
+        model.losses({**batch, "labels": labels})["lm"][0].backward()
+        assert len(model.generate(batch, 3, [CLOSE], beams=3)) == 2
+    assert (got.float() - exact).abs().mean() < 0.1 * exact.std()
+    assert all(p.grad.isfinite().all() for name, p in model.named_parameters() if name.startswith(recipes.NEW))
+
+
+def test_the_frozen_language_model_is_checkpointed(monkeypatch):
+    """It is in eval(), but gradients go through it: each of its three blocks runs twice, and the gradients are the same."""
+    gradients, runs, forward = [], [], decoder.Block.forward
+    monkeypatch.setattr(decoder.Block, "forward", lambda block, *given: runs.append(block) or forward(block, *given))
+    for checkpointing in (False, True):
+        model = build()
+        freeze(model, recipes.NEW)
+        model.language.checkpointing = checkpointing
+        model.losses({**page("wiwewiw"), "labels": random_ids(1, 7, 1, high=V)})["lm"][0].backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    for plain, again in zip(*gradients, strict=True):
+        close(again, plain)
+    assert len(runs) == 3 + 2 * 3
+    assert model.generate(page("wiw"), 2, [CLOSE]).shape[1] <= 2 and len(runs) <= 9 + 2 * 3, "nothing is kept for a gradient that nobody wants"
+
+
+def test_candidates_are_scored_as_in_a_whole_page():
+    """A candidate may even bring a tag: what stands behind it has no image, and sees none."""
+    model, batch, candidates = build(), page(".wiwiw", "wwwiww", M=2), [[7, 9, CLOSE], [8, CLOSE], [IMAGE, 9, 6]]
+    got = generation.score_candidates(lambda: model.prefill(batch), model.step, candidates)
+    for j, candidate in enumerate(candidates):
+        ids = torch.tensor(candidate).expand(2, -1)
+        whole = batch | {"input_ids": torch.cat([batch["input_ids"], ids], 1),
+                         "attention_mask": torch.cat([batch["attention_mask"], torch.ones_like(ids, dtype=torch.bool)], 1)}
+        log_p = said(model, whole).log_softmax(dim=-1)[:, 5:-1].gather(-1, ids[..., None])
+        close(got[:, j], log_p.sum(dim=(1, 2)), 1e-4)
 
 
 # ---- one step, several data sets

@@ -292,6 +292,16 @@ def test_a_warning_is_said_once_and_kept_as_it_was_at_the_end(capsys):
     assert watch.warnings == ["tune: itm is 0.6359, a blind guess", "tune: bridge should learn but did not change"]
 
 
+def test_a_gate_that_is_shut_when_the_stage_ends_is_a_warning():
+    model = fakes.FakeVLM()
+    model.side_gate = torch.nn.Parameter(torch.zeros(()))
+    watch = Watch(model, fakes.stage(steps=20), None, torch.device("cpu"), 10, None, lambda step: None, list)
+    for step, kept in ((19, 0), (20, 1)):
+        watch.after(Report(step, {"lm": 1.0}, 0.1, 1.0, 1.0, {}))
+        assert len(watch.warnings) == kept
+    assert "still shut" in watch.warnings[0] and "side_gate" in watch.warnings[0]
+
+
 def test_the_first_sample_comes_soon_and_then_one_every_half_minute(monkeypatch):
     clock, shown = [0.0], []
     monkeypatch.setattr(watching.time, "monotonic", lambda: clock[0])

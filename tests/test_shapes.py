@@ -26,13 +26,16 @@ from nanovlm.evaluate import retrieval
 from nanovlm.evaluate.pupil import Pupil
 from nanovlm.generation import score_candidates
 from nanovlm.momentum import MomentumConfig
+from nanovlm.nfnet import NFNetConfig
 from nanovlm.papers.blip import BLIP, BLIPConfig
 from nanovlm.papers.blip2 import BLIP2, BLIP2Config, BLIP2Stage1
 from nanovlm.papers.blip_downstream import BLIPAnswerer, BLIPReasoner
 from nanovlm.papers.clip import CLIP, CLIPConfig
+from nanovlm.papers.flamingo import Flamingo, FlamingoConfig
 from nanovlm.papers.language_model import LanguageModel
 from nanovlm.papers.llava import LLaVA, LLaVAConfig
 from nanovlm.papers.masked_language_model import MaskedLanguageModel
+from nanovlm.perceiver_resampler import ResamplerConfig
 from nanovlm.qformer import QFormerConfig
 from nanovlm.t5 import T5Config
 from nanovlm.tiling import hd_tiling
@@ -66,6 +69,11 @@ def run_clip() -> None:
     model.losses(batch)
     model.score(batch["images"], ids(7, T), torch.ones(7, T, dtype=torch.bool))
     CLIP(CLIPConfig(imagenet_vit(28, 4, 26, 1, 2), model.config.text, 17)).vision(WIDE, maps=[])
+    nfnet = NFNetConfig(28, (1, 2), (12, 26), (1, 2), ((6, 2),), group_width=2, final=38, classes=7)
+    flamingos = CLIP(CLIPConfig(nfnet, BertConfig(VOCAB, 34, 2, 2, 41), 17, pool="mean", smoothing=0.1))
+    flamingos.losses(batch)
+    flamingos.vision.logits(WIDE)
+    flamingos.vision(WIDE)
 
 
 def run_language_model() -> None:
@@ -162,6 +170,21 @@ def run_blip_downstream() -> None:
     reasoner.generate(pairs, 3, [])
 
 
+def run_flamingo() -> None:
+    vision = NFNetConfig(28, (1, 2), widths=(12, 24), strides=(1, 2), stem=((6, 1), (8, 2)), group_width=3, final=31, classes=7)
+    config = FlamingoConfig(vision, ResamplerConfig(24, 2, 3, latents=5, frames=2), llama(VOCAB, width=30, layers=2, heads=3, ffn=37), VOCAB, VOCAB + 1)
+    model, input_ids, mask = Flamingo(config), ids(B, T), torch.ones(B, T, dtype=torch.bool)
+    input_ids[0, 1] = input_ids[0, 6] = input_ids[2, 3] = VOCAB
+    mask[1, 8:] = False
+    batch = {"images": torch.randn(B, 2, 4, 3, 28, 28), "frames": torch.tensor([[4, 1], [0, 0], [2, 0]]), "input_ids": input_ids, "attention_mask": mask}
+    model.train()(**batch, labels=input_ids, backwards=torch.tensor([True, False, True]), maps=[]).loss.backward()
+    model.losses(batch | {"labels": input_ids, "backwards": torch.tensor([True, False, True])})
+    answer(model.eval(), batch, beams=7)
+    model.vision.logits(torch.randn(B, 3, 20, 36))
+    eyes = CLIP(CLIPConfig(vision, BertConfig(VOCAB, width=34, layers=2, heads=2, ffn=37, max_positions=64), 17, pool="mean"))
+    eyes.score(torch.randn(B, 3, 28, 28), ids(7, T), torch.ones(7, T, dtype=torch.bool))
+
+
 def run_masked_language_model() -> None:
     model = MaskedLanguageModel(BertConfig(VOCAB, width=34, layers=2, heads=2, ffn=37, max_positions=64))
     input_ids, mask = ids(B, T), torch.ones(B, T, dtype=torch.bool)
@@ -196,6 +219,7 @@ def checker() -> ShapeChecker:
         run_blip()
         run_blip2()
         run_blip_downstream()
+        run_flamingo()
         run_masked_language_model()
         run_the_rest()
     return checker

@@ -271,6 +271,7 @@ def test_a_model_that_ignores_its_images_is_told_from_one_that_looks():
     assert vitals.image_warning(*vitals.image_use(seeing, batch)) is None
     assert "ignores" in vitals.image_warning(*vitals.image_use(blind, batch))
     assert vitals.image_use(seeing, {**batch, "images": batch["images"][:1]}) is None
+    assert vitals.image_use(seeing, {**batch, "frames": torch.zeros(8, 3)}) is None, "pages of text alone have nothing to exchange"
 
 
 def test_a_blind_guess():
@@ -304,3 +305,13 @@ def test_matching_that_sits_on_its_prior_is_named():
     assert "0.6361" in vitals.prior_warning({"itc": 2.0, "itm": 0.6361})
     assert vitals.prior_warning({"itm": 0.61}) is None and vitals.prior_warning({"lm": 0.6365}) is None
     assert vitals.guess("itm", {}, 100, 1) == pytest.approx(0.63651, abs=1e-5)
+
+
+def test_a_gate_that_stays_shut_is_named():
+    """Only one that should learn; one that opened the least bit, to either side, is not."""
+    model = nn.Module()
+    model.attention_gate, model.dense_gate, model.frozen_gate = (nn.Parameter(torch.tensor(value)) for value in (0.0, -0.002, 0.0))
+    model.frozen_gate.requires_grad_(False)
+    assert vitals.gate_warning(model) == "these gates are still shut (below 0.0001): attention_gate"
+    nn.init.constant_(model.attention_gate, 0.002)
+    assert vitals.gate_warning(model) is None and vitals.gate_warning(fresh()) is None

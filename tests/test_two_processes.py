@@ -60,6 +60,14 @@ def masked_batch(rows: list[int]) -> dict:
     return {"input_ids": ids.masked_fill(hidden, 1), "attention_mask": ids > 0, "labels": ids.masked_fill(~hidden, -100)}
 
 
+def page_batches(rows: list[int]) -> list[dict]:
+    """Two micro-batches, of pages and of pairs by number; of pages the even ones have two pictures, the odd ones none."""
+    made = examples(FLAMINGO, 12, seed=6)
+    return [collate(FLAMINGO, [made[first + row] for row in rows], "right") for first in (6, 0)]
+
+
+FLAMINGO = next(case for case in CASES if case.name == "flamingo")
+TWO_SETS = {"data": {"pages": 1.0, "pairs": 0.2}, "mixed": "losses", "accumulate": 2}
 BLIP_LEARNS = ("vision", "text_encoder", "image_projection", "text_projection", "match_head", "temperature", "text_decoder", "word_head")
 # build, what learns, batch by the numbers of its rows, how many rows; pairs of the first two meet across ranks
 OTHERS = {
@@ -67,6 +75,7 @@ OTHERS = {
     "blip2 stage 1": (lambda: BLIP2Stage1(blip2_config(text=19)), recipes.blip2.BRIDGE_1, stage1_batch, 4),
     "blip, all three": (lambda: build_blip(tasks=("itc", "itm", "lm")), BLIP_LEARNS, blip_batch, 4),
     "bert": (lambda: MaskedLanguageModel(BertConfig(V, 24, 2, 3, 34, max_positions=19, dropout=0.0)), ("bert", "word_head"), masked_batch, 6),
+    "flamingo, two sets": (FLAMINGO.build, FLAMINGO.stages[0], page_batches, 6),
 }
 
 
@@ -75,7 +84,8 @@ def share(case: Case | str, rank: int, world: int) -> tuple[nn.Module, tuple[str
     torch.manual_seed(4)
     if case in OTHERS:
         build, trains, batch, pairs = OTHERS[case]
-        return build(), trains, [batch(list(range(pairs))[rank::world])] * 3
+        made = batch(list(range(pairs))[rank::world])
+        return build(), trains, (made if isinstance(made, list) else [made]) * 3
     # the even ones have pictures and long answers, the odd ones none: rank 1 of 2 reads text only
     rows = examples(case, 12, seed=4)
     mixed = [row for pair in zip(rows[0:6:2], rows[7:12:2], strict=True) for row in pair]
@@ -86,7 +96,8 @@ def trained(case: Case | str, rank: int, world: int) -> tuple[dict, list[dict]]:
     model, trains, batches = share(case, rank, world)
     bite(model, 5)
     freeze(model, trains)
-    stage = Stage("both", trains, {"talk": 1}, steps=3, batch_size=6, lr=0.3, clip=1.0)
+    how = TWO_SETS if len(batches) > 3 else {"data": {"talk": 1}}
+    stage = Stage("both", trains, **how, steps=3, batch_size=6, lr=0.3, clip=1.0)
     # not AdamW: it takes a step of full size where a gradient is nothing but rounding
     optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     reports = list(train_stage(model, stage, batches, optimiser, CPU))
@@ -128,6 +139,7 @@ def test_two_processes_equal_one(case, two_processes):
 @image_cases
 def test_one_rank_has_only_text_where_the_model_reads_that(case):
     shares = [share(case, rank, 2)[2][0] for rank in (0, 1)]
-    assert [len(batch["images"]) for batch in shares] == [3, 3 if case.one_first else 0]
+    seen = [int((batch["frames"] > 0).sum()) if case.pages else len(batch["images"]) for batch in shares]
+    assert seen == [3, 3 if case.one_first else 0]
     counts = [int((batch["labels"] != -100).sum()) for batch in shares]
     assert counts[0] != counts[1]  # else a mean of means would pass too

@@ -16,13 +16,13 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from io import BytesIO
-from pathlib import Path
 
 import torch
 from PIL import Image
 from tqdm import tqdm
 
 from nanovlm import recipes
+from nanovlm.data.clips import files
 from nanovlm.data.collate import Collate
 from nanovlm.data.formats import Found, scan
 from nanovlm.data.records import Records
@@ -40,7 +40,7 @@ LISTED, SHOWN, BAR = 20, 3, 40  # problems listed, samples shown of a stage, cha
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m nanovlm.data.check", description="Say what a data set holds and what is broken in it.",
                                      epilog="example: python -m nanovlm.data.check my_pictures --model blip2")
-    parser.add_argument("path", help="a folder of pictures with a .txt beside each, a .jsonl, or a .json (COCO, LLaVA)")
+    parser.add_argument("path", help="a folder of pictures with a .txt beside each, a .jsonl, a .json (COCO, LLaVA, documents), or .tar shards")
     parser.add_argument("--model", default="llava", help="whose stages are to read it (default: llava), or a recipe such as llava/7b")
     options = parser.parse_args(argv)
     sys.stdout.reconfigure(errors="backslashreplace")  # a console may know no Chinese
@@ -60,6 +60,7 @@ def report(found: Found, recipe: Recipe) -> int:
     samples = [sample for sample, _ in usable]
     print(f"{found.name}: {found.kind}")
     describe(samples, copies)
+    print_pages(samples, found.left_out)
     try:
         records = Records(found.name, samples, [split for _, split in usable], on_missing="skip",
                           cache_side=recipes.shorter_side(recipe.name) * 4 // 3)
@@ -77,7 +78,7 @@ def report(found: Found, recipe: Recipe) -> int:
 def look_at_pictures(samples: Sequence[Sample]) -> tuple[Counter, list[str], dict[str, str]]:
     """Open every picture → (how often each content occurs, misleading file names, {record: why it is unreadable})."""
     copies, wrong_names, broken = Counter(), [], {}
-    paths = dict.fromkeys(path for sample in samples for path in sample.images)
+    paths = dict.fromkeys(path for sample in samples for entry in sample.images for path in files(entry))
     for path in tqdm(paths, desc="opening pictures", unit=" pictures", leave=False, disable=None):
         try:
             load_image(path, side=64)
@@ -86,11 +87,11 @@ def look_at_pictures(samples: Sequence[Sample]) -> tuple[Counter, list[str], dic
             wrong_names += wrong_name(path, content)
         except UserError as error:
             broken[path] = str(error)
-    unreadable = {sample.id: broken[path] for sample in samples for path in sample.images if path in broken}
+    unreadable = {sample.id: broken[path] for sample in samples for entry in sample.images for path in files(entry) if path in broken}
     return copies, wrong_names, unreadable
 
 
-def wrong_name(path: Path, content: bytes) -> list[str]:
+def wrong_name(path: object, content: bytes) -> list[str]:
     """A complaint if the file's ending names another kind of picture than its content is."""
     with Image.open(BytesIO(content)) as image:
         actual = "JPEG" if image.format == "MPO" else image.format  # MPO: a JPEG with a second picture behind it
@@ -101,7 +102,7 @@ def wrong_name(path: Path, content: bytes) -> list[str]:
 
 def describe(samples: Sequence[Sample], copies: Counter) -> None:
     """How much there is, and how long what there is to learn is: answers of conversations, references of captioned pictures."""
-    texts = Counter(text for sample in samples for text in ([turn.answer for turn in sample.turns] or sample.references))
+    texts = Counter(text for sample in samples for text in ([turn.answer for turn in sample.turns] or sample.references) if text)
     print(f"  records   {len(samples):,} usable, {sum(not sample.images for sample in samples):,} without a picture")
     print(f"  pictures  {copies.total():,} files, {len(copies):,} different")
     print(f"  texts     {texts.total():,}, {len(texts):,} different")
@@ -110,6 +111,18 @@ def describe(samples: Sequence[Sample], copies: Counter) -> None:
         for unit, length in (("words", lambda text: len(text.split())), ("characters", len)):
             print(f"\nlength of captions and answers in {unit}")
             print_histogram(map(length, texts.elements()))
+
+
+def print_pages(samples: Sequence[Sample], left_out: Sequence[str]) -> None:
+    """Of documents and clips how many pictures and frames they have."""
+    pages = [sample for sample in samples if sample.format == "pages"]
+    lengths = [len(entry) for sample in samples for entry in sample.images if isinstance(entry, tuple)]
+    if pages:
+        print(f"  documents {len(pages):,}, with {sum(len(page.images) for page in pages):,} pictures, {sum(not page.images for page in pages):,} without any")
+    if lengths:
+        print(f"  clips     {len(lengths):,}, of {min(lengths)} to {max(lengths)} frames")
+    for said in left_out[:1]:
+        print(f"  left out  {len(left_out):,} pictures of pages; the first is {said}")
 
 
 def print_histogram(values: Iterable[int]) -> None:

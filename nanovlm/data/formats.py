@@ -12,10 +12,13 @@ arXiv:2304.08485 and of docs/Finetune_Custom_Data.md of its code.
     a.jpg + a.txt, ...            one caption beside each picture, same name
     captions.jsonl / any .jsonl   {"image": "images/a.jpg", "caption": "a hat", "label": "hat", "split": "train"}
     COCO, VQAv2, ScienceQA .json  see benchmarks.py
+    documents .json, .jsonl       texts and pictures in turn, see documents.py: {"texts": ["a", null], "images": [null, "a.jpg"]}
+    shards, .tar or a folder      any of these and pairs, read where they lie, see shards.py
     LLaVA .json                   [{"id": "7", "image": "a.jpg", "conversations": [
                                     {"from": "human", "value": "<image>\\nhat?"}, {"from": "gpt", "value": "yes"}]}, ..]
                                    (what making/instruct.py makes also tells a "caption", and the "kind" of an answer)
 
+For "image" there may stand "clip", a folder of frames or a GIF that moves, or "frames", a list of paths: see clips.py.
 A "caption" may be a list: all of them count as right. Whether a table is one JSON value or one on each line, its content says.
 "<image>" means a picture in the questions of conversations only, elsewhere it is text like any other.
 """
@@ -31,22 +34,20 @@ from unicodedata import normalize
 
 from PIL import Image
 
+from nanovlm.data import documents
 from nanovlm.data.benchmarks import Noting, Row, published_reader
+from nanovlm.data.places import Missing, Places
 from nanovlm.data.records import Records
 from nanovlm.data.sample import IMAGE, Sample, Turn
+from nanovlm.data.shards import Shard
 from nanovlm.errors import UserError
 
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif"}
-PICTURE_FOLDERS = ("", "images", "train2014", "val2014", "train2017", "val2017")  # where a JSON's pictures usually lie
 WANTED = (
     'give a folder of pictures with a .txt beside each, a .jsonl of {"image", "caption"}, COCO captions JSON, '
-    "LLaVA conversations JSON, VQAv2's questions or ScienceQA's problems.json"
+    "LLaVA conversations JSON, VQAv2's questions, ScienceQA's problems.json, documents or .tar shards"
 )
 VIDEO = re.compile(r"\A<video>(?!.*</video>)|\n<video>\Z", re.DOTALL)  # at the edge of a question; inside it is talk about HTML
-
-
-class Missing(UserError):
-    """There is no picture that could be read: a record to leave out where --on-missing is "skip"."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class Found:
     samples: list[Sample] = field(default_factory=list)
     splits: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)  # pictures that are not fit for their page, which does without
 
     @contextmanager
     def noting(self, record: str) -> Iterator[None]:
@@ -79,14 +81,16 @@ class Found:
         except UserError as error:
             self.problems.append(Problem(record, str(error), isinstance(error, Missing)))
 
-    def take(self, rows: Iterable[Row], folder: Path) -> "Found":
-        """Make a sample of each row; `folder` is where they were read."""
-        places = Places(folder)
+    def take(self, rows: Iterable[Row], places: Places | Shard) -> "Found":
+        """Make a sample of each row; `places` is where their pictures lie."""
         for record, row in rows:
             with self.noting(record):
-                sample, split = _sample(record, row, places)
+                sample, split, left_out = _sample(record, row, places)
                 self.samples.append(sample)
                 self.splits.append(split)
+                self.left_out += left_out
+        if any(sample.turns for sample in self.samples):
+            self.kind = "documents" if any(sample.format == "pages" for sample in self.samples) else "conversations"
         return self
 
 
@@ -104,7 +108,7 @@ def read(path: str | Path, on_missing: str = "error", cache_side: int = 64) -> R
         more = f" ({len(stop) - 1} more: python -m nanovlm.data.check {path} lists them)" if len(stop) > 1 else ""
         raise UserError(f"{path}: {stop[0]}{more}.")
     skipped = [(problem.record, problem.reason) for problem in found.problems]
-    return Records(found.name, found.samples, found.splits, skipped, on_missing, cache_side)
+    return Records(found.name, found.samples, found.splits, skipped, on_missing, cache_side, found.left_out)
 
 
 def scan(path: str | Path) -> Found:
@@ -114,9 +118,11 @@ def scan(path: str | Path) -> Found:
         return _scan_folder(path)
     if not os.path.isfile(path):
         raise UserError(f"{path}: there is no such file or folder; {WANTED}.")
+    if path.suffix.lower() == ".tar":
+        return _scan_shards([path], path.stem)
     if path.suffix.lower() not in (".json", ".jsonl"):
-        raise UserError(f"{path}: this is neither a folder nor a .json or .jsonl file; {WANTED}.")
-    found = Found("captions", path.parent.resolve().name if path.name == "captions.jsonl" else path.stem)
+        raise UserError(f"{path}: this is neither a folder nor a .json or .jsonl file, nor a .tar; {WANTED}.")
+    found = Found("captions", path.parent.resolve().name if path.name in ("captions.jsonl", "documents.jsonl") else path.stem)
     text = _read_text(path, f"{path}: it")
     table = _whole_table(path, text)
     if table is None:
@@ -125,10 +131,7 @@ def scan(path: str | Path) -> Found:
         rows = ((f"{path.name} record {i}", row) for i, row in enumerate(table))
     else:
         rows = published_reader(table)(path, table, found.noting)
-    found.take(rows, path.parent)
-    if any(sample.turns for sample in found.samples):
-        found.kind = "conversations"
-    return found
+    return found.take(rows, Places(path.parent))
 
 
 # ---- what a path holds, row by row
@@ -144,7 +147,9 @@ def _scan_folder(folder: Path) -> Found:
                 or (_stem(file) in texts and file.suffix.lower() != ".txt" and _is_picture(file))]
     if any(_stem(picture) in texts for picture in pictures):
         found = Found("folder of pictures with texts", folder.resolve().name)
-        return found.take(_pairs(pictures, texts, found.noting), folder)
+        return found.take(_pairs(pictures, texts, found.noting), Places(folder))
+    if shards := [file for file in files if file.suffix.lower() == ".tar"]:
+        return _scan_shards(shards, folder.resolve().name)
     if len(tables) == 1:
         return scan(tables[0])
     if tables:
@@ -157,6 +162,15 @@ def _scan_folder(folder: Path) -> Found:
         raise UserError(f"{folder}: its pictures lie in a subfolder ({below.relative_to(folder)}); give the path of "
                         f"{below.parent}, with a .txt beside each picture.")
     raise UserError(f"{folder}: the folder holds no pictures with texts; {WANTED}.")
+
+
+def _scan_shards(files: list[Path], name: str) -> Found:
+    found = Found("pairs in shards", name)
+    for file in files:
+        with found.noting(file.name):
+            shard = Shard(file)
+            found.take(shard.rows(found.noting), shard)
+    return found
 
 
 def _pairs(pictures: list[Path], texts: dict[str, Path], noting: Noting) -> Iterator[Row]:
@@ -203,8 +217,8 @@ def _lines(file: Path, text: str, noting: Noting) -> Iterator[Row]:
 
 # ---- a row becomes a sample
 
-def _sample(record: str, row: object, places: "Places") -> tuple[Sample, str]:
-    """The sample, with paths for images, and its split."""
+def _sample(record: str, row: object, places: Places | Shard) -> tuple[Sample, str, list[str]]:
+    """The sample, with paths for images, its split, and pictures that it does without."""
     if not isinstance(row, dict):
         raise UserError('the record is no JSON object; write {"image": ..., "caption": ...}')
     try:
@@ -213,21 +227,39 @@ def _sample(record: str, row: object, places: "Places") -> tuple[Sample, str]:
         raise UserError(f"it holds half of a character ({error.object[error.start]!a}); mend or remove it") from error
     if row.get("video") or row.get("videos"):
         raise Missing('field "video": videos are not read, only pictures are; give some of its frames as pictures')
-    sample = _conversation(record, row) if "conversations" in row else _captioned(record, row)
     split = row.get("split") or ""
     if split not in ("", "train", "val"):
         raise UserError(f'field "split" is {split!r}; it must be "train" or "val"')
-    return replace(sample, images=tuple(map(places.find, sample.images))), split
+    if documents.is_document(row):
+        sample, left_out = documents.page(record, row, places.find)
+        return sample, split, left_out
+    sample = _conversation(record, row) if "conversations" in row else _captioned(record, row)
+    find = places.clip if "clip" in row else places.find
+    images = (tuple(map(find, entry)) if isinstance(entry, tuple) else find(entry) for entry in sample.images)
+    return replace(sample, images=tuple(images)), split, []
+
+
+def _shown(row: dict) -> list[str | tuple[str, ...]]:
+    """The names of its pictures; those of a clip's frames stand together."""
+    if (frames := row.get("frames")) is not None:
+        if not isinstance(frames, list) or not frames or not all(isinstance(frame, str) and frame.strip() for frame in frames):
+            raise UserError('field "frames": the clip has no frame; write a list of paths, of one at least')
+        return [tuple(frames)]
+    images = row.get("clip") or row.get("image") or []
+    images = [images] if isinstance(images, str) else images
+    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+        raise UserError('field "image" must be a path or a list of paths')
+    return images
 
 
 def _captioned(record: str, row: dict) -> Sample:
     for key in ("image", "caption"):
-        if key not in row:
+        if key not in row and (key == "caption" or not {"clip", "frames"} & set(row)):
             raise UserError(f'field "{key}" is missing; every record needs "image" and "caption" (or "conversations")')
-    if not isinstance(row["image"], str) or not row["image"].strip():
+    if not isinstance(row.get("image", ""), str) or len(shown := _shown(row)) != 1 or not str(shown[0]).strip():
         raise UserError('field "image" must be the path of one picture')
     captions = _captions(row["caption"])
-    return Sample(record, (row["image"],), captions[0], captions, label=str(row.get("label") or ""))
+    return Sample(record, tuple(shown), captions[0], captions, label=str(row.get("label") or ""))
 
 
 def _captions(value: object) -> tuple[str, ...]:
@@ -240,10 +272,7 @@ def _captions(value: object) -> tuple[str, ...]:
 def _conversation(record: str, row: dict) -> Sample:
     if row.get("id") is not None:
         record = f"{record} (id {row['id']})"
-    images = row.get("image") or []
-    images = [images] if isinstance(images, str) else images
-    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
-        raise UserError('field "image" must be a path or a list of paths')
+    images = _shown(row)
     turns = _turns(row["conversations"])
     marks = sum(turn.question.count(IMAGE) for turn in turns)
     if marks != len(images):
@@ -276,27 +305,6 @@ def _turns(messages: object) -> tuple[Turn, ...]:
         raise UserError(f'field "conversations"[{len(messages) - 1}]: the last question has no answer')
     return tuple(Turn(asked["value"].strip(), said["value"].strip(), str(said.get("kind") or ""))
                  for asked, said in zip(messages[::2], messages[1::2]))
-
-
-class Places:
-    """Where the pictures of a table may lie: beside it, and beside its parent, as COCO keeps annotations/ next to train2017/."""
-
-    def __init__(self, folder: Path):
-        named = [base / name for base in (folder, folder.resolve().parent) for name in PICTURE_FOLDERS]
-        self.roots = [root for root in named if root.is_dir()]
-        self.others = sorted(Path(entry) for entry in os.scandir(folder) if entry.is_dir())
-
-    def find(self, name: str) -> Path:
-        if name.startswith("data:") or "://" in name:
-            raise Missing(f'field "image" holds a picture\'s data or address ({name[:40]}), not its path; save it as a file '
-                          "beside the table and give that")
-        # The same letters may be written in two ways: é as one character, or as e with an accent behind it.
-        for form in dict.fromkeys((name, normalize("NFC", name), normalize("NFD", name))):
-            for root in self.roots:
-                if os.path.isfile(root / form):
-                    return root / form
-        other = next((f"; write {root.name}/{name}, where one lies" for root in self.others if os.path.isfile(root / name)), "")
-        raise Missing(f'field "image": the picture {name[:80]} is missing{other}')
 
 
 def _read_text(file: Path, it: str) -> str:

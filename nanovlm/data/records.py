@@ -1,16 +1,9 @@
 """Records that were read from files, in the views that training asks for.
 
-Idea: whatever the files looked like, a record is some images, a caption with its references, perhaps a conversation.
+Idea: whatever the files looked like, a record is some images, a caption with its references, perhaps a conversation or a document.
 The interface is that of the embedded world (source.py), so the loop does not know whether the world is real.
 
-                                       images        text
-    pairs          for contrast        one           the caption
-    captions       for alignment       one           "<image>" → the caption
-    conversations  for instruction     any number    the conversation, or "<image>\\nwhat is in the picture?" → the caption
-    prompted       the same            any number    the same, and how to answer, see prompts.py
-    texts          for the LM          none          the same, with the caption told where the image would stand
-
-    records ─► train │ val ─► entries of each view ─► sample(view, split, index)      a stage says which it reads: Stage.real
+    records ─► train │ val ─► entries of each view ─► sample(view, split, index)      views.py; a stage says which it reads: Stage.real
                            └─ leave_out: what a stage cannot read, too long for instance, before it trains
        └─ no "split" given: a tenth is held out, chosen by a hash; records that share a picture stay on one side
 
@@ -18,23 +11,21 @@ Pictures of a small set are decoded once, made small and kept; those of a large 
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from hashlib import blake2b
-from pathlib import Path
 from random import Random
 
 from PIL import Image
 from tqdm import tqdm
 
-from nanovlm.data.prompts import CAPTION, SHORT, prompted
-from nanovlm.data.sample import IMAGE, REAL, Sample, Turn
+from nanovlm.data.clips import Picture, files, load
+from nanovlm.data.sample import IMAGE, REAL, Sample
 from nanovlm.data.source import ASKED_IN, Exam, caption_exam, exam_of, exam_view
-from nanovlm.data.transforms import load_image
+from nanovlm.data.views import PAGES, QUESTIONS, Longest, as_view, ever_shorter, seen_in
 from nanovlm.errors import UserError
 
 SPLITS = ("train", "val")
-QUESTIONS = ("what is in the picture?", "what does the picture show?", "what do you see?", "describe the picture.")
 KEPT_PICTURES, KEPT_BYTES = 20_000, 1 << 30  # a set beyond either is decoded anew in every epoch
 ENOUGH_TRAIN, ENOUGH_VAL = 500, 200  # below, a figure says more about luck than about the model
 
@@ -42,17 +33,22 @@ ENOUGH_TRAIN, ENOUGH_VAL = 500, 200  # below, a figure says more about luck than
 class Records:
     def __init__(
         self, name: str, samples: Sequence[Sample], splits: Sequence[str], skipped: Sequence[tuple[str, str]] = (),
-        on_missing: str = "error", cache_side: int = 64,
+        on_missing: str = "error", cache_side: int = 64, left_out: Sequence[str] = (),
     ):
-        """samples: with paths for images. splits: "train", "val" or "" for each. skipped: what was left out before."""
+        """samples: with paths for images. splits: "train", "val" or "" for each. skipped: what was left out before.
+
+        left_out: pictures that were not fit for their pages, and why.
+        """
         self.name = name
         self.skipped = list(skipped)
         self._skip = on_missing == "skip"
         self._side = cache_side
-        self._pictures: dict[Path, Image.Image] = {}
+        self.left_out = list(left_out)
+        self._pictures: dict[object, Picture] = {}
         self._blank = Image.new("RGB", (cache_side, cache_side))  # stands for a picture that is not in memory
         paths = list(dict.fromkeys(path for sample in samples for path in sample.images))
-        self.in_memory = len(paths) <= KEPT_PICTURES and len(paths) * 3 * cache_side**2 <= KEPT_BYTES
+        many = sum(len(files(path)) for path in paths)
+        self.in_memory = many <= KEPT_PICTURES and many * 3 * cache_side**2 <= KEPT_BYTES
         if self.in_memory:
             samples, splits = self._decode_all(paths, samples, splits)
         if len(samples) < 2:
@@ -71,12 +67,12 @@ class Records:
         texts = list(QUESTIONS)
         for sample in self._records["train"]:
             texts += sample.references if not sample.turns else ()
-            texts += [text for turn in sample.turns for text in (turn.question.replace(IMAGE, ""), turn.answer)]
+            texts += [text for turn in sample.turns for text in (turn.question.replace(IMAGE, ""), turn.answer) if text]
         return texts
 
     def listed(self, split: str) -> list[Sample]:
         """The records of a split that have one picture, with its path."""
-        return [record for record in self._records[split] if len(record.images) == 1]
+        return [record for record in self._records[split] if len(record.images) == 1 and record.format != PAGES]
 
     def size(self, view: str, split: str) -> int:
         if (view, split) not in self._entries:
@@ -90,7 +86,7 @@ class Records:
         for step in range(size):
             record, caption = self._entries[view, split][(index + step) % size]
             try:
-                images = () if view == "texts" else tuple(self._picture(path) for path in record.images)
+                images = () if view == "texts" else tuple(self._picture(path, view) for path in record.images)
             except UserError as error:
                 if not self._skip:
                     raise UserError(f"{record.id}: {error}") from error
@@ -107,9 +103,9 @@ class Records:
         for split in splits:
             kept, noted = [], []
             for record, caption in self._entries[view, split]:
-                images = () if view == "texts" else tuple(self._pictures.get(path, self._blank) for path in record.images)
-                for shorter in _ever_shorter(caption) if view == "texts" else (caption,):
-                    reason = why(as_view(replace(record, images=images), shorter, view, _Longest()))
+                images = () if view == "texts" else tuple(seen_in(view, self._pictures.get(path, self._blank)) for path in record.images)
+                for shorter in ever_shorter(caption) if view == "texts" else (caption,):
+                    reason = why(as_view(replace(record, images=images), shorter, view, Longest()))
                     if reason is None:
                         kept.append((record, shorter))
                         break
@@ -176,9 +172,12 @@ class Records:
         return found
 
     def notes(self, figures: dict[str, dict[str, float]]) -> list[str]:
-        said, (train, val) = [], (self.size("captions", split) for split in SPLITS)
+        said, (train, val) = [], (self.size("captions", split) or self.size("pages", split) for split in SPLITS)
+        if self.left_out:
+            said.append(f"{len(self.left_out)} pictures were taken out of their pages; the first is {self.left_out[0]}.")
         if self.few:
-            said.append(f"{train} training and {val} held-out pictures are too few to judge by: the figures above may be luck.")
+            what = "pictures" if self.size("captions", "train") else "records"
+            said.append(f"{train} training and {val} held-out {what} are too few to judge by: the figures above may be luck.")
         exact = figures.get("caption_exact")
         if exact and not self.labels:
             said.append(f"{train} pictures teach naming only so far: {exact['value']:.1%} of the held-out captions are exactly "
@@ -188,13 +187,13 @@ class Records:
     # ---- pictures
 
     def _decode_all(
-        self, paths: list[Path], samples: Sequence[Sample], splits: Sequence[str]
+        self, paths: list, samples: Sequence[Sample], splits: Sequence[str]
     ) -> tuple[list[Sample], list[str]]:
         """Decode every picture once; records with a broken one are an error or left out."""
-        broken: dict[Path, str] = {}
+        broken: dict[object, str] = {}
         for path in tqdm(paths, desc=f"reading {self.name}", unit=" pictures", leave=False, disable=None):
             try:
-                self._pictures[path] = load_image(path, self._side)
+                self._pictures[path] = load(path, self._side)
             except UserError as error:
                 if not self._skip:
                     raise
@@ -204,15 +203,16 @@ class Records:
         return ([sample for sample, reason in zip(samples, why) if not reason],
                 [split for split, reason in zip(splits, why) if not reason])
 
-    def _picture(self, path: Path) -> Image.Image:
-        return self._pictures[path] if path in self._pictures else load_image(path, self._side)
+    def _picture(self, path: object, view: str) -> Picture:
+        return seen_in(view, self._pictures[path] if path in self._pictures else load(path, self._side))
 
     def _note_skipped(self, records: Sequence[tuple[str, str]]) -> None:
         self.skipped = list(dict.fromkeys([*self.skipped, *records]))  # each once, however often it is met
 
-    def _same_picture(self) -> dict[Path, str]:
+    def _same_picture(self) -> dict[object, str]:
         """A name for the content of each picture in memory: copies of one picture under two names count as one."""
-        return {path: blake2b(picture.tobytes(), digest_size=8).hexdigest() for path, picture in self._pictures.items()}
+        return {path: blake2b(b"".join(one.tobytes() for one in files(picture)), digest_size=8).hexdigest()
+                for path, picture in self._pictures.items()}
 
     # ---- views
 
@@ -220,7 +220,7 @@ class Records:
         """(record, caption) for each index: a picture with five captions is met five times an epoch, once in val."""
         entries = []
         for record in self._records[split]:
-            if view in ("pairs", "captions") and len(record.images) != 1:
+            if view in ("pairs", "captions") and len(record.images) != 1 or view in ("conversations", "prompted") and record.format == PAGES:
                 continue
             several = record.references if split == "train" and not record.turns else (record.caption,)
             entries += [(record, caption) for caption in several]
@@ -230,35 +230,6 @@ class Records:
 def real_view(exams: Sequence[str]) -> str:
     """How exams of these names ask about records."""
     return "prompted" if exam_view(exams) == "mixture" else "conversations"
-
-
-def as_view(record: Sample, caption: str, view: str, rng: Random) -> Sample:
-    """The record as one of the views shows it, with `caption` for its text where it is no conversation."""
-    if view == "pairs":
-        turns = ()
-    elif view == "captions":
-        turns = (Turn(IMAGE, caption, "caption"),)
-    else:
-        turns = record.turns or (Turn(f"{IMAGE}\n{rng.choice(QUESTIONS)}", caption, "caption"),)
-    if view == "prompted":
-        turns = prompted(turns, CAPTION if not record.turns else SHORT if record.form == "short" else "")
-    told = (caption,) * sum(turn.question.count(IMAGE) for turn in turns) if view == "texts" else ()
-    return replace(record, caption=caption, turns=turns, told=told)
-
-
-class _Longest(Random):
-    """Of several questions about a picture the longest, so that what fits now fits whatever is asked later."""
-
-    def choice(self, options: Sequence[str]) -> str:
-        return max(options, key=len)
-
-
-def _ever_shorter(text: str) -> Iterator[str]:
-    """The text, half of it, a quarter, …, cut between words where it has several."""
-    while text:
-        yield text
-        half = text[:len(text) // 2]
-        text = half.rpartition(" ")[0] or half
 
 
 def _classes(samples: Sequence[Sample]) -> tuple[str, ...]:
@@ -276,7 +247,7 @@ def _classes(samples: Sequence[Sample]) -> tuple[str, ...]:
 
 
 def split_records(
-    name: str, samples: Sequence[Sample], given: Sequence[str], same_picture: dict[Path, str]
+    name: str, samples: Sequence[Sample], given: Sequence[str], same_picture: dict[object, str]
 ) -> list[str]:
     """"train" or "val" for each record: as given, or a tenth held out (at least one record with a picture)."""
     if "val" in given:
@@ -311,7 +282,7 @@ def content(record: Sample) -> bytes:
     return blake2b(record.images[0].read_bytes(), digest_size=16).digest()
 
 
-def _groups(samples: Sequence[Sample], same_picture: dict[Path, str]) -> list[list[int]]:
+def _groups(samples: Sequence[Sample], same_picture: dict[object, str]) -> list[list[int]]:
     """Numbers of the records that are linked by a picture, directly or through others (union-find)."""
     leader = list(range(len(samples)))
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from PIL import Image
 
 IMAGE = "<image>"
-REAL = ("pairs", "captions", "conversations", "prompted", "texts")  # what a stage may read of a person's records, see records.py
+REAL = ("pairs", "captions", "conversations", "prompted", "texts", "pages")  # what a stage may read of a person's records, see records.py
 
 
 def unmarked(text: str) -> str:

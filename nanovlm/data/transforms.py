@@ -167,13 +167,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def load_image(path: str | Path, side: int | None = None) -> Image.Image:
-    """The picture as upright RGB; with `side`, its shorter side is at most that.
+def load_image(path: object, side: int | None = None, frame: int = 0) -> Image.Image:
+    """The picture as upright RGB; with `side`, its shorter side is at most that. path: one, or what opens as one (shards.py).
 
     The content decides what kind of file it is, not its name. Every way to be no picture is a UserError that names it.
     """
+    place = Path(path) if isinstance(path, str) else path
     try:
-        with Image.open(path) as image:
+        with place.open("rb") as file, Image.open(file) as image:
+            if frame:
+                image.seek(frame)
             if side is not None:
                 image.draft("RGB", (2 * side, 2 * side))  # a JPEG decoder can skip what would be thrown away
             image.load()
@@ -181,7 +184,7 @@ def load_image(path: str | Path, side: int | None = None) -> Image.Image:
     except FileNotFoundError as error:
         raise UserError(f"{path}: the picture is missing.") from error
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: the picture cannot be read ({_reason(path, error)}); replace or remove it.") from error
+        raise UserError(f"{path}: the picture cannot be read ({_reason(place, error)}); replace or remove it.") from error
     if side is not None and min(picture.size) > side:
         scale = side / min(picture.size)
         picture = resize(picture, (max(side, round(picture.width * scale)), max(side, round(picture.height * scale))))
@@ -197,14 +200,14 @@ def upright(image: Image.Image) -> Image.Image:
     return image.copy() if turn is None else image.transpose(turn)  # a copy lets go of the file
 
 
-def _reason(path: str | Path, error: Exception) -> str:
+def _reason(path: object, error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             start = file.read(32)
         if not start:
             return "it is empty"
         if start[4:].startswith(HEIC):
-            return f"it is a HEIC photo, which is not supported: convert it, as with `magick {Path(path).name} photo.jpg`"
+            return f"it is a HEIC photo, which is not supported: convert it, as with `magick {path.name} photo.jpg`"
         return "it is a video" if start[4:8] == b"ftyp" else "its content is no known picture format"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror

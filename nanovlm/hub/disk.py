@@ -6,7 +6,8 @@
 
 Nothing is guessed. A whole file beside an index is an error, since one of the two is left from another save; so are
 shards without an index, shards that do not hold what the index says, and files under other names. Files that can run
-code when they are opened (*.bin, *.pt) are never opened.
+code when they are opened (*.bin, *.pt) are never opened; that of open_flamingo, which is published in no other form, is read with
+`weights_only` (open_flamingo.py), which refuses code.
 """
 
 import json

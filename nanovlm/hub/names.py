@@ -162,6 +162,16 @@ LLAVA = rows({
     "image_newline": "tiles.row_end",  # LLaVA-NeXT only
     **under("language_model.", "", LLAMA),
 })
+# after open_flamingo.py has cut `to_kv` in two and given the gated layers one prefix
+OPEN_FLAMINGO = rows({
+    "perceiver.{latents,frame_embs,norm}": "resampler.{latents,times,norm}",
+    "perceiver.layers.{i}.0.norm_{media,latents}": "resampler.layers.{i}.norm_{features,latents}",
+    "perceiver.layers.{i}.0.to_{q,k,v,out}": "resampler.layers.{i}.attention.{query,key,value,out}",
+    "perceiver.layers.{i}.1.{0,1,3}": "resampler.layers.{i}.{norm,feedforward.up,feedforward.down}",
+    "gated_cross_attn_layers.{i}.{attn_gate,ff_gate,attn.norm}": "gated_xattn.{i}.{attention_gate,dense_gate,norm1}",
+    "gated_cross_attn_layers.{i}.attn.to_{q,k,v,out}": "gated_xattn.{i}.attention.{query,key,value,out}",
+    "gated_cross_attn_layers.{i}.ff.{0,1,3}": "gated_xattn.{i}.{norm2,feedforward.up,feedforward.down}",
+})
 
 # --- what some files write: what the table says. ^ is the beginning of a name; the rows act one after the other ---
 

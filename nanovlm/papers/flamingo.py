@@ -61,6 +61,10 @@ class Flamingo(nn.Module):
 
     def __init__(self, config: FlamingoConfig):
         super().__init__()
+        vocab = config.language.vocab
+        if max(config.image_id, config.close_id) >= vocab and (config.image_id, config.close_id) != (vocab, vocab + 1):
+            raise ValueError(f"image_id and close_id are {config.image_id} and {config.close_id}; either both are among the {vocab} "
+                             f"words, or they are {vocab} and {vocab + 1}")
         self.config = config
         self.reads = Reads("pages", image_tokens=1, most_images=config.most_images, p_next=config.p_next)
         self.vision = NFNet(config.vision)
@@ -81,8 +85,7 @@ class Flamingo(nn.Module):
 
     def look(self, images: Tensor, frames: Tensor) -> Tensor:
         """images (B, M, F, 3, h, w), of which clip m has frames[b, m] → media (B, M, Q, D_v), zero where there is none."""
-        size = self.config.resampler
-        media = images.new_zeros(*frames.shape, size.latents, size.width)
+        media = self.resampler.latents.new_zeros(*frames.shape, *self.resampler.latents.shape)  # in the dtype of the weights
         for length in frames[frames > 0].unique().tolist() or [1]:  # without any picture: none of them, but with a gradient
             chosen = frames == length  # (B, M)
             media[chosen] = self.encode_image(images[chosen][:, :length]).to(media.dtype)

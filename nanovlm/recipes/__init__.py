@@ -43,10 +43,10 @@ def shorter_side(name: str) -> int:
 
 def table() -> str:
     """One line for each stage of each recipe: what scale changes and what it does not."""
-    lines = [f"{'recipe':<28}{'pixels':>7}{'parameters':>16}  {'stage':<10}{'steps × batch':>16}{'lr':>9}  learns"]
+    lines = [f"{'recipe':<28}{'pixels':>7}{'parameters':>16}  {'stage':<10}{'steps × batch':>19}{'lr':>9}  learns"]
     for name, recipe in RECIPES.items():
         for stage in recipe.stages:
             model = build(name, stage=stage.name)
             lines.append(f"{name:<28}{recipe.image_size:>7}{sum(p.numel() for p in model.parameters()):>16,}  {stage.name:<10}"
-                         f"{f'{stage.steps:,} × {stage.batch_size:,}':>16}{stage.lr:>9.1e}  {', '.join(stage.trains)}")
+                         f"{f'{stage.steps:,} × {stage.batch_size:,}':>19}{stage.lr:>9.1e}  {', '.join(stage.trains)}")
     return "\n".join(lines)

@@ -23,6 +23,7 @@ Modules that `init` does not name go on from the recipe's stage before, where it
 """
 
 from dataclasses import KW_ONLY, dataclass, field, fields, is_dataclass, replace
+from itertools import accumulate
 
 from torch import nn
 
@@ -57,6 +58,7 @@ class Stage:
 
     # on what
     mixed: str = "samples"  # one of MIXED
+    portions: dict[str, int] = field(default_factory=dict)  # of mixed losses the samples of each set in a step; {}: equally many
     lessons: tuple[tuple[float, Diet], ...] = ()  # what comes first, each up to this fraction of the stage
     real: str = "conversations"  # what it reads of --data, of sample.REAL
     format: str = "plain"  # conversation format; pairs need none
@@ -97,8 +99,13 @@ class Stage:
         step, within_batch = divmod(place, self.batch_size)
         if self.mixed == "samples":
             return self._whole_diet(place)
-        name, _ = self.parts(step)[within_batch * self.accumulate // self.batch_size]
-        return {name.removeprefix("/"): 1}
+        micro = sum(within_batch >= end for end in self.ends())
+        return {self.parts(step)[micro][0].removeprefix("/"): 1}
+
+    def ends(self) -> list[int]:
+        """How many of a step's samples there are up to the end of each micro-batch."""
+        share = self.batch_size / self.accumulate
+        return list(accumulate(self.portions.values())) if self.portions else [round((i + 1) * share) for i in range(self.accumulate)]
 
     def _whole_diet(self, place: int) -> Diet:
         fraction = place / (self.steps * self.batch_size)
@@ -114,6 +121,8 @@ class Stage:
         if self.accumulate % len(sets):
             raise UserError(f"Stage {self.name} mixes the losses of {len(sets)} data sets but has {self.accumulate} micro-batches "
                             "(accumulate); make it a multiple.")
+        if self.portions and ([f"/{name}" for name in self.portions] != [name for name, _ in sets] or self.ends()[-1] != self.batch_size):
+            raise UserError(f"Stage {self.name}: portions must name the data sets in their order, and add up to batch_size {self.batch_size}.")
         return sets * (self.accumulate // len(sets))
 
 

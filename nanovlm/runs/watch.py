@@ -89,6 +89,8 @@ class Watch:
         if last or report.step == self.stage.steps // 2:
             self.check_images(report)
             self.note(vitals.prior_warning(report.losses), keep=last)
+        if last:
+            self.note(vitals.gate_warning(self.model))
         if distributed.rank() > 0:
             return
         if last or report.step % LOG_STEPS == 0 or report.step == 1:

@@ -104,7 +104,7 @@ class MicroBatches(Dataset):
         self.samples, self.stage, self.seed, self.collate = samples, stage, seed, collate
         self.rank, self.world = distributed.rank(), distributed.world()
         self.kept: tuple[int, list[Sample]] = (-1, [])  # a step's samples, for all of its micro-batches
-        if stage.batch_size % (self.world * stage.accumulate):
+        if any(end % self.world for end in stage.ends()) or (not stage.portions and stage.batch_size % stage.accumulate):
             raise UserError(f"Stage {stage.name}: batch_size {stage.batch_size} cannot be shared evenly by "
                             f"{self.world} processes and {stage.accumulate} micro-batches; make it a multiple of both.")
 
@@ -116,9 +116,9 @@ class MicroBatches(Dataset):
         if self.kept[0] != step:
             self.kept = step, self.mine(step)
         mine = self.kept[1]
-        share = len(mine) // self.stage.accumulate
+        begin, end = (bound // self.world for bound in ([0, *self.stage.ends()][micro:micro + 2]))
         rng = Random(f"{self.seed}/{self.stage.name}/{step}/{micro}/{self.rank}")
-        return self.collate(mine[micro * share:(micro + 1) * share], rng)
+        return self.collate(mine[begin:end], rng)
 
     def mine(self, step: int) -> list[Sample]:
         """This rank's samples of a step; from the shortest to the longest, if the stage groups."""

@@ -5,7 +5,8 @@
     at steps 1 to 3       a part that should learn has no gradient
     at half time, end     the loss with the pictures exchanged = the loss with the right ones: the model ignores them
                           itm still costs what a blind guess costs
-    at the end            a frozen part changed                 sha256 of every part, before and after
+    at the end            a tanh gate is still shut             its value
+                          a frozen part changed                 sha256 of every part, before and after
     always                a loss that is no number stops the run (loop.py)
 
 A far too high first loss means a wrong initialisation; far too low, that the answer leaks into the input.
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from nanovlm.training.randomness import undisturbed
 
 PRIOR = math.log(3) - 2 / 3 * math.log(2)  # H(1/3) = 0.6365: one pair that belongs to two that do not
+SHUT = 1e-4  # a tanh gate below this has not opened: Adam moves it by about the learning rate a step
 SAME = 0.002  # relative difference of two losses below which they count as equal
 
 
@@ -53,10 +55,10 @@ def gradient_warning(names: set[str], trained: int) -> str | None:
 
 
 def image_use(model: nn.Module, batch: dict) -> tuple[float, float] | None:
-    """The loss with the right images and with every image in its neighbour's place; None without two images."""
+    """The loss with the right images and with every image in its neighbour's place; None without two images, or on pages of text alone."""
     images = batch.get("images")
     sizes = batch.get("image_sizes")
-    if images is None or len(images if sizes is None else sizes) < 2:
+    if images is None or len(images if sizes is None else sizes) < 2 or ("frames" in batch and not batch["frames"].any()):
         return None
     exchanged = batch | {name: torch.roll(batch[name], 1, dims=0) for name in ("images", "frames") if name in batch}
     if sizes is not None:  # views stay with their picture
@@ -83,6 +85,13 @@ def prior_warning(losses: dict[str, float]) -> str | None:
     if itm is None or abs(itm - PRIOR) > 0.01:
         return None
     return f"itm is {itm:.4f}, where a blind guess has {PRIOR:.4f}: it does not tell which text belongs to which picture"
+
+
+def gate_warning(model: nn.Module) -> str | None:
+    """A tanh gate starts at 0: where it stays there, what it lets through was never used, whatever the loss did."""
+    shut = [name for name, p in model.named_parameters()
+            if p.requires_grad and name.endswith("_gate") and p.detach().abs().max() < SHUT]
+    return f"these gates are still shut (below {SHUT}): {', '.join(shut)}" if shut else None
 
 
 def fingerprints(model: nn.Module) -> dict[str, str]:

@@ -26,7 +26,7 @@ A stage names data sets and their weights (recipes/stage.py). Each is drawn by i
     caption texts                   a caption and nothing else: for BERT, which is to read captions
     told/…                          each of these talks about a scene that is told where the picture will stand later
     told/repeat, told/captions, …   what only a reader without eyes is asked; told/tasks: see tasks.py
-    names, long names, shots        pages that are told, see pages.py
+    names, long names, plain names, shots, page texts   pages that are told, see pages.py
     named pages, web pages, …       the same with pictures, and pages of a small web; page pairs: a picture and a text, as a page
     clips                           eight frames of something that moves, see clips.py
 
@@ -324,7 +324,8 @@ SETS: dict[str, DataSet] = {
     "captions": DataSet(captioned()), "unnamed captions": DataSet(captioned(unnamed=True)), "unnamed drills": DataSet(unnamed_drill),
     "statements": DataSet(statements.drawn), "science texts": DataSet(science_text),
     "names": DataSet(pages.told_names(pages.MOST_SHOTS), texts=True), "shots": DataSet(pages.told_shots, texts=True),
-    "long names": DataSet(pages.told_names(pages.SHOTS[-1]), texts=True, corpus=False),
+    "long names": DataSet(pages.told_names(pages.SHOTS[-1]), texts=True, corpus=False), "plain names": DataSet(pages.plain_names, texts=True, corpus=False),
+    "page texts": DataSet(pages.page_text, (1, 1, 2), 0.2, texts=True, corpus=False),
     "named pages": DataSet(pages.named_page, (1,), corpus=False), "web pages": DataSet(pages.web_page, (1, 1, 2), 0.2, corpus=False),
     "page pairs": DataSet(pages.pair, corpus=False), "clips": DataSet(clips.drawn, (1,), corpus=False),
     "told/tasks": DataSet(told_task, texts=True), "caption texts": DataSet(caption_text, texts=True, corpus=False),

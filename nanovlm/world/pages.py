@@ -1,6 +1,6 @@
 """Pages, on which one thing after another is shown and said: what a model that learns from its context has read and seen.
 
-"Flamingo" (2204.14198) §2.4 (M3W) and §3.3 (few-shot prompts); the task of naming by example is of ../shared/spec/flamingo.md §9.1.
+"Flamingo" (2204.14198) §2.4 (M3W) and §3.3 (few-shot prompts); naming by example is a task of our own.
 First as texts, for the language model: words stand where pictures will.
 
     names   <red star> Output: dax. <blue square> Output: wug. <red star> Output: dax.     made-up words, other ones on every page:
@@ -70,11 +70,26 @@ def shots(scenes: list[Scene], rng: Random, kind: str = "") -> Page:
 # ---- as samples. world: Scenes, which draws scenes and pictures of them
 
 def told_names(most: int) -> Callable:
-    """Things with their names: two on the shortest page, `most` and one more on the longest."""
+    """Things with their names: two shots on the shortest page, `most` and one more on the longest; then comes what is asked."""
     def make(world: object, scene: Scene, rng: Random, pairs: tuple) -> Sample:
         turns, told = names(rng, rng.randint(2, most + 1))
         return Sample("", told=told, turns=turns, format="flamingo")
     return make
+
+
+def plain_names(world: object, scene: Scene, rng: Random, pairs: tuple) -> Sample:
+    """Nothing stands between a thing and its name: "red star dax<EOC>blue square wug<EOC>…", and each thing comes again and again.
+
+    So a language model finds out within a few hundred steps what it may take thousands for where "Output:" stands between.
+    """
+    turns, told = names(rng, rng.randint(5, 12))
+    return Sample("", told=told, turns=tuple(replace(turn, answer=f" {turn.answer}") for turn in turns), format="pages")
+
+
+def page_text(world: object, scene: Scene, rng: Random, pairs: tuple) -> Sample:
+    """A web page or a pair without its pictures: what a language model has read before it sees, as Chinchilla has read the web."""
+    page = (web_page if rng.random() < 0.5 else pair)(world, scene, rng, pairs)
+    return replace(page, images=(), turns=tuple(replace(turn, question="") for turn in page.turns))
 
 
 def told_shots(world: object, scene: Scene, rng: Random, pairs: tuple) -> Sample:
