@@ -178,8 +178,8 @@ def test_check_counts_documents_their_pictures_and_clips(tmp_path, capsys):
     rows += [{"frames": ["0.png", "1.png"], "caption": f"it moves {i}"} for i in range(3)] + [{"texts": [], "images": []}]
     assert main([str(lines(tmp_path / "pages.jsonl", *rows)), "--model", "clip"]) == 1
     printed = capsys.readouterr().out
-    assert "pages: documents" in printed and "documents 7, with 3 pictures, 4 without any" in printed
-    assert "clips     3, of 2 to 2 frames" in printed and "left out  1 pictures of pages; the first is pages.jsonl line 4: 3.png" in printed
+    assert "pages: documents" in printed and "documents 7, with 2 pictures, 5 without any" in printed
+    assert "clips     3, of 2 to 2 frames" in printed and "left out  2 pictures of pages; the first is pages.jsonl line 3: 2.png" in printed
     assert "pages.jsonl line 11: the page is empty" in printed
 
 
@@ -218,7 +218,7 @@ def test_shards_are_read_where_they_lie(shards):
         "00000.tar/000", "00000.tar/001", "00000.tar/deep/003", "00001.tar/one.json", "00001.tar/two.json"}
     assert pages["00001.tar/one.json"].turns == OF_OBELICS
     assert [image.getpixel((0, 0))[0] for image in pages["00001.tar/one.json"].images] == [90, 120]
-    assert {page.caption for page in pages.values()} == {"a hat", "a shoe", "ein Schuh, größer", ""}
+    assert {page.caption for page in pages.values()} == {"a hat", "a shoe", "ein Schuh, größer", "The title", "One sentence."}
     assert sorted(shards.rglob("*")) == before, "nothing is unpacked"
     only = scan(shards / "00001.tar")
     assert (only.name, only.kind, len(only.samples), only.problems) == ("00001", "documents", 2, [])
@@ -248,9 +248,9 @@ def test_a_damaged_shard_is_one_sentence(tmp_path, damage, said):
     ({"a.json": json.dumps({"texts": ["x", None], "images": [None, "../b.png"]}).encode()}, "the picture ../b.png is missing in the shard"),
     ({"a.json": json.dumps({"texts": ["x", None], "images": [None, "/etc/hostname"]}).encode()}, "the picture /etc/hostname is missing in the shard")])
 def test_what_is_wrong_in_a_shard_is_named(tmp_path, members, said):
-    photo(tmp_path.parent / "b.png")
+    photo(tmp_path / "b.png")  # above the shard: no name leads there
     with pytest.raises(UserError, match=f"x.tar: x.tar/{said}" if said[1] == ":" else said):
-        read(tar(tmp_path / "x.tar", members))
+        read(tar(tmp_path / "shards" / "x.tar", members))
 
 
 def test_links_in_a_shard_are_not_followed(tmp_path):
@@ -306,6 +306,8 @@ def test_recipes():
         assert "\n".join(turn.answer for turn in page.turns if turn.answer) == "\n".join(text for text in row["texts"] if text)
     source = read(SHARED / "recipes")
     assert (source.size("pages", "train"), source.size("pages", "val")) == (167, 30) == (source.size("texts", "train"), source.size("texts", "val"))
+    assert (source.size("pairs", "train"), source.size("pairs", "val"), source.size("conversations", "train")) == (101, 20, 0)
+    assert "Apple Pie" in {pair.caption for pair in everything(source, "pairs")}
     pages = everything(source, "pages")
     assert sum(not page.images for page in pages) == 60 and sum(len(page.images) for page in pages) == 161
     assert {"½", "°", "🍔"} <= set("".join(turn.answer for page in pages for turn in page.turns))

@@ -272,6 +272,8 @@ def test_a_page_opens_with_its_first_picture():
     assert opening(page).turns == page.turns[:2] and opening(page).images == page.images[:1]
     text = Sample("text", turns=(Turn("what?", "no"), Turn("sure?", "yes")))
     assert opening(text).turns == text.turns[:1]
+    pair = Sample("pair", (picture(1),), "a cat")
+    assert opening(pair) is pair
 
 
 # ---- emoji by a stranger
@@ -310,9 +312,11 @@ def test_the_stranger_draws_queries_and_nothing_else(emoji, tmp_path):
 def test_emoji_are_asked_and_told_in_a_table(emoji, pupil, monkeypatch):
     monkeypatch.setattr(flamingo_emoji, "TIMES", 1)
     monkeypatch.setattr(flamingo_emoji, "ROOM", 2)
+    monkeypatch.setattr(flamingo_emoji, "ORDERS", 2)
+    monkeypatch.setattr(flamingo_emoji, "SHOTS", (0, 1, 3))
     tasks = flamingo_emoji.ask(pupil, flamingo_emoji.held_out(emoji), seed=0)
     table = flamingo_emoji.table({"runs": [{"tasks": tasks}, {"tasks": tasks}]}).split("\n")
-    assert len({line.count("|") for line in table}) == 1 and table[0].endswith("| 8 shots |")
+    assert len({line.count("|") for line in table}) == 1 and table[0].endswith("| 3 shots |")
     first = tasks["real names, one of four"]
     row = next(line for line in table if line.startswith("| **real names, one of four** |")).split(" | ")
     assert row[1] == "0.25" and row[2] == " / ".join(2 * [f"{first['fewshot_accuracy/0']['value']:.2f}"])

@@ -250,7 +250,7 @@ def test_a_file_that_does_not_fit_is_refused(changes, how, message, tmp_path):
 def test_only_gated_layers_or_none_of_them(tmp_path):
     with pytest.raises(UserError, match="gated_cross_attn_layers are missing"):
         open_flamingo.from_state({name: literal()[name] for name in KEYS})
-    for content, message in ((b"no file of torch", "no file of tensors"), (None, "could not be read")):
+    for content, message in ((b"no file of torch", "UnpicklingError"), (None, "FileNotFoundError")):
         path = tmp_path / "x.pt"
         path.write_bytes(content) if content else path.unlink()
         with pytest.raises(UserError, match=message):
@@ -259,7 +259,7 @@ def test_only_gated_layers_or_none_of_them(tmp_path):
     with pytest.raises(UserError, match="something else than tensors by name"):
         open_flamingo.load(path)
     torch.save(Path("code"), path)  # any class would run code as it is opened
-    with pytest.raises(UserError, match="no file of tensors"):
+    with pytest.raises(UserError, match="could not be read as a file of tensors"):
         open_flamingo.load(path)
 
 

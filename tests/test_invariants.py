@@ -136,7 +136,8 @@ CASES = [
          ("images", *TEXT, *QUESTION), QUERIES, blip2_logits, one_first=True, std=0.2),
     Case("blip", build_blip, (WRITES, ("vision", *WRITES)), ("images", *TEXT), 0, blip_logits, one_first=True, opens=True,
          std=0.15),
-    Case("flamingo", build_flamingo, (GATED, (*GATED, "vision", "language")), ("images", "frames", *TEXT), 1, flamingo_logits, pages=True),
+    Case("flamingo", build_flamingo, (GATED, (*GATED, "vision", "language")), ("images", "frames", *TEXT), 1, flamingo_logits, pages=True,
+         std=0.25),
     Case("llama", lambda: LanguageModel(llama(V, 40, 2, 5, 44)), (("language",),), TEXT, None, text_logits),
     Case("opt", lambda: LanguageModel(opt(V, 40, 2, 5, 44)), (("language",),), TEXT, None, text_logits),
     # nothing divides T5's scores: at 0.3 they are so sharp that every rounding shows
@@ -222,7 +223,11 @@ def generate(case: Case, model: nn.Module, rows: list[Example], new: int, stop: 
 
 
 def sharp(case: Case, seed: int = 0) -> nn.Module:
-    return bite(case.build(), seed, case.std)
+    model = bite(case.build(), seed, case.std)
+    for name, p in model.named_parameters():
+        if name.endswith(".gain"):  # NFNet's: small ones make all pictures alike
+            nn.init.ones_(p)
+    return model
 
 
 # --- who sees what ---

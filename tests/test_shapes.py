@@ -181,6 +181,8 @@ def run_flamingo() -> None:
     model.losses(batch | {"labels": input_ids, "backwards": torch.tensor([True, False, True])})
     answer(model.eval(), batch, beams=7)
     model.vision.logits(torch.randn(B, 3, 20, 36))
+    eyes = CLIP(CLIPConfig(vision, BertConfig(VOCAB, width=34, layers=2, heads=2, ffn=37, max_positions=64), 17, pool="mean"))
+    eyes.score(torch.randn(B, 3, 28, 28), ids(7, T), torch.ones(7, T, dtype=torch.bool))
 
 
 def run_masked_language_model() -> None:

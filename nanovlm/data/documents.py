@@ -21,6 +21,7 @@ from nanovlm.data.sample import Sample, page_turns
 from nanovlm.errors import UserError
 
 LEAST_SIDE, MOST_ASPECT = 64, 3
+TITLE = 40  # words at most of a page's first line, which stands for the caption of its only picture
 Parts = list[tuple[str, str]]  # ("text", …) or ("image", name), in reading order
 
 
@@ -47,7 +48,9 @@ def page(record: str, row: dict, find: Callable[[str], object]) -> tuple[Sample,
         else:
             left_out.append(f"{record}: {content} {said}")
     name = row.get("id") or row.get("url")
-    return Sample(f"{record} (id {name})" if name else record, tuple(images), turns=page_turns(kept, joint), format="pages"), left_out
+    title = next(content for kind, content in parts if kind == "text").strip().split("\n")[0]
+    return Sample(f"{record} (id {name})" if name else record, tuple(images), " ".join(title.split()[:TITLE]), turns=page_turns(kept, joint),
+                  format="pages"), left_out
 
 
 def _obelics(row: dict) -> Parts:

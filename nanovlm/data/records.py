@@ -220,7 +220,7 @@ class Records:
         """(record, caption) for each index: a picture with five captions is met five times an epoch, once in val."""
         entries = []
         for record in self._records[split]:
-            if view in ("pairs", "captions") and len(record.images) != 1 or view not in ("texts", "pages") and record.format == PAGES:
+            if view in ("pairs", "captions") and len(record.images) != 1 or view in ("conversations", "prompted") and record.format == PAGES:
                 continue
             several = record.references if split == "train" and not record.turns else (record.caption,)
             entries += [(record, caption) for caption in several]

@@ -57,7 +57,7 @@ class Sample:
 
 # ---- controls for pages of examples (Flamingo): do their pictures count, or are the words enough?
 
-BLANK = Image.new("RGB", (48, 48), (122, 116, 104))  # the mean colour of CLIP's training pictures: zeros, once it is normalised
+BLANK = Image.new("RGB", (48, 48), (123, 117, 104))  # the mean colour of CLIP's training pictures: zeros, once it is normalised
 
 
 def without_pictures(sample: Sample) -> Sample:

@@ -8,7 +8,8 @@
     texts          for the LM          none          the same, with the caption told where the image would stand
     pages          for Flamingo        any number    a document; a conversation as one text; a picture before its caption
 
-Documents are read in the last two views only: whoever is asked nothing cannot answer. Only pages show a whole clip.
+Documents are not read as conversations: whoever is asked nothing cannot answer. One with a single picture is a pair, too, of which its
+first line is the caption. Only pages show a whole clip.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,7 @@ PAGES = "pages"  # the view, and the format of documents
 
 def as_view(record: Sample, caption: str, view: str, rng: Random) -> Sample:
     """The record as one of the views shows it, with `caption` for its text where it is no conversation."""
-    if view == "pages" or record.format == PAGES:
+    if view == "pages" or (view == "texts" and record.format == PAGES):
         return replace(record, turns=_page(record, caption, view, rng), format=PAGES)
     if view == "pairs":
         turns = ()
@@ -36,7 +37,7 @@ def as_view(record: Sample, caption: str, view: str, rng: Random) -> Sample:
     if view == "prompted":
         turns = prompted(turns, CAPTION if not record.turns else SHORT if record.form == "short" else "")
     told = (caption,) * sum(turn.question.count(IMAGE) for turn in turns) if view == "texts" else ()
-    return replace(record, caption=caption, turns=turns, told=told)
+    return replace(record, caption=caption, turns=turns, told=told, format="" if record.format == PAGES else record.format)
 
 
 def _page(record: Sample, caption: str, view: str, rng: Random) -> tuple[Turn, ...]:

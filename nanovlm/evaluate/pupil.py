@@ -102,7 +102,9 @@ class Pupil:
 
 
 def opening(sample: Sample) -> Sample:
-    """A conversation or page up to its first turn with a picture: a title may stand before that."""
+    """A conversation or page up to its first turn with a picture: a title may stand before that. A pair has no turns, and stays."""
+    if not sample.turns:
+        return sample
     end = next((i for i, turn in enumerate(sample.turns) if IMAGE in turn.question), 0) + 1
     shown = sum(turn.question.count(IMAGE) for turn in sample.turns[:end])
     return replace(sample, turns=sample.turns[:end], images=sample.images[:shown], told=sample.told[:shown])

@@ -34,23 +34,12 @@ GATED = re.compile(r"^lang_encoder\.(?:gated_cross_attn_layers\.(\d+)|.*?\.(\d+)
 EMBEDDINGS = ("wte.weight", "embed_in.weight", "embed_tokens.weight")  # MPT, GPT-NeoX, LLaMA and OPT
 
 
-class Bridge(nn.Module):
-    """What Flamingo learns, by itself; its modules are called as in papers/flamingo.py."""
-
-    def __init__(self, resampler: PerceiverResampler, gated_xattn: nn.ModuleDict, tags: Tensor | None):
-        super().__init__()
-        self.resampler, self.gated_xattn = resampler, gated_xattn
-        self.tags = None if tags is None else nn.Parameter(tags)  # <image>, <EOC>
-
-
-def load(path: str | Path, **how) -> Bridge:
+def load(path: str | Path, **how) -> nn.ModuleDict:
     """The file that is published, or one that open_flamingo's training wrote; `how` as in `from_state`. No code in it is run."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"{path} could not be read ({error.strerror}).") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(f"{path} is no file of tensors, or is damaged: download it again.") from error
+    except (OSError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise UserError(f"{path} could not be read as a file of tensors ({type(error).__name__}): download it again.") from error
     state = state.get("model_state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise UserError(f"{path} holds something else than tensors by name.")
@@ -60,23 +49,20 @@ def load(path: str | Path, **how) -> Bridge:
         raise UserError(f"{path}: {error}") from error
 
 
-def from_state(state: State, tags: tuple[int, int] | None = None, heads: int = 8) -> Bridge:
-    """Tensors by open_flamingo's names → modules in eval().
+def from_state(state: State, tags: tuple[int, int] | None = None, heads: int = 8) -> nn.ModuleDict:
+    """Tensors by open_flamingo's names → resampler, gated_xattn and tags, called as in papers/flamingo.py, in eval().
 
     tags: the ids of <image> and <|endofchunk|> in its tokenizer; without them their embeddings are left behind.
     """
-    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}  # as DDP saves it
-    found = {}
+    state, found = {name.removeprefix("module."): tensor for name, tensor in state.items()}, {}  # as DDP saves it
     for name, tensor in state.items():
         mine = GATED.sub(lambda match: f"gated_cross_attn_layers.{match[1] or match[2]}.", name)
-        if not mine.startswith(("perceiver.", "gated_cross_attn_layers.")):
-            continue
-        parts = zip("kv", tensor.chunk(2)) if "to_kv" in mine else [("kv", tensor)]  # keys stand above the values
-        for letter, part in parts:
+        for letter, part in zip("kv", tensor.chunk(2)) if "to_kv" in mine else [("", tensor)]:  # keys stand above the values
             place = mine.replace("to_kv", f"to_{letter}")
-            if place in found and not torch.equal(part, found[place]):
+            if not torch.equal(part, found.get(place, part)):
                 raise UserError(f"{name} differs from the same layer's other copy in this file.")
-            found[place] = part
+            if place.startswith(("perceiver.", "gated_cross_attn_layers.")):
+                found[place] = part
     if "perceiver.media_time_embs" in found:
         raise UserError("perceiver.media_time_embs numbers the images of a page; Flamingo does not, and no code here reads it.")
     with torch.device("meta"):
@@ -88,29 +74,25 @@ def from_state(state: State, tags: tuple[int, int] | None = None, heads: int = 8
     return bridge.eval()
 
 
-def empty(state: State, heads: int) -> Bridge:
+def empty(state: State, heads: int) -> nn.ModuleDict:
     """The modules, with the sizes that the shapes tell."""
-    def size(name: str, axis: int) -> int:
+    def size(name: str, axis: int, parts: int = 1) -> int:
         if name not in state:
             raise UserError(f"{name} is missing: this is no checkpoint of open_flamingo.")
-        return state[name].shape[axis]
-
-    def head_dim(name: str) -> int:
-        if size(name, 0) % heads:
-            raise UserError(f"{name} has {size(name, 0)} rows, which are not a multiple of {heads} heads.")
-        return size(name, 0) // heads
+        if (n := state[name].shape[axis]) % parts:
+            raise UserError(f"{name} has {n} rows, which are not a multiple of {parts} heads.")
+        return n // parts
 
     layers = len({name.split(".")[2] for name in state if name.startswith("perceiver.layers.")})
-    frames = size("perceiver.frame_embs", 0) if "perceiver.frame_embs" in state else 0
-    resampler = ResamplerConfig(size("perceiver.latents", 1), layers, heads, head_dim("perceiver.layers.0.0.to_q.weight"),
-                                size("perceiver.latents", 0), frames, activation="gelu")
+    config = ResamplerConfig(size("perceiver.latents", 1), layers, heads, size("perceiver.layers.0.0.to_q.weight", 0, heads),
+                             size("perceiver.latents", 0), len(state.get("perceiver.frame_embs", ())), activation="gelu")
     gated = nn.ModuleDict()
     for i in sorted({int(name.split(".")[1]) for name in state if name.startswith("gated_cross_attn_layers.")}):
         query = f"gated_cross_attn_layers.{i}.attn.to_q.weight"
-        gated[str(i)] = GatedCrossAttention(size(query, 1), resampler.width, heads, head_dim(query), "gelu")
+        gated[str(i)] = GatedCrossAttention(size(query, 1), config.width, heads, size(query, 0, heads), "gelu")
     if not gated:
         raise UserError("gated_cross_attn_layers are missing: this is no checkpoint of open_flamingo.")
-    return Bridge(PerceiverResampler(resampler), gated, None)
+    return nn.ModuleDict({"resampler": PerceiverResampler(config), "gated_xattn": gated})
 
 
 def rows_of(state: State, ids: tuple[int, int]) -> Tensor:

@@ -38,9 +38,9 @@ TINY = Recipe(
     FlamingoConfig(backbones.TINY_NFNET, ResamplerConfig(128, layers=2, heads=4, latents=8), backbones.TINY_LANGUAGE, *TAGS),
     image_size=48, vocab=backbones.TINY_VOCAB,
     stages=(
-        Stage("pages", NEW, {"named pages": 1.0, "web pages": 0.3, "page pairs": 0.2, "clips": 0.2}, mixed="losses", real="pages",
-              format="pages", steps=1200, batch_size=32, accumulate=4,
-              portions={"named pages": 16, "web pages": 4, "page pairs": 8, "clips": 4}, lr=1e-3, schedule="cosine", warmup=0.05,
+        Stage("pages", NEW, {"named pages": 1.0, "web pages": 0.2, "page pairs": 1.0, "clips": 0.2}, mixed="losses", real="pages",
+              format="pages", steps=1000, batch_size=40, accumulate=4,
+              portions={"named pages": 16, "web pages": 4, "page pairs": 16, "clips": 4}, lr=1e-3, schedule="cosine", warmup=0.05,
               weight_decay=0.1, undecayed=("resampler",), max_length=128, evaluate=("fewshot", "clips"),
               init=(("vision", "nfnet-clip/tiny:vision"), ("language", "lm/tiny-pages:language")),
               on_data={"augment": True, "mixed": "samples", "accumulate": 1, "portions": {}, "batch_size": 16, "max_length": 256}),))
