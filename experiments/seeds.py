@@ -14,7 +14,7 @@ from nanovlm import recipes
 from nanovlm.recipes.stage import Recipe, Stage, resolve
 from nanovlm.runs.cache import Cache
 from nanovlm.runs.run import versions, weights_after
-from nanovlm.runs.setting import Job, Setting, plan, world_of
+from nanovlm.runs.setting import Job, Setting, needs, world_of
 from nanovlm.runs.shipped import find_tokenizer
 from nanovlm.tokenizer import Tokenizer
 from nanovlm.training.batches import MicroBatches, Samples, make_collate, stream
@@ -27,12 +27,13 @@ CPU = torch.device("cpu")
 
 
 def trained_before(name: str, last: int, seed: int) -> tuple[Setting, dict[str, State]]:
-    """Of a recipe that has yet to train its `last` stages: world and tokenizer, and the weights of all stages before, by name."""
+    """Of a recipe that has yet to train its `last` stages: world and tokenizer, and the weights that these begin with, by name."""
     recipe = resolve(recipes.get(name), real=False)
     world = world_of(recipe, seed)
     setting = Setting(recipe, seed, CPU, world, find_tokenizer(recipe, world, seed))
-    before = plan(Job(recipe, recipe.stages[-1]), setting)[:-last]
-    return setting, {job.stage.name: weights_after(job, setting, Cache(setting)) for job in before}
+    later = [Job(recipe, stage) for stage in recipe.stages[-last:]]
+    before = {other.stage.name: other for job in later for other in needs(job, setting) if other not in later}
+    return setting, {name: weights_after(job, setting, Cache(setting)) for name, job in before.items()}
 
 
 def learn(recipe: Recipe, stage: Stage, samples: Samples, seed: int, tokenizer: Tokenizer, finished: dict[str, State],

@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from nanovlm.data.formats import read, scan
 from nanovlm.data.sample import IMAGE, Turn, page_turns
 from nanovlm.data.shards import Shard
 from nanovlm.errors import UserError
+from nanovlm.recipes import flamingo
+from nanovlm.training.batches import Epochs, Gathered
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -138,7 +141,7 @@ def mixed(tmp_path):
 
 def test_every_record_can_be_read_as_a_page(mixed):
     pages = [mixed.sample("pages", "train", i) for i in range(mixed.size("pages", "train"))]
-    assert {page.format for page in pages} == {"pages"} and len(pages) == 7
+    assert [page.format for page in pages] == ["pages", "pages", *["pair"] * 5]
     assert all(len(page.images) == sum(turn.question == IMAGE for turn in page.turns) for page in pages)
     assert {turn.question for page in pages for turn in page.turns} == {"", IMAGE}
     assert pages[0].turns == (Turn("", "title"), Turn(IMAGE, "text"), Turn(IMAGE, ""))
@@ -146,6 +149,21 @@ def test_every_record_can_be_read_as_a_page(mixed):
     captions = [mixed.sample("pages", "train", i).turns[0].answer for i in range(2, 2 + 7 * 40, 7)]
     assert {captions[0].strip()} == {caption.strip() for caption in captions} and len(set(captions)) == 2, "half open with a blank"
     assert mixed.sample("pages", "train", 2).turns == mixed.sample("pages", "train", 2).turns
+
+
+def test_pairs_stand_together_every_second_time_and_documents_never(mixed):
+    stage = replace(flamingo.TINY.stages[0], mixed="samples", portions={}, accumulate=1, batch_size=7)
+    pages = Gathered(Epochs(mixed, stage, 0))
+    found = [pages[place] for place in range(28)]
+    assert found == [pages[place] for place in range(28)]
+    assert {page.format for page in found[::2]} == {"pages", "pair"} and {page.format for page in found[1::2]} == {"pages", "flamingo"}
+    for page in found[1::2]:
+        if page.format == "flamingo":
+            assert 2 <= len(page.images) == len(page.turns) <= 5
+            names = [turn.answer for turn in page.turns]
+            assert max(map(names.count, names)) > 1, "the first one stands there twice"
+            colour = {f"thing {i}": 20 * i for i in range(3, 8)}
+            assert [image.getpixel((0, 0))[0] for image in page.images] == [colour[name] for name in names]
 
 
 def test_a_language_model_reads_a_document_without_its_pictures(mixed):

@@ -38,8 +38,7 @@ def awake(model: nn.Module, seed: int = 0) -> nn.Module:
 # ---- timm's, an independent implementation
 
 LIBRARY: list[torch.library.Library] = []
-OPERATORS = ("_deform_conv2d_backward _ps_roi_align_backward _ps_roi_pool_backward _roi_align_backward _roi_pool_backward deform_conv2d nms "
-             "ps_roi_align ps_roi_pool qnms qroi_align roi_align roi_pool").split()
+OPERATORS = ["_deform_conv2d_backward", "_ps_roi_align_backward", "_ps_roi_pool_backward", "_roi_align_backward", "_roi_pool_backward", "deform_conv2d", "nms", "ps_roi_align", "ps_roi_pool", "qnms", "qroi_align", "roi_align", "roi_pool"]
 
 
 def timm(module: str) -> ModuleType:

@@ -95,6 +95,10 @@ class Records:
             return as_view(replace(record, images=images), caption, view, Random(index))
         raise UserError(f"{self.name}: no usable record of split {split} fits the view {view}.")
 
+    def captions(self, view: str, split: str) -> list[str]:
+        """Of each sample, by index."""
+        return [caption for _, caption in self._entries[view, split]]
+
     def leave_out(self, view: str, why: Callable[[Sample], str | None], splits: Sequence[str] = SPLITS) -> None:
         """Drop from a view what `why` has a reason against, as Collate.problem has; `.skipped` says which records, and why.
 

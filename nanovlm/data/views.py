@@ -27,7 +27,7 @@ PAGES = "pages"  # the view, and the format of documents
 def as_view(record: Sample, caption: str, view: str, rng: Random) -> Sample:
     """The record as one of the views shows it, with `caption` for its text where it is no conversation."""
     if view == "pages" or (view == "texts" and record.format == PAGES):
-        return replace(record, turns=_page(record, caption, view, rng), format=PAGES)
+        return replace(record, caption=caption, turns=_page(record, caption, view, rng), format=PAGES if record.turns else "pair")
     if view == "pairs":
         turns = ()
     elif view == "captions":

@@ -17,7 +17,7 @@ from nanovlm.data.source import Source
 from nanovlm.making.bootstrap import Bootstrapped
 from nanovlm.recipes.stage import CapFilt, Recipe, Stage, resolve
 from nanovlm.tokenizer import Tokenizer
-from nanovlm.training.batches import Epochs, InTurn, Mixture, Samples, make_collate
+from nanovlm.training.batches import Epochs, Gathered, InTurn, Mixture, Samples, make_collate
 from nanovlm.training.weights import needed_stages
 from nanovlm.world.datasets import Scenes
 
@@ -69,7 +69,9 @@ class Setting:
         if not self.real:
             return Mixture(self.data_for(job), job.stage, self.seed, made)
         own = Epochs(self.source, job.stage, self.seed)
-        return InTurn(own, Mixture(world_of(self.recipe, self.seed), job.stage, self.seed)) if job.stage.real == "texts" else own
+        if job.stage.real == "texts":
+            return InTurn(own, Mixture(world_of(self.recipe, self.seed), job.stage, self.seed))
+        return Gathered(own) if job.stage.real == "pages" else own
 
     def job(self, recipe: str, stage: str) -> Job:
         resolved = resolve(recipes.get(recipe), self.real, self.steps)

@@ -3,6 +3,7 @@
     step s ──► places s·B … s·B + B - 1 ──► samples ──► collate ──► batch
                      │                         ├ Mixture: a data set of the stage's diet, then a sample of it, by (seed, stage, place)
                      │                         ├ Epochs: a person's records, in a new permutation in every epoch
+                     │                         ├ Gathered: the same as Flamingo's pages, some of which are made of pairs
                      │                         └ InTurn: what a language model reads with --data, both by turns
                      └ rank r of W takes places r, r + W, r + 2W, …
 
@@ -16,6 +17,7 @@ of a DataLoader cannot change the order. Random crops are drawn from a generator
 """
 
 import os
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from random import Random
@@ -27,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from nanovlm.contract import Batch, Reads
 from nanovlm.data.collate import Collate
 from nanovlm.data.records import Records
-from nanovlm.data.sample import Sample
+from nanovlm.data.sample import IMAGE, Sample, Turn
 from nanovlm.data.transforms import Transform
 from nanovlm.errors import UserError
 from nanovlm.making.bootstrap import Bootstrapped
@@ -94,7 +96,31 @@ class InTurn:
         return self.world[place] if place % 2 else self.own[place // 2]
 
 
-Samples = Mixture | Epochs | InTurn
+class Gathered:
+    """Pairs teach nothing of pages: every second time a few stand together, as examples do (Flamingo App. A.2), and things that
+    have the same name among them, so that it pays to look back. Documents stay as they are.
+    """
+
+    def __init__(self, own: Epochs):
+        self.own, self.alike = own, defaultdict(list)
+        self.captions = own.records.captions(own.stage.real, "train")
+        for index, caption in enumerate(self.captions):
+            self.alike[caption].append(index)
+
+    def __getitem__(self, place: int) -> Sample:
+        first = self.own[place]
+        if place % 2 == 0 or first.format != "pair":
+            return first
+        rng = Random(f"{self.own.seed}/{self.own.stage.name}/{place}")
+        names = [first.caption, *rng.choices(self.captions, k=TOGETHER)]
+        again = [self.own.records.sample(self.own.stage.real, "train", rng.choice(self.alike[name])) for name in names if self.alike[name]]
+        shown = rng.sample(pairs := [first, *(pair for pair in again if pair.format == "pair")], len(pairs))
+        return replace(first, images=tuple(image for pair in shown for image in pair.images), format="flamingo",
+                       turns=tuple(Turn(IMAGE, pair.caption, "caption") for pair in shown))
+
+
+TOGETHER = 3  # further names on a page; each has one more picture, the first one has two
+Samples = Mixture | Epochs | InTurn | Gathered
 
 
 class MicroBatches(Dataset):
