@@ -1,6 +1,7 @@
 """Does Flamingo learn names from a few pictures on the page, and know the things again when a stranger has drawn them?
 
     train     1,412 emoji, each drawn by two artists ─► flamingo/tiny, all stages: eyes, language model, gated layers
+              as pairs, and on as many pages of five pictures, each with its name; on every second page names are made up
     asked     150 things that no training picture shows. The examples are by the two artists; the picture that is asked for is by the third
 
               four things   [noto: panda] Output: panda <EOC> [twemoji: anchor] Output: anchor <EOC> [fluentui: panda] Output: ?
@@ -31,7 +32,7 @@ from nanovlm.evaluate.fewshot import ORDERS, Episode, by_chance, features, measu
 from nanovlm.evaluate.pupil import Pupil
 from nanovlm.runs.folder import is_run
 from nanovlm.runs.run import Options, run, versions
-from nanovlm.world.pages import NAMES
+from nanovlm.world.pages import NAMES, PICTURES
 
 STRANGER, SHOTS, AT_ONCE, TIMES, ROOM = "fluentui", (0, 1, 2, 4, 8), 4, 8, 16
 
@@ -40,11 +41,25 @@ Drawings = dict[str, dict[str, object]]  # name → artist → picture
 
 def without_stranger(data: Path, folder: Path) -> Path:
     """The set to learn from: `folder`/captions.jsonl, with two of the three artists; held-out things stay held out."""
-    rows = [row for row in rows_of(data) if row["artist"] != STRANGER]
+    pairs = [{"image": str((data / row["image"]).resolve()), "caption": row["caption"], "split": row["split"]}
+             for row in rows_of(data) if row["artist"] != STRANGER]
+    drawn: dict[str, list[str]] = {}
+    for pair in pairs:
+        if pair["split"] == "train":
+            drawn.setdefault(pair["caption"], []).append(pair["image"])
+    rng, many = Random(0), sum(map(len, drawn.values()))
     folder.mkdir(parents=True, exist_ok=True)
-    write_lines(folder / "captions.jsonl", [{"image": str((data / row["image"]).resolve()), "caption": row["caption"], "split": row["split"]}
-                                            for row in rows])
+    write_lines(folder / "captions.jsonl", [*pairs, *(page_of(drawn, i % 2 == 1, rng) for i in range(many))])
     return folder
+
+
+def page_of(drawn: dict[str, list[str]], made_up: bool, rng: Random) -> dict:
+    """A document: PICTURES drawings of AT_ONCE things, each with its name, as few-shot prompts have it; so that earlier ones help."""
+    things = rng.sample(sorted(drawn), AT_ONCE)
+    meant = dict(zip(things, rng.sample(NAMES, AT_ONCE) if made_up else things))
+    shown = rng.sample([(image, f"Output: {meant[thing]}") for thing in things for image in drawn[thing]], PICTURES)
+    return {"images": [part for image, _ in shown for part in (image, None)], "texts": [part for _, text in shown for part in (None, text)],
+            "split": "train"}
 
 
 def rows_of(data: Path) -> list[dict]:

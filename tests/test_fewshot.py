@@ -295,8 +295,15 @@ def emoji(tmp_path):
 
 def test_the_stranger_draws_queries_and_nothing_else(emoji, tmp_path):
     learned = [json.loads(line) for line in (flamingo_emoji.without_stranger(emoji, tmp_path / "two") / "captions.jsonl").read_text().splitlines()]
+    learned, read = [row for row in learned if "image" in row], [row for row in learned if "texts" in row]
     assert len(learned) == 24 and not any("fluentui" in row["image"] for row in learned)
     assert Counter(row["split"] for row in learned) == {"train": 8, "val": 16}
+    known = {row["image"]: row["caption"] for row in learned if row["split"] == "train"}
+    assert len(read) == len(known)
+    for i, page in enumerate(read):
+        said = [(known[image], text.removeprefix("Output: ")) for image, text in zip(page["images"][::2], page["texts"][1::2], strict=True)]
+        assert len(said) == 5 == len({*page["images"]}) - 1 and len(set(said)) == len({thing for thing, _ in said})
+        assert all((thing != name) == (i % 2 == 1) for thing, name in said) and page["split"] == "train"
     drawings = flamingo_emoji.held_out(emoji)
     assert len(drawings) == 8
     for made_up in (False, True):
