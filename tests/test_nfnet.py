@@ -1,7 +1,9 @@
 """NFNet against timm's, and what keeps its signal in bounds; adaptive clipping against a slow loop; the CLIP that is made of it."""
 
-import importlib.util
+import importlib.abc
+import sys
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 import pytest
@@ -37,17 +39,49 @@ def awake(model: nn.Module, seed: int = 0) -> nn.Module:
 
 # ---- timm's, an independent implementation
 
-LIBRARY: list[torch.library.Library] = []
-OPERATORS = ["_deform_conv2d_backward", "_ps_roi_align_backward", "_ps_roi_pool_backward", "_roi_align_backward", "_roi_pool_backward", "deform_conv2d", "nms", "ps_roi_align", "ps_roi_pool", "qnms", "qroi_align", "roi_align", "roi_pool"]
+class Hollow(type):
+    """A class of which every attribute is its own name."""
+
+    def __getattr__(cls, name: str) -> str:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return name
+
+
+class StandIn(ModuleType):
+    """A module that has every name, each a class of its own, and every submodule."""
+
+    __path__ = ()
+
+    def __getattr__(self, name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Hollow(name, (), {})
+
+
+class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """For torchvision, which was built for another torch than ours. timm imports it for pictures; its networks do without."""
+
+    def find_spec(self, name: str, path: object, target: object = None) -> ModuleSpec | None:
+        return ModuleSpec(name, self, is_package=True) if name.split(".")[0] == "torchvision" else None
+
+    def create_module(self, spec: ModuleSpec) -> StandIn:
+        return StandIn(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """There is nothing to run."""
 
 
 def timm(module: str) -> ModuleType:
-    """torchvision, which timm imports, was built for another torch: the operators that it misses are declared, and nobody calls them."""
-    if not LIBRARY and importlib.util.find_spec("torchvision"):
-        LIBRARY.append(torch.library.Library("torchvision", "FRAGMENT"))
-        for name in OPERATORS:
-            LIBRARY[0].define(f"{name}(Tensor x) -> Tensor")
-    return pytest.importorskip(f"timm{module}", reason="timm is not installed, see requirements-dev.txt")
+    """timm, or a part of it; whoever else asks for torchvision afterwards does not find the stand-in."""
+    sys.meta_path.insert(0, finder := StandIns())
+    try:
+        return pytest.importorskip(f"timm{module}", reason="timm is not installed, see requirements-dev.txt")
+    finally:
+        sys.meta_path.remove(finder)
+        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+
 
 NAMES = {"downsample.conv": "shortcut", "conv1": "residual.0", "conv2": "residual.2", "conv2b": "residual.4", "conv3": "residual.6",
          "attn_last.fc1": "residual.7.down", "attn_last.fc2": "residual.7.up"}

@@ -27,7 +27,7 @@ A stage names data sets and their weights (recipes/stage.py). Each is drawn by i
     told/…                          each of these talks about a scene that is told where the picture will stand later
     told/repeat, told/captions, …   what only a reader without eyes is asked; told/tasks: see tasks.py
     names, long names, plain names, shots, page texts   pages that are told, see pages.py
-    named pages, web pages, …       the same with pictures, and pages of a small web; page pairs: a picture and a text, as a page
+    named pages, web pages, …       the same with pictures, and pages of a small web; page pairs: a picture and a text, as a page; thing pairs: of one object
     clips                           eight frames of something that moves, see clips.py
 
 The web and what people captioned are pools: a finite number of pictures, each with one text, met again and again. BLIP filters the
@@ -327,7 +327,7 @@ SETS: dict[str, DataSet] = {
     "long names": DataSet(pages.told_names(pages.SHOTS[-1]), texts=True, corpus=False), "plain names": DataSet(pages.plain_names, texts=True, corpus=False),
     "page texts": DataSet(pages.page_text, (1, 1, 2), 0.2, texts=True, corpus=False),
     "named pages": DataSet(pages.named_page, (1,), corpus=False), "web pages": DataSet(pages.web_page, (1, 1, 2), 0.2, corpus=False),
-    "page pairs": DataSet(pages.pair, corpus=False), "clips": DataSet(clips.drawn, (1,), corpus=False),
+    "page pairs": DataSet(pages.pair, corpus=False), "thing pairs": DataSet(pages.thing_pair, corpus=False), "clips": DataSet(clips.drawn, (1,), corpus=False),
     "told/tasks": DataSet(told_task, texts=True), "caption texts": DataSet(caption_text, texts=True, corpus=False),
     "told/repeat": DataSet(told(one(drills.repeat), _plainly, IN_BLIP2), IN_LISTS, texts=True),
     "told/captions": DataSet(told(lambda scene, rng, pairs: (Turn("", caption(scene, rng), "caption"),), blip2=1.0), texts=True),

@@ -178,12 +178,18 @@ def pair(world: object, scene: Scene, rng: Random, pairs: tuple) -> Sample:
 
     App. A.3: half of the texts open with a blank, or the model would take the blank for a mark of this kind of data.
     """
-    right = ()
     if rng.random() < 1 / 3:
-        thing = about(scene)
-        scene, text = Scene((thing,)), " ".join(thing.pair)
-        right = (text,)
-    else:
-        text = caption(scene, rng)
+        return thing_pair(world, scene, rng, pairs)
+    return _paired(world, scene, caption(scene, rng), (), rng)
+
+
+def thing_pair(world: object, scene: Scene, rng: Random, pairs: tuple) -> Sample:
+    """The shortest pair: "red star"."""
+    thing = about(scene)
+    text = " ".join(thing.pair)
+    return _paired(world, Scene((thing,)), text, (text,), rng)
+
+
+def _paired(world: object, scene: Scene, text: str, right: tuple[str, ...], rng: Random) -> Sample:
     turn = Turn(IMAGE, rng.choice(("", " ")) + text, "caption")
     return Sample("", world.picture(scene), text, right, turns=(turn,), format="pair")
