@@ -1,7 +1,7 @@
 """How good are the backbones that the embedded world's recipes freeze? Each is judged by what the papers will ask of it.
 
     clip/tiny, nfnet-clip/tiny   pictures and captions that find each other; what a linear probe reads in its patches (encoder_probe.py)
-    lm/tiny, lm/tiny-t5    questions about scenes that are told in words, in the forms of all six papers; pages of examples
+    lm/tiny, lm/tiny-pages, lm/tiny-t5    questions about scenes that are told in words, in the forms of all six papers; pages of examples
     any other              by the exams that its stage names in `evaluate`
 
     python -m experiments.backbones                             all of them: from the cache, shipped, or trained now
@@ -60,9 +60,10 @@ def collect(folder: Path) -> dict:
     """The model of a run, which knows how long it took."""
     pupil = load_run(folder)  # says what is wrong with a run that is not finished
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    (stage,) = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["stages"]
-    minutes = None if stage["cached"] else round(stage["seconds"] / 60, 1)
-    return judged(pupil, config["recipe"]["name"], config["seed"], stage["steps"], minutes)
+    stages = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["stages"]
+    learned = [one for one in stages if not one["cached"]]
+    minutes = round(sum(one["seconds"] for one in learned) / 60, 1) if learned else None
+    return judged(pupil, config["recipe"]["name"], config["seed"], sum(one["steps"] for one in learned or stages[-1:]), minutes)
 
 
 def judged(pupil: Pupil, name: str, seed: int, steps: int, minutes: float | None) -> dict:
