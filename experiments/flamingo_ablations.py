@@ -11,7 +11,7 @@
     no times                       the resampler does not know the order of frames
     lr 1e-2, no gates at lr 1e-2   do gates keep a rate that is far too high from doing harm?
 
-    python -m experiments.flamingo_ablations                    seeds 0, 1 and 7; a quarter of the recipe's steps
+    python -m experiments.flamingo_ablations                    seeds 0, 1 and 7; two fifths of the recipe's steps
     python -m experiments.flamingo_ablations --seeds 0 --steps 1
     python -m experiments.flamingo_ablations --table            print the stored results as Markdown
 
@@ -223,4 +223,4 @@ def table(result: dict) -> str:
 
 
 if __name__ == "__main__":
-    seeds.main(__doc__, "flamingo_ablations", NAME, measure, table, fraction=0.25)
+    seeds.main(__doc__, "flamingo_ablations", NAME, measure, table, fraction=0.4)

@@ -14,6 +14,7 @@ from experiments import (
     blip2_stage1,
     blip_capfilt,
     capfilt_emoji,
+    flamingo_ablations,
     flamingo_emoji,
     llava15_ladder,
     llava15_tiles,
@@ -135,6 +136,7 @@ def test_the_figures_are_the_stored_ones():
         if "runs" in result:
             made_by = {"backbones.json": backbones, "blip2_stage1.json": blip2_stage1, "llava_data_mix.json": llava_data_mix,
                        "llava15_ladder.json": llava15_ladder, "llava15_tiles.json": llava15_tiles, "capfilt_emoji.json": capfilt_emoji, "flamingo_emoji.json": flamingo_emoji,
+                       "flamingo_ablations.json": flamingo_ablations,
                        "blip_capfilt.json": blip_capfilt}.get(name, tiny_runs)
             assert made_by.table(result) in MEASURED, f"{name}: python -m {made_by.__name__} --table prints another"
         for case in result.get("cases", []):

@@ -48,7 +48,7 @@ from nanovlm.world.scene import (
     render,
 )
 
-PAGED = ("named pages", "web pages", "page pairs", "clips")  # see test_pages.py and test_clips.py
+PAGED = ("named pages", "web pages", "page pairs", "thing pairs", "clips")  # see test_pages.py and test_clips.py
 SHOWN = [name for name in SETS if not SETS[name].texts and name not in PAGED]
 UNNAMED = [name for name in SETS if name.startswith("unnamed")]  # pictures in colours without names
 RECOLOURED = ["vague pairs", *UNNAMED]  # some or all of them
