@@ -37,7 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", metavar="{" + ",".join(MODELS) + "}", help="which paper's tiny model to train")
     parser.add_argument("--recipe", choices=recipes.names(), metavar="NAME",
                         help="a recipe by its full name, instead of --model")
-    parser.add_argument("--data", metavar="PATH", help="folder of pictures with .txt, .jsonl, COCO or LLaVA .json; "
+    parser.add_argument("--data", metavar="PATH", help="folder of pictures with .txt, .jsonl, COCO or LLaVA .json, documents, .tar; "
                         "default: the embedded world, which needs no download")
     parser.add_argument("--on-missing", choices=("error", "skip"), default="error",
                         help="what to do about a missing or broken picture (default: error)")

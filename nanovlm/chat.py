@@ -209,7 +209,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m nanovlm.chat", description="Talk to a trained model about pictures.",
         epilog='example: python -m nanovlm.chat llava --scene 3 --ask "what colour is the square?"')
-    parser.add_argument("run", help="the folder of a finished run, such as runs/llava, or a shipped model: llava, llava15, blip2")
+    parser.add_argument("run", help="the folder of a finished run, such as runs/llava, or a shipped model: llava, llava15, blip2, flamingo")
     parser.add_argument("--scene", type=int, metavar="N", help="show it held-out scene N of the embedded world")
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be given several times")
     parser.add_argument("--ask", metavar="QUESTION", help="one question, its answer, and out")

@@ -113,7 +113,7 @@ def last_image(is_image: Tensor) -> Tensor:
 def next_image(is_image: Tensor) -> Tensor:
     """φ where texts stand before their images: which image comes next behind each token, 0 after the last → int64 (B, T).
 
-    §2.4: on half of the pages. The sheet leaves open what the last text then sees; here nothing.
+    §2.4: on half of the pages. The paper does not say what the last text then sees; here it sees nothing.
     """
     behind = is_image.cumsum(dim=1) + 1
     return behind.masked_fill(behind > is_image.sum(dim=1, keepdim=True), 0)

@@ -11,14 +11,14 @@ A picture is a clip of one frame. Each latent is a question, and where a frame's
 Q = 64 answers come out all the same: what reads them costs the same for every clip. The latents stand among the keys, so they
 can also speak with each other; Perceiver and DETR let them look at the features alone, which was slightly worse (App. A.1.1).
 
-Where in a frame a feature stands nobody says: there are no spatial positions, for a convolutional encoder's features carry
-their place in them (App. A.1.1). *When* is said by one learned vector for each frame. Of more frames than were trained the
-vectors lie between the learned ones, on straight lines (App. B.1.2: 8 in training, 30 after).
+There are no spatial positions: the features of a convolutional encoder already tell where in the frame they stand (App. A.1.1).
+One learned vector for each frame tells when it was taken. A longer clip than in training gets vectors that are interpolated
+linearly between the learned ones (App. B.1.2: 8 frames in training, 30 after).
 
 Legend: n clips or pictures, F frames, N tokens of a frame, Q latents, D width.
 Differs from the paper in: norms, which its pseudo-code leaves out, stand where the reproductions have them (open_flamingo):
-one on features and one on latents in each layer, one before the feed-forward, one at the end. The published 194 M parameters
-are reached by no reading of Table 4 (12·D² per layer gives 170 M), and no test asks for them.
+one on features and one on latents in each layer, one before the feed-forward, one at the end. We could not reproduce the published
+194 M parameters: Table 4 gives 170 M (12·D² per layer). No test asks for them.
 """
 
 from dataclasses import dataclass

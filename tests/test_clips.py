@@ -50,6 +50,16 @@ def test_a_gif_of_one_frame_is_a_picture_and_a_picture_a_clip_of_one(tmp_path):
         frames(tmp_path / "bad.gif")
 
 
+def test_a_gif_that_breaks_off_is_one_sentence(tmp_path, monkeypatch):
+    gif(tmp_path / "two.gif", [1000, 1000])
+
+    def seek(image, frame):
+        raise EOFError("no more images in GIF file")
+    monkeypatch.setattr("PIL.GifImagePlugin.GifImageFile.seek", seek)
+    with pytest.raises(UserError, match="two.gif: the clip breaks off behind frame 0 .*; replace or remove it"):
+        frames(tmp_path / "two.gif")
+
+
 def test_a_gif_that_moves_is_a_clip_in_a_table_and_its_first_frame_elsewhere(tmp_path):
     gif(tmp_path / "a.gif", [1000] * 3)
     gif(tmp_path / "b.gif", [1000])

@@ -242,6 +242,14 @@ def test_shards_are_read_where_they_lie(shards):
     assert (only.name, only.kind, len(only.samples), only.problems) == ("00001", "documents", 2, [])
 
 
+def test_a_shard_of_a_whole_folder_is_read(tmp_path):
+    """`tar -cf a.tar -C folder .` writes ./ before every name."""
+    png = photo(tmp_path / "a.png", 90)
+    row = {"texts": ["one", None, "two"], "images": [None, "a.png", None]}
+    found = scan(tar(tmp_path / "x.tar", {"./a.png": png, "./one.json": json.dumps(row).encode()}))
+    assert not found.problems and [str(sample.images[0]) for sample in found.samples] == [f"{tmp_path}/x.tar/a.png"]
+
+
 def test_a_large_set_of_shards_is_decoded_when_it_is_asked_for(shards, monkeypatch):
     monkeypatch.setattr("nanovlm.data.records.KEPT_PICTURES", 1)
     source = read(shards, on_missing="skip")
@@ -302,6 +310,7 @@ def test_clips_in_a_table(tmp_path):
     shown = {page.turns[0].answer.strip(): page.images[0] for page in everything(source, "pages")}
     assert [image.getpixel((0, 0))[0] for image in shown["it runs"]] == [1, 2, 10] and len(shown["which way? left"]) == 3
     assert {type(image) for sample in everything(source, "pairs") for image in sample.images} == {Image.Image}, "elsewhere the first frame"
+    assert [record.caption for split in ("train", "val") for record in source.listed(split)] == ["still"], "a clip of several files is no picture"
     for row, said in (({"clip": "void", "caption": "x"}, "the clip void has no frame"), ({"frames": [], "caption": "x"}, "the clip has no frame"),
                       ({"frames": "a.png", "caption": "x"}, "the clip has no frame"), ({"clip": "gone", "caption": "x"}, "the picture gone is missing")):
         with pytest.raises(UserError, match=said):

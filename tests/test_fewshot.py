@@ -226,6 +226,12 @@ class Reader:
         return torch.tensor([[float(name == self.known(sample)) for name in among] for sample in samples])
 
 
+def test_open_and_closed_questions_are_measured_apart():
+    those = [Episode(shot("x", 0), [shot("y", 1)], among) for among in ((), ("x", "y"))]
+    with pytest.raises(UserError, match="measure them apart"):
+        measure(Reader(), those, shots=(1,))
+
+
 @pytest.mark.parametrize("closed", [True, False])
 def test_figures_stand_beside_their_controls(closed):
     """20 episodes of 8 examples, of which the last shows the thing that is asked for in every second one."""

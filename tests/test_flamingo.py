@@ -338,6 +338,10 @@ def test_which_set_a_micro_batch_is_of(mix, sets):
 def test_losses_of_three_sets_need_three_micro_batches():
     with pytest.raises(UserError, match="mixes the losses of 2 data sets but has 3 micro-batches"):
         mixed(accumulate=3).parts(0)
+    with pytest.raises(UserError, match="portions must name the data sets in their order, one micro-batch each"):
+        mixed(portions={"pages": 2, "pairs": 2}, accumulate=4).parts(0)
+    with pytest.raises(ValueError, match="group would sort samples"):
+        mixed(group=True)
 
 
 # ---- windows of pages

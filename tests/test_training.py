@@ -17,6 +17,22 @@ from nanovlm.training.batches import Epochs, InTurn, MicroBatches, Mixture, make
 from nanovlm.training.loop import TrainingFailed, freeze, train_stage
 from nanovlm.training.optim import lr_at, make_optimiser
 
+
+def test_an_exponential_falls_by_the_same_factor_each_step():
+    stage = fakes.stage(steps=5, warmup=0.0, schedule="exponential", lr=1.0, min_lr=1 / 16)
+    assert [lr_at(step, stage) for step in range(5)] == pytest.approx([1, 1 / 2, 1 / 4, 1 / 8, 1 / 16])
+    with pytest.raises(ValueError, match="an exponential never reaches min_lr 0.0"):
+        replace(stage, min_lr=0.0)
+
+
+def test_a_part_may_be_left_undecayed():
+    model = nn.ModuleDict({"a": nn.Linear(3, 2), "ab": nn.Linear(2, 5)})
+    groups = make_optimiser(model, fakes.stage(weight_decay=0.1, undecayed=("a",))).param_groups
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert {name: decay[id(p)] for name, p in model.named_parameters()} == {"a.weight": 0, "a.bias": 0, "ab.weight": 0.1, "ab.bias": 0}
+    with pytest.raises(ValueError, match="leaves 'resampler' undecayed, but trains no parameters of that name"):
+        make_optimiser(model, fakes.stage(undecayed=("resampler",)))
+
 CPU = torch.device("cpu")
 TOKENIZER = Tokenizer.train(fakes.FakeScenes().texts(), fakes.VOCAB)
 

@@ -8,6 +8,7 @@ many tokens as those of one picture; a picture is a clip of one frame.
 """
 
 import re
+from itertools import accumulate
 from pathlib import Path
 
 from PIL import Image
@@ -16,7 +17,7 @@ from nanovlm.data.transforms import load_image
 from nanovlm.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")  # of frames in a folder
-AT_LEAST = 0.02  # seconds: browsers give a frame of a GIF that tells no time no less
+AT_LEAST = 0.02  # seconds: how long a frame of a GIF is seen at least, for some are written with a time of 0
 Picture = Image.Image | tuple[Image.Image, ...]
 
 
@@ -25,17 +26,26 @@ def frames(path: object, per_second: float = 1.0, side: int | None = None) -> tu
     if isinstance(path, (str, Path)) and Path(path).is_dir():
         return tuple(load_image(file, side) for file in in_folder(Path(path)))
     first = load_image(path, side)  # and all that can be wrong with it is said there
-    ends = [0.0]
-    with (Path(path) if isinstance(path, str) else path).open("rb") as file, Image.open(file) as image:
-        for number in range(getattr(image, "n_frames", 1)):
-            image.seek(number)
-            ends.append(ends[-1] + max(AT_LEAST, image.info.get("duration", 0) / 1000))
-        shown, at = [first], 1
-        while at / per_second < ends[-1] - 1e-6:
-            number = next(number for number, end in enumerate(ends[1:]) if at / per_second < end - 1e-6)
-            shown.append(load_image(path, side, number))
-            at += 1
+    ends = _ends(Path(path) if isinstance(path, str) else path)
+    shown, at = [first], 1
+    while at / per_second < ends[-1] - 1e-6:
+        number = next(number for number, end in enumerate(ends) if at / per_second < end - 1e-6)
+        shown.append(load_image(path, side, number))
+        at += 1
     return tuple(shown)
+
+
+def _ends(path: object) -> list[float]:
+    """When each frame of a file is over, in seconds."""
+    seconds = []
+    try:
+        with path.open("rb") as file, Image.open(file) as image:
+            for number in range(getattr(image, "n_frames", 1)):
+                image.seek(number)
+                seconds.append(max(AT_LEAST, image.info.get("duration", 0) / 1000))
+    except (OSError, EOFError, ValueError, SyntaxError) as error:
+        raise UserError(f"{path}: the clip breaks off behind frame {len(seconds)} ({error}); replace or remove it.") from error
+    return list(accumulate(seconds))
 
 
 def in_folder(folder: Path) -> tuple[Path, ...]:
@@ -43,7 +53,7 @@ def in_folder(folder: Path) -> tuple[Path, ...]:
     found = [file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
     if not found:
         raise UserError(f"the clip {folder.name} has no frame: the folder holds no picture; put its frames there")
-    return tuple(sorted(found, key=lambda file: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", file.name)]))
+    return tuple(sorted(found, key=lambda file: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", file.name)]))
 
 
 def load(entry: object, side: int | None = None) -> Picture:

@@ -10,7 +10,7 @@
 
 Texts that follow each other are one. As in M3W, pictures with a side of less than 64 pixels or more than three times as wide as
 high (or the other way) are taken out of their page, and the page stays. Differs from M3W in: pages without pictures stay too, and
-pictures of one colour; which language or how decent a page is, nobody looks.
+pictures of one colour; neither the language nor the content of a page is filtered.
 """
 
 from collections.abc import Callable

@@ -71,8 +71,9 @@ class Records:
         return texts
 
     def listed(self, split: str) -> list[Sample]:
-        """The records of a split that have one picture, with its path."""
-        return [record for record in self._records[split] if len(record.images) == 1 and record.format != PAGES]
+        """The records of a split that have one picture, with its path; a document or a clip of several files is none."""
+        return [record for record in self._records[split]
+                if len(record.images) == 1 and record.format != PAGES and not isinstance(record.images[0], tuple)]
 
     def size(self, view: str, split: str) -> int:
         if (view, split) not in self._entries:

@@ -58,7 +58,8 @@ class Shard:
             with tarfile.open(self.path, "r:") as tar:
                 for member in tar:
                     if member.isfile() and not member.issparse():  # links lead elsewhere
-                        self.members[member.name] = Packed(self.path, member.name, member.offset_data, member.size)
+                        name = str(PurePosixPath(member.name))  # "./a.jpg", as `tar -c .` writes it, is a.jpg
+                        self.members[name] = Packed(self.path, name, member.offset_data, member.size)
                 tar.fileobj.seek(tar.offset)  # a header that makes no sense ends the loop as the end mark does
                 end = tar.fileobj.read(tarfile.BLOCKSIZE)
         except (tarfile.TarError, OSError, EOFError) as error:
@@ -69,9 +70,9 @@ class Shard:
 
     def find(self, name: str) -> Packed:
         """The member of this name; no other shard is looked into, nor the disk."""
-        if name not in self.members:
+        if (member := self.members.get(str(PurePosixPath(name)))) is None:
             raise Missing(f'field "image": the picture {name[:80]} is missing in the shard')
-        return self.members[name]
+        return member
 
     clip = find  # a clip is a file here, no folder
 

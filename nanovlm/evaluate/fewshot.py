@@ -14,7 +14,7 @@ as earlier turns, and so the same exam can be had with 0, 4 or 32 of them.
     closed     the candidate of highest log-likelihood, which may be the mean over several orders of the examples
 
 Controls. shuffled: all pictures exchanged among all prompts. "no images": blank ones. "text only": the examples lose their pictures
-and tags. Who is as good without pictures has not learned from them.
+and tags. A model that scores the same without the pictures has not learned from them.
 
 differs: the paper draws orders at random; here the given order is the first, and no order comes twice.
 
@@ -144,6 +144,8 @@ def measure(pupil: Pupil, episodes: Sequence[Episode], shots: Sequence[int] = (0
     several: over how many orders of the examples closed answers are judged, ORDERS as the paper does it.
     """
     among, figures = [episode.among for episode in episodes], {}
+    if len({bool(names) for names in among}) > 1:
+        raise UserError("Some questions have answers to choose from and others have none: measure them apart.")
     for many in shots:
         rounds = [*zip(*(prompts(episode, many, several) for episode in episodes))]
         figures[f"fewshot_accuracy/{many}"] = judged(pupil, rounds, among, room)

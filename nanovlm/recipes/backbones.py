@@ -64,10 +64,10 @@ LM_TINY = Recipe(
                   accumulate=4, lr=1.5e-3, weight_decay=0.05, betas=(0.9, 0.98), max_length=256, evaluate=("told", "pages"),
                   on_data={"steps": 800}),))
 
-# Flamingo's, which has read pages: it goes on from lm/tiny, which learned next to nothing of names that only the page explains.
-# What it has to find, a thing and what stands behind it, it finds at once where nothing stands between (`plain_names`).
-# Then it reads the texts of pages and of pairs: who has never met them holds what stands behind a picture for impossible, so firmly
-# that the gated layers learn to shout instead of to look.
+# Flamingo's, which has read pages. It goes on from lm/tiny, which hardly learned names that only the page explains. It must learn to find
+# a thing again and to copy what follows it. It learns that fastest where nothing stands between the two (`plain_names`).
+# Then it reads the texts of pages and of pairs. A language model that has never met them gives such texts almost no probability, and
+# the gated layers learn to correct that instead of looking at the pictures.
 OTHERS = {name: weight * 25 / sum(ALONE.values()) for name, weight in ALONE.items()}
 LM_TINY_PAGES = replace(
     LM_TINY, name="lm/tiny-pages",

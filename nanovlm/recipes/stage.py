@@ -93,6 +93,11 @@ class Stage:
                                           ("evaluate", self.evaluate, EVALUATIONS)):
             if not set(values) <= set(known):
                 raise ValueError(f"Stage {self.name}: {field_name} is {values}, but there are only {known}.")
+        if self.schedule == "exponential" and self.min_lr <= 0:
+            raise ValueError(f"Stage {self.name}: an exponential never reaches min_lr {self.min_lr}; give a fraction above 0.")
+        if self.mixed != "samples" and self.group:
+            raise ValueError(f"Stage {self.name}: mixed={self.mixed!r} gives each data set its micro-batches, and group would sort samples "
+                             "into others; leave one of the two out.")
 
     def diet(self, place: int) -> Diet:
         """What the sample at this place of the stage is drawn from; its first sample stands at place 0."""
@@ -121,8 +126,10 @@ class Stage:
         if self.accumulate % len(sets):
             raise UserError(f"Stage {self.name} mixes the losses of {len(sets)} data sets but has {self.accumulate} micro-batches "
                             "(accumulate); make it a multiple.")
-        if self.portions and ([f"/{name}" for name in self.portions] != [name for name, _ in sets] or self.ends()[-1] != self.batch_size):
-            raise UserError(f"Stage {self.name}: portions must name the data sets in their order, and add up to batch_size {self.batch_size}.")
+        if self.portions and ([f"/{name}" for name in self.portions] != [name for name, _ in sets] or self.ends()[-1] != self.batch_size
+                              or len(sets) != self.accumulate):
+            raise UserError(f"Stage {self.name}: portions must name the data sets in their order, one micro-batch each, and add up to "
+                            f"batch_size {self.batch_size}.")
         return sets * (self.accumulate // len(sets))
 
 

@@ -44,6 +44,9 @@ def lr_at(step: int, stage: Stage) -> float:
 def make_optimiser(model: nn.Module, stage: Stage) -> torch.optim.AdamW:
     """Frozen parameters are left out, so that they cost no optimiser state."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for part in stage.undecayed:
+        if not any(within(name, part) for name in trained):
+            raise ValueError(f"Stage {stage.name} leaves {part!r} undecayed, but trains no parameters of that name.")
     last = 1 + max((layer for name, _ in model.named_parameters() if (layer := layer_of(name)) is not None), default=0)
     groups = defaultdict(list)  # parameters by weight decay and factor of the learning rate
     for name, p in trained.items():

@@ -10,7 +10,7 @@
     +----------------+                               left
 
 Where the object starts and how fast it goes is drawn before its direction is, so that no frame by itself tells anything; and in
-an exam twins stand side by side, so that who does not know the order is right half of the time, and never more often.
+an exam twins stand side by side: a model that does not know the order gives both the same answer, and is right half of the time at most.
 """
 
 from random import Random
