@@ -7,16 +7,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from data_files import everything, write
 from PIL import Image
 
+from nanovlm import masks
 from nanovlm.data.check import main
 from nanovlm.data.clips import in_folder
+from nanovlm.data.conversation import encode
 from nanovlm.data.formats import read, scan
 from nanovlm.data.sample import IMAGE, Turn, page_turns
 from nanovlm.data.shards import Shard
 from nanovlm.errors import UserError
 from nanovlm.recipes import flamingo
+from nanovlm.runs import shipped
 from nanovlm.training.batches import Epochs, Gathered
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -338,3 +342,19 @@ def test_recipes():
     pages = everything(source, "pages")
     assert sum(not page.images for page in pages) == 60 and sum(len(page.images) for page in pages) == 161
     assert {"½", "°", "🍔"} <= set("".join(turn.answer for page in pages for turn in page.turns))
+
+
+@pytest.mark.skipif(not (SHARED / "recipes").is_dir(), reason="../shared/data/recipes is not on this machine")
+def test_every_token_of_a_recipe_sees_the_image_before_it():
+    """The tokens that see image n say what stands in the document between image n and the next one, to the letter."""
+    rows = [json.loads(line) for line in (SHARED / "recipes/documents.jsonl").read_text(encoding="utf-8").splitlines()]
+    tokenizer = shipped.tokenizer()
+    for row, page in zip(rows, scan(SHARED / "recipes").samples, strict=True):
+        texts = [[]]
+        for text, image in zip(row["texts"], row["images"], strict=True):
+            texts += [[]] if image else []
+            texts[-1] += [text] if text else []
+        ids, _ = encode(page.turns, tokenizer, "pages", image_tokens=1)
+        phi = masks.last_image(torch.tensor([ids]) == tokenizer.image_id)[0].tolist()
+        said = [tokenizer.decode([i for i, p in zip(ids, phi) if p == n and i >= len(tokenizer.specials)]) for n in range(len(texts))]
+        assert said == ["\n".join(those) for those in texts] and len(page.images) == max(phi) == len(texts) - 1
