@@ -357,6 +357,7 @@ def test_a_window_has_its_own_images_and_ends_before_too_many():
         assert list(kept) == images[ids[:start].count(IMAGE):][:len(kept)]
         assert len(got) == 6 or (len(kept) == 2 and ids[start + len(got)] == IMAGE)
     assert window(ids, ids, images, IMAGE, 0, 0, Random(0)) == (ids, [-100, *ids[1:]], images)
+    assert window(ids, ids, images, IMAGE, 6, 2, None) == (ids[:6], [-100, *ids[1:6]], images[:2])
     assert window([1, 7], [1, 7], [], IMAGE, 6, 2, Random(0)) == ([1, 7], [-100, 7], [])
 
 

@@ -158,7 +158,7 @@ class Collate:
         rows, labels, shown = [], [], []
         for sample in samples:
             row, row_labels, images = window(*self.encode(sample), sample.images, self.tokenizer.image_id, self.max_length,
-                                             self.reads.most_images, rng)
+                                             self.reads.most_images, rng if self.layout(sample) == "pages" else None)
             rows.append(row)
             labels.append(row_labels)
             shown.append(images)
@@ -271,13 +271,15 @@ def _given(turn: Turn, labels: Sequence[int], rng: Random) -> int:
 
 
 def window(ids: Sequence[int], labels: Sequence[int], images: Sequence, image_id: int, length: int, most: int,
-           rng: Random) -> tuple[Sequence[int], Sequence[int], Sequence]:
+           rng: Random | None) -> tuple[Sequence[int], Sequence[int], Sequence]:
     """Of a page `length` tokens from anywhere (0: all), up to the image behind the first `most` (0: all); and its images.
+
+    Without rng the first ones: a question must not lose its picture, nor an example.
 
     Flamingo §2.4. differs: the paper drops further images but not, it seems, their texts, which would then look at the last image
     that is left; here the page ends before them.
     """
-    start = rng.randrange(len(ids) - length + 1) if 0 < length < len(ids) else 0
+    start = rng.randrange(len(ids) - length + 1) if rng and 0 < length < len(ids) else 0
     first = ids[:start].count(image_id)
     marks = [place for place in range(start, min(len(ids), start + (length or len(ids)))) if ids[place] == image_id]
     end = marks[most] if 0 < most < len(marks) else start + (length or len(ids))

@@ -46,7 +46,7 @@ class Report:
     lr: float
     grad_norm: float
     seconds: float
-    batch: Batch  # the last micro-batch of this rank, for the vital signs
+    batch: Batch  # the first micro-batch of this rank, for the vital signs; of mixed losses one of the first data set
 
 
 class Losses(nn.Module):
@@ -98,7 +98,7 @@ def train_stage(model: nn.Module, stage: Stage, batches: Iterable[Batch], optimi
         norm = clip_gradients(model, stage).item()
         _check_finite({**losses, "gradient norm": norm}, step, lr, stage, micro)  # before the weights are touched
         optimiser.step()
-        yield Report(step + 1, losses, lr, norm, time.monotonic() - started, micro[-1])
+        yield Report(step + 1, losses, lr, norm, time.monotonic() - started, micro[0])
 
 
 def _backward(wrapped: nn.Module, micro: list[Batch], device: torch.device, stage: Stage, step: int) -> dict[str, float]:
