@@ -72,7 +72,7 @@ def published(name: str, language: DecoderConfig, every: int) -> Recipe:
 
 def tuned(base: Recipe, image_size: int, stage: Stage) -> Recipe:
     """App. B.2.2: on one task, the eyes learn too, and look closer; the language model stays frozen."""
-    stage = replace(stage, trains=(*NEW, "vision"), init=(*stage.init, ("", base.name)))
+    stage = replace(stage, trains=(*NEW, "vision.stem", "vision.blocks"), init=(*stage.init, ("", base.name)))
     return replace(base, name=f"{base.name}-vqa", image_size=image_size, stages=(stage,))
 
 
