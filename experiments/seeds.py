@@ -53,8 +53,8 @@ def learn(recipe: Recipe, stage: Stage, samples: Samples, seed: int, tokenizer: 
 
 
 def spread(values: Sequence[float]) -> str:
-    """The mean, and from the lowest to the highest."""
-    return f"{sum(values) / len(values):.2f} ({min(values):.2f}–{max(values):.2f})"
+    """The mean, and from the lowest to the highest where there are several."""
+    return f"{values[0]:.2f}" if len(values) == 1 else f"{sum(values) / len(values):.2f} ({min(values):.2f}–{max(values):.2f})"
 
 
 def machine() -> str:
