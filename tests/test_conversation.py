@@ -25,9 +25,9 @@ BYTES = Tokenizer([])  # no merges: "###" is three tokens, and an answer may hol
 NAMES = sorted(FORMATS)
 # What each answer begins with and what closes it, written out here and not taken from the table under test.
 LEAD = {"plain": "", "v0": " ", "v1": " ", "llama_2": " ", "blip2": " ", "flan_t5": " ", "blip-vqa": " ", "blip2-caption": " ",
-        "instructblip": " ", "flamingo": " ", "blip": "", "blip-caption": " ", "tiny": " "}
+        "instructblip": " ", "flamingo": " ", "pages": "", "pair": "", "blip": "", "blip-caption": " ", "tiny": " "}
 CLOSE = {"plain": "\n", "v0": "\n###", "v1": "</s>", "llama_2": " </s>", "blip2": "\n", "flan_t5": "</s>", "blip-vqa": "</s>",
-         "blip2-caption": "\n", "instructblip": "</s>", "flamingo": "<EOC>", "blip": "</s>", "blip-caption": "</s>",
+         "blip2-caption": "\n", "instructblip": "</s>", "flamingo": "<EOC>", "pages": "<EOC>", "pair": "<EOC></s>", "blip": "</s>", "blip-caption": "</s>",
          "tiny": "</s>"}
 FORBIDDEN = {"plain": "\n", "v0": "###", "blip2": "\n", "blip2-caption": "\n"}
 ONE_CAPTION = ("plain", "blip2-caption", "blip", "blip-caption")
@@ -79,7 +79,7 @@ def test_trained_tokens_are_exactly_answers_and_stops(name, data):
     assert ids.count(TOKENIZER.image_id) == (0 if name in IMAGE_FIRST else marks)  # there the model puts the image first
     stops = 2 if name in SEPARATE else ("</s>" in CLOSE[name]) * len(turns)  # there what is read ends with one too
     assert ids.count(TOKENIZER.eos_id) == stops  # "</s>" that people write is no stop
-    assert ids.count(TOKENIZER.token_id("<EOC>")) == (name == "flamingo") * len(turns)
+    assert ids.count(TOKENIZER.token_id("<EOC>")) == ("<EOC>" in CLOSE[name]) * len(turns)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -212,6 +212,9 @@ TOLD = [
      ["<s>", "A red hat.Question: what colour? Answer:", " red", "<EOC>", "two shoesQuestion: and  too? Answer:", " yes", "<EOC>"]),
     ("flamingo", (Turn("<image>", "dax"), Turn("<image>", "wug")),
      ["<s>", "A red hat.Output:", " dax", "<EOC>", "two shoesOutput:", " wug", "<EOC>"]),
+    ("pages", (Turn("", "hats"), Turn("<image>", " a hat"), Turn("<image>", "shoes")),
+     ["<s>", "hats", "<EOC>", "A red hat.", " a hat", "<EOC>", "two shoes", "shoes", "<EOC>"]),
+    ("pair", CAPTIONED, ["<s>", "A red hat.", "a hat", "<EOC>", "</s>"]),
 ]
 
 
@@ -290,7 +293,7 @@ def test_an_answer_is_the_same_tokens_as_inside_a_sentence():
         ((Turn("<image>", "a"), Turn("b", "c")), "plain", "picture 3: this format holds one caption, not 2 turns"),
         ((Turn("<image><image>", "a"),), "blip2", "picture 3: in this format one image stands before everything"),
         ((Turn("hi", "a"), Turn("<image>", "c")), "blip2", "picture 3: in this format one image stands"),
-        ((Turn("hi", "a"),), "v9", "Unknown conversation format 'v9'.*v1, llama_2, blip2, flan_t5, instructblip, flamingo, blip2-caption, blip, blip-caption, blip-vqa, tiny"),
+        ((Turn("hi", "a"),), "v9", "Unknown conversation format 'v9'.*v1, llama_2, blip2, flan_t5, instructblip, flamingo, pages, pair, blip2-caption, blip, blip-caption, blip-vqa, tiny"),
     ],
 )
 def test_what_cannot_be_encoded_is_said_in_one_sentence(turns, name, said):

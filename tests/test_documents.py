@@ -20,7 +20,7 @@ from nanovlm.data.sample import IMAGE, Turn, page_turns
 from nanovlm.data.shards import Shard
 from nanovlm.errors import UserError
 from nanovlm.recipes import flamingo
-from nanovlm.runs import shipped
+from nanovlm.tokenizer import Tokenizer
 from nanovlm.training.batches import Epochs, Gathered
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -348,7 +348,7 @@ def test_recipes():
 def test_every_token_of_a_recipe_sees_the_image_before_it():
     """The tokens that see image n say what stands in the document between image n and the next one, to the letter."""
     rows = [json.loads(line) for line in (SHARED / "recipes/documents.jsonl").read_text(encoding="utf-8").splitlines()]
-    tokenizer = shipped.tokenizer()
+    tokenizer = Tokenizer([])
     for row, page in zip(rows, scan(SHARED / "recipes").samples, strict=True):
         texts = [[]]
         for text, image in zip(row["texts"], row["images"], strict=True):

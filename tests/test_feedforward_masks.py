@@ -12,7 +12,7 @@ from nanovlm.feedforward import ACTIVATIONS, FeedForward, RMSNorm
 
 B, T, D, F = 2, 5, 6, 11
 THEIRS = {"relu": "relu", "gelu": "gelu", "quick_gelu": "quick_gelu", "swiglu": "silu", "geglu": "gelu",
-          "geglu_tanh": "gelu_pytorch_tanh"}
+          "squared_relu": "relu2", "geglu_tanh": "gelu_pytorch_tanh"}
 
 
 @pytest.mark.parametrize("bias", [True, False])

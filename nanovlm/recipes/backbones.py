@@ -74,7 +74,7 @@ LM_TINY_PAGES = replace(
     stages=(replace(LM_TINY.stages[0], name="lm-pages", data={"names": 35, "long names": 25, "plain names": 10, "shots": 5, **OTHERS},
                     lessons=((0.35, {"plain names": 75, **OTHERS}),), init=(("language", "lm/tiny:language"),), steps=2_400, lr=1e-3),
             replace(LM_TINY.stages[0], name="lm-texts", data={"page texts": 40, "names": 30, "long names": 15, **OTHERS}, lessons=(),
-                    steps=600, lr=5e-4)))
+                    steps=600, lr=5e-4, on_data={"steps": 300})))
 
 # An encoder reads what is told before all else, so there are no pages; whatever it is asked, it is asked in one format.
 LM_TINY_T5 = replace(
