@@ -69,7 +69,7 @@ def run_clip() -> None:
     model.losses(batch)
     model.score(batch["images"], ids(7, T), torch.ones(7, T, dtype=torch.bool))
     CLIP(CLIPConfig(imagenet_vit(28, 4, 26, 1, 2), model.config.text, 17)).vision(WIDE, maps=[])
-    nfnet = NFNetConfig(28, (1, 2), (12, 26), (1, 2), ((6, 2),), group_width=2, final=38, classes=7)
+    nfnet = NFNetConfig(28, (1, 2), (12, 28), (1, 2), ((6, 2),), group_width=2, final=38, classes=7)
     flamingos = CLIP(CLIPConfig(nfnet, BertConfig(VOCAB, 34, 2, 2, 41), 17, pool="mean", smoothing=0.1))
     flamingos.losses(batch)
     flamingos.vision.logits(WIDE)

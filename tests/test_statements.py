@@ -102,7 +102,7 @@ def test_the_exam_is_of_held_out_scenes_and_balanced(drawn):
 def test_the_tokenizer_learns_nothing_new():
     """Its corpus is what it was before there were statements and BLIP's questions."""
     assert not SETS["statements"].texts and not any("both pictures" in text for text in Scenes().texts())
-    assert len(template_texts()) == sum(not layout.separate for layout in FORMATS.values()) and FORMATS["blip-vqa"].separate
+    assert len(template_texts()) == sum(not (layout.separate or layout.pages) for layout in FORMATS.values()) and FORMATS["blip-vqa"].separate
 
 
 # --- batches ---

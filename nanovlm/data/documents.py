@@ -22,7 +22,7 @@ from nanovlm.errors import UserError
 
 LEAST_SIDE, MOST_ASPECT = 64, 3
 TITLE = 40  # words at most of a page's first line, which stands for the caption of its only picture
-Parts = list[tuple[str, str]]  # ("text", …) or ("image", name), in reading order
+Parts = list[tuple[str, str]]  # pairs such as ("text", …) or ("image", name), in reading order
 
 
 def is_document(row: dict) -> bool:
