@@ -88,8 +88,18 @@ def plain_names(world: object, scene: Scene, rng: Random, pairs: tuple) -> Sampl
 
 def page_text(world: object, scene: Scene, rng: Random, pairs: tuple) -> Sample:
     """A web page or a pair without its pictures: what a language model has read before it sees, as Chinchilla has read the web."""
-    page = (web_page if rng.random() < 0.5 else pair)(world, scene, rng, pairs)
-    return replace(page, images=(), turns=tuple(replace(turn, question="") for turn in page.turns))
+    page = (web_page if rng.random() < 0.5 else pair)(Unseen(world), scene, rng, pairs)
+    return replace(page, turns=tuple(replace(turn, question="") for turn in page.turns))
+
+
+class Unseen:
+    """A world whose scenes nobody draws: a text may tell of pairs that no training picture shows."""
+
+    def __init__(self, world: object):
+        self.scene = world.scene
+
+    def picture(self, scene: Scene) -> tuple:
+        return ()
 
 
 def told_shots(world: object, scene: Scene, rng: Random, pairs: tuple) -> Sample:
