@@ -314,14 +314,15 @@ def test_the_stranger_draws_queries_and_nothing_else(emoji, tmp_path):
     assert len(drawings) == 8
     for made_up in (False, True):
         those = flamingo_emoji.of_four(drawings, made_up, True, seed=0)
-        assert len(those) == 16 and Counter(one.query.id.split("/")[1] for one in those) == dict.fromkeys(drawings, 2)
+        times = flamingo_emoji.TIMES // 4
+        assert len(those) == 8 * times and Counter(one.query.id.split("/")[1] for one in those) == dict.fromkeys(drawings, times)
         for one in those:
             assert one.query.id.startswith("fluentui/") and not any(example.id.startswith("fluentui") for example in one.examples)
             called = {(s.id.split("/")[1], s.turns[0].answer) for s in (one.query, *one.examples)}
             assert len(called) == 4 == len(set(one.among)) and {name for _, name in called} == {*one.among}
             assert made_up == (called & {(thing, thing) for thing in drawings} == set())
     assert len({tuple(sorted(one.among)) for one in those}) == 2 and flamingo_emoji.shown(those)["8"] == 1
-    bound = [{s.id.split("/")[1]: s.turns[0].answer for s in one.examples} for one in those[:8]]
+    bound = [{s.id.split("/")[1]: s.turns[0].answer for s in one.examples} for one in those[:flamingo_emoji.TIMES]]
     assert any(binding != bound[0] for binding in bound)
 
 
