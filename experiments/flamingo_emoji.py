@@ -24,14 +24,12 @@ from pathlib import Path
 from random import Random
 
 from experiments.capfilt_emoji import write_lines
-from experiments.seeds import RESULTS, machine
-from nanovlm.chat import load_run
+from experiments.seeds import RESULTS, asked, machine
 from nanovlm.data.sample import CONTROLS, IMAGE, Sample, Turn
 from nanovlm.data.transforms import load_image
 from nanovlm.evaluate.fewshot import ORDERS, Episode, by_chance, features, measure, rices
 from nanovlm.evaluate.pupil import Pupil
-from nanovlm.runs.folder import is_run
-from nanovlm.runs.run import Options, run, versions
+from nanovlm.runs.run import Options, versions
 from nanovlm.world.pages import NAMES, PICTURES
 
 STRANGER, SHOTS, AT_ONCE, TIMES, ROOM = "fluentui", (0, 1, 2, 4, 8), 4, 4, 16
@@ -159,10 +157,9 @@ def main() -> None:
     if not args.table:
         with tempfile.TemporaryDirectory() as scratch:
             out = args.run or Path(scratch) / "run"
-            if not (out / "summary.json").exists():
-                learned = without_stranger(args.data, Path(scratch) / "two artists")
-                run("flamingo/tiny", Options(data=str(learned), out=str(out), seed=args.seed, steps=args.steps, resume=is_run(out)))
-            tasks = ask(load_run(out), held_out(args.data), args.seed, args.every)
+            learned = without_stranger(args.data, Path(scratch) / "two artists")
+            pupil = asked(out, "flamingo/tiny", Options(data=str(learned), seed=args.seed, steps=args.steps))
+            tasks = ask(pupil, held_out(args.data), args.seed, args.every)
         runs = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else []
         new = {"seed": args.seed, "steps": args.steps, "machine": machine(), "tasks": tasks}
         result = {"recipe": "flamingo/tiny", "data": "emoji", "versions": versions(),

@@ -16,13 +16,11 @@ from random import Random
 
 import torch
 
-from experiments.seeds import RESULTS, machine
-from nanovlm.chat import load_run
+from experiments.seeds import RESULTS, asked, machine
 from nanovlm.contract import Batch
 from nanovlm.data import formats
 from nanovlm.evaluate.pupil import Pupil
-from nanovlm.runs.folder import is_run
-from nanovlm.runs.run import Options, run, versions
+from nanovlm.runs.run import Options, versions
 
 NAME = "flamingo_recipes"
 WINDOWS = 8  # of each held-out page
@@ -68,9 +66,7 @@ def main() -> None:
     if not args.table:
         with tempfile.TemporaryDirectory() as scratch:
             out = args.run or Path(scratch) / "run"
-            if not (out / "summary.json").exists():
-                run("flamingo/tiny", Options(data=str(args.data), out=str(out), steps=args.steps, resume=is_run(out)))
-            pupil = load_run(out)
+            pupil = asked(out, "flamingo/tiny", Options(data=str(args.data), steps=args.steps))
         batch = held_out(pupil, args.data)
         result = {"recipe": "flamingo/tiny", "data": "recipes", "steps": args.steps, "machine": machine(), "versions": versions(),
                   "windows": len(batch["input_ids"]), "losses": measure(pupil, batch)}

@@ -5,15 +5,19 @@ import json
 import os
 import platform
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from nanovlm import recipes
+from nanovlm.chat import load_run
+from nanovlm.evaluate.pupil import Pupil
 from nanovlm.recipes.stage import Recipe, Stage, resolve
 from nanovlm.runs.cache import Cache
-from nanovlm.runs.run import versions, weights_after
+from nanovlm.runs.folder import is_run
+from nanovlm.runs.run import Options, run, versions, weights_after
 from nanovlm.runs.setting import Job, Setting, needs, world_of
 from nanovlm.runs.shipped import find_tokenizer
 from nanovlm.tokenizer import Tokenizer
@@ -34,6 +38,13 @@ def trained_before(name: str, last: int, seed: int) -> tuple[Setting, dict[str, 
     later = [Job(recipe, stage) for stage in recipe.stages[-last:]]
     before = {other.stage.name: other for job in later for other in needs(job, setting) if other not in later}
     return setting, {name: weights_after(job, setting, Cache(setting)) for name, job in before.items()}
+
+
+def asked(out: Path, recipe: str, options: Options) -> Pupil:
+    """The pupil of the run in this folder; the run is made now, or gone on with, unless it is finished."""
+    if not (out / "summary.json").exists():
+        run(recipe, replace(options, out=str(out), resume=is_run(out)))
+    return load_run(out)
 
 
 def learn(recipe: Recipe, stage: Stage, samples: Samples, seed: int, tokenizer: Tokenizer, finished: dict[str, State],

@@ -22,7 +22,7 @@ from nanovlm.data.collate import Collate
 from nanovlm.data.sample import Sample
 from nanovlm.data.transforms import Transform
 from nanovlm.decoder import clip_text, llama, opt
-from nanovlm.evaluate import retrieval
+from nanovlm.evaluate import fewshot, retrieval
 from nanovlm.evaluate.pupil import Pupil
 from nanovlm.generation import score_candidates
 from nanovlm.momentum import MomentumConfig
@@ -185,6 +185,14 @@ def run_flamingo() -> None:
     eyes.score(torch.randn(B, 3, 28, 28), ids(7, T), torch.ones(7, T, dtype=torch.bool))
 
 
+def run_fewshot() -> None:
+    recipe, picture = recipes.get("flamingo/tiny"), Image.new("RGB", (31, 17), "red")
+    pupil = Pupil(recipe.build(recipe.stages[-1]), recipe, recipe.stages[-1], Tokenizer([]), "cpu")
+    samples = [Sample("still", (picture,)), Sample("clip", (picture, (picture,) * 3)), Sample("other", (picture,))]
+    seen = fewshot.features(pupil, samples)
+    fewshot.rices(seen[0], seen, samples, 2)
+
+
 def run_masked_language_model() -> None:
     model = MaskedLanguageModel(BertConfig(VOCAB, width=34, layers=2, heads=2, ffn=37, max_positions=64))
     input_ids, mask = ids(B, T), torch.ones(B, T, dtype=torch.bool)
@@ -220,6 +228,7 @@ def checker() -> ShapeChecker:
         run_blip2()
         run_blip_downstream()
         run_flamingo()
+        run_fewshot()
         run_masked_language_model()
         run_the_rest()
     return checker

@@ -171,8 +171,7 @@ class Collate:
     def clips(self, shown: Sequence[Sequence], rng: Random | None = None) -> Batch:
         """images float32 (B, M, F, 3, H, W) and frames int64 (B, M): how many frames a clip has, 0 where there is none."""
         films = [[image if isinstance(image, tuple) else (image,) for image in images] for images in shown]
-        frames = [[len(film) for film in page] for page in films]
-        M, F = max(1, *map(len, films), 1), max(1, *(n for page in frames for n in page), 1)
+        M, F = max(1, *map(len, films)), max((len(film) for page in films for film in page), default=1)
         images = torch.zeros(len(films), M, F, 3, self.transform.size, self.transform.size)
         counts = torch.zeros(len(films), M, dtype=torch.int64)
         for b, page in enumerate(films):

@@ -94,7 +94,7 @@ def by_chance(support: Sequence[Sample], shots: int, rng: Random) -> list[Sample
 
 def rices(query: Tensor, features: Tensor, support: Sequence[Sample], shots: int) -> list[Sample]:
     """Those most similar to the query, the best one last: query (D,) and the support's features (N, D), all of length one."""
-    nearest = (features @ query).argsort(stable=True)[len(_enough(support, shots)) - shots:]  # shapes: (shots,)
+    nearest = (features @ query).argsort(stable=True)[len(_enough(support, shots)) - shots:]  # (shots,)
     return [support[i] for i in nearest.tolist()]
 
 
@@ -110,9 +110,10 @@ def features(pupil: Pupil, samples: Sequence[Sample]) -> Tensor:
     found = []
     for chunk in chunks(samples):
         seen = to_device(pupil.collate.clips([sample.images[-1:] for sample in chunk]), pupil.device)
-        images, frames = seen["images"][:, 0], seen["frames"]  # shapes: (n, F, 3, h, w), (n, 1)
-        tokens = pupil.model.vision(images.flatten(0, 1)).mean(dim=1).unflatten(0, images.shape[:2])  # shapes: (n, F, D)
-        there = torch.arange(images.shape[1], device=frames.device) < frames  # shapes: (n, F)
+        images = seen["images"][:, 0]  # (n, F, 3, h, w)
+        frames = seen["frames"]  # (n, 1)
+        tokens = pupil.model.vision(images.flatten(0, 1)).mean(dim=1).unflatten(0, images.shape[:2])  # (n, F, D)
+        there = torch.arange(images.shape[1], device=frames.device) < frames  # (n, F)
         found.append(F.normalize((tokens * there[..., None]).sum(dim=1), dim=-1))
     return torch.cat(found)
 

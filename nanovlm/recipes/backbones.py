@@ -1,9 +1,9 @@
 """The backbones that the tiny recipes freeze: eyes that have seen captions, and a language model that has read.
 
     clip/tiny     48-pixel pictures, 16 image tokens; captions with hard negatives       → module `vision`
-    nfnet-clip/tiny  the same by convolutions, 6 × 6 image tokens: Flamingo's eyes       → module `vision`
+    nfnet-clip/tiny   the same by convolutions, 36 image tokens: Flamingo's eyes         → module `vision`
     lm/tiny       scenes that are told, and all that the six papers will ask about them  → module `language`
-    lm/tiny-pages the same, gone on with pages on which things are given names              → module `language`: Flamingo's
+    lm/tiny-pages the same, and then pages on which things are given names: Flamingo's   → module `language`
     lm/tiny-t5    the same, read by an encoder and answered by a decoder                 → module `language`
     bert/tiny     captions and the same texts, of which words are hidden                 → modules `bert`, `word_head`
 

@@ -105,7 +105,7 @@ class Stage:
         if self.mixed == "samples":
             return self._whole_diet(place)
         micro = sum(within_batch >= end for end in self.ends())
-        return {self.parts(step)[micro][0].removeprefix("/"): 1}
+        return {self.parts(step)[micro][0]: 1}
 
     def ends(self) -> list[int]:
         """How many of a step's samples there are up to the end of each micro-batch."""
@@ -117,16 +117,16 @@ class Stage:
         return next((lesson for end, lesson in self.lessons if fraction < end), self.data)
 
     def parts(self, step: int) -> list[tuple[str, float]]:
-        """Of each micro-batch of a step the end of its losses' names, and their weight."""
+        """Of each micro-batch of a step the data set, "" where they are mixed, and the weight of its losses."""
         if self.mixed == "samples":
             return [("", 1.0)] * self.accumulate
-        sets = [(f"/{name}", weight) for name, weight in self._whole_diet(step * self.batch_size).items()]
+        sets = list(self._whole_diet(step * self.batch_size).items())
         if self.mixed == "turns":
             return [sets[step % len(sets)]] * self.accumulate
         if self.accumulate % len(sets):
             raise UserError(f"Stage {self.name} mixes the losses of {len(sets)} data sets but has {self.accumulate} micro-batches "
                             "(accumulate); make it a multiple.")
-        if self.portions and ([f"/{name}" for name in self.portions] != [name for name, _ in sets] or self.ends()[-1] != self.batch_size
+        if self.portions and (list(self.portions) != [name for name, _ in sets] or self.ends()[-1] != self.batch_size
                               or len(sets) != self.accumulate):
             raise UserError(f"Stage {self.name}: portions must name the data sets in their order, one micro-batch each, and add up to "
                             f"batch_size {self.batch_size}.")

@@ -96,6 +96,9 @@ class InTurn:
         return self.world[place] if place % 2 else self.own[place // 2]
 
 
+TOGETHER = 3  # further names on a page of pairs
+
+
 class Gathered:
     """Pairs teach nothing of pages: every second time a few stand together, as examples do (Flamingo App. A.2), and things that
     have the same name among them, so that it pays to look back. Documents stay as they are.
@@ -113,13 +116,13 @@ class Gathered:
             return first
         rng = Random(f"{self.own.seed}/{self.own.stage.name}/{place}")
         names = [first.caption, *rng.choices(self.captions, k=TOGETHER)]
-        again = [self.own.records.sample(self.own.stage.real, "train", rng.choice(self.alike[name])) for name in names if self.alike[name]]
+        # a picture of each name, by chance: of the first one there are two then
+        again = [self.own.records.sample(self.own.stage.real, "train", rng.choice(self.alike[name])) for name in names]
         shown = rng.sample(pairs := [first, *(pair for pair in again if pair.format == "pair")], len(pairs))
         return replace(first, images=tuple(image for pair in shown for image in pair.images), format="flamingo",
                        turns=tuple(Turn(IMAGE, pair.caption, "caption") for pair in shown))
 
 
-TOGETHER = 3  # further names on a page; each has one more picture, the first one has two
 Samples = Mixture | Epochs | InTurn | Gathered
 
 

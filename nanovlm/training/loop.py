@@ -108,7 +108,7 @@ def _backward(wrapped: nn.Module, micro: list[Batch], device: torch.device, stag
     """
     world = distributed.world()
     sums: dict[str, Tensor] = {}
-    parts, counts = stage.parts(step), {}
+    parts, counts = [(f"/{name}" if name else "", weight) for name, weight in stage.parts(step)], {}
     if len(micro) > 1:  # then the labels tell the count before the first of them goes forward
         for part in dict.fromkeys(part for part, _ in parts):
             tokens = _all_sum(sum(trained_tokens(batch) for batch, (own, _) in zip(micro, parts) if own == part))
