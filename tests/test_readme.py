@@ -16,6 +16,7 @@ from experiments import (
     capfilt_emoji,
     flamingo_ablations,
     flamingo_emoji,
+    flamingo_recipes,
     llava15_ladder,
     llava15_tiles,
     llava_data_mix,
@@ -133,10 +134,10 @@ def test_the_figures_are_the_stored_ones():
     stored = {path.name: json.loads(read(path)) for path in (ROOT / "experiments" / "results").glob("*.json")}
     assert len(stored) >= 4
     for name, result in stored.items():
-        if "runs" in result:
+        if "runs" in result or "losses" in result:
             made_by = {"backbones.json": backbones, "blip2_stage1.json": blip2_stage1, "llava_data_mix.json": llava_data_mix,
                        "llava15_ladder.json": llava15_ladder, "llava15_tiles.json": llava15_tiles, "capfilt_emoji.json": capfilt_emoji, "flamingo_emoji.json": flamingo_emoji,
-                       "flamingo_ablations.json": flamingo_ablations,
+                       "flamingo_ablations.json": flamingo_ablations, "flamingo_recipes.json": flamingo_recipes,
                        "blip_capfilt.json": blip_capfilt}.get(name, tiny_runs)
             assert made_by.table(result) in MEASURED, f"{name}: python -m {made_by.__name__} --table prints another"
         for case in result.get("cases", []):
