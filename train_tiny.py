@@ -13,7 +13,6 @@ from nanovlm.runs.run import Options, run
 from nanovlm.training.loop import TrainingFailed
 
 MODELS = [name.removesuffix("/tiny") for name in recipes.names() if name.endswith("/tiny") and name not in recipes.BACKBONES]
-PLANNED = ("instructblip",)
 
 EXAMPLES = """examples:
   python train_tiny.py --model llava                                the whole of it, on the embedded world
@@ -66,8 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
         if bool(options.model) == bool(options.recipe):
             raise UserError(f"Give one of --model ({', '.join(MODELS)}) and --recipe, for example --model {MODELS[0]}.")
         if options.model and options.model not in MODELS:
-            known = "is not built yet" if options.model in PLANNED else "is unknown"
-            raise UserError(f"--model {options.model!r} {known}; what can be trained: {', '.join(map(repr, MODELS))}.")
+            raise UserError(f"--model {options.model!r} is unknown; what can be trained: {', '.join(map(repr, MODELS))}.")
         run(options.recipe or f"{options.model}/tiny", Options(
             data=options.data, on_missing=options.on_missing, device=options.device, seed=options.seed, out=options.out,
             resume=options.resume, overwrite=options.overwrite, cache=not options.no_cache, steps=options.steps,

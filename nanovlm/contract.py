@@ -32,7 +32,8 @@ class Reads:
     # pages any number and clips: images (B, M, F, 3, h, w), and frames (B, M), how many each has, 0 where there is none
     image_tokens: int = 0  # places that one view of a picture takes in the text
     tiling: Tiling | None = None  # pictures come as several views, and image_sizes with them
-    question: bool = False  # the bridge reads the question too: qformer_input_ids
+    question: int = 0  # the bridge reads so many tokens of the question too, the last ones: qformer_input_ids
+    frames: int = 0  # a picture may be a clip, of which so many frames are read: images (B, F, 3, h, w), frames bool (B, F)
     matches: bool = False  # it also says whether a picture and a text belong together: match(image tokens, ids, mask)
     wrong_captions: bool = False  # pairs bring captions that are wrong in one point: negative_ids
     most_images: int = 0  # of a page, to learn from; 0: all

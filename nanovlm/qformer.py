@@ -27,8 +27,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from nanovlm import masks
 from nanovlm.attention import Attention, KVCache
 from nanovlm.bert import Bert, BertConfig, Embeddings, Residual, initialise, take_bert
+from nanovlm.errors import UserError
 from nanovlm.feedforward import FeedForward
 
 
@@ -106,6 +108,20 @@ class QFormer(nn.Module):
         for i, layer in enumerate(self.layers):
             x = layer(x, Q, image_tokens, mask, cache, i, maps, looks)
         return x
+
+    def bring_back(self, image_tokens: Tensor, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+                   maps: list | None = None, looks: list | None = None) -> Tensor:
+        """What the queries say of the picture (B, Q, D); if there is a question (B, T), they and its words see each other.
+
+        What the question's own rows became is not given on.
+        """
+        Q = self.config.queries
+        if (input_ids is None) != (attention_mask is None) or (input_ids is not None) != self.config.reads:
+            raise UserError("This Q-Former reads the question too: give qformer_input_ids and qformer_attention_mask."
+                            if self.config.reads else "This Q-Former reads no question: leave out qformer_input_ids and "
+                            "qformer_attention_mask.")
+        mask = None if attention_mask is None else masks.bidirectional(Q, attention_mask)
+        return self(image_tokens, input_ids, mask, maps=maps, looks=looks)[:, :Q]
 
     def copy_feedforwards(self) -> None:
         """The query feed-forwards start as the text's: BERT has learned something there too (LAVIS #706)."""

@@ -5,6 +5,7 @@
             ├─► ask     images, input_ids, attention_mask                             padded on the left, to answer
             │                                                                         (on the right for an encoder)
             ├─► pairs   images, input_ids, attention_mask, who is equal to whom, wrong captions
+            ├─► films   images (B, F, …) and frames (B, F), in the place of images, where somebody shows a clip
             ├─► pages   images (B, M, F, …), frames (B, M), input_ids, attention_mask, labels, backwards
             ├─► statements  images (B, 2, …), input_ids, attention_mask, the words to choose from, truth
             ├─► masked  input_ids with words hidden, attention_mask, labels           see masking.py
@@ -26,6 +27,7 @@ from random import Random
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from nanovlm.contract import Batch, Reads
 from nanovlm.data.conversation import Format, encode, find_format, prompt, two_sequences
@@ -124,7 +126,12 @@ class Collate:
         return {**batch, **self.images(samples), **self.questions(samples)}
 
     def images(self, samples: Sequence[Sample], rng: Random | None = None) -> Batch:
-        """images float32 (n, 3, H, W), n ≥ 0; tiled, all views of all pictures, and image_sizes int64 (pictures, 2)."""
+        """images float32 (n, 3, H, W), n ≥ 0; tiled, all views of all pictures, and image_sizes int64 (pictures, 2).
+
+        Where one of them is a clip and the model reads clips: images (n, F, 3, H, W), and frames bool (n, F).
+        """
+        if self.reads.frames and any(isinstance(image, tuple) for sample in samples for image in sample.images):
+            return self.films([image for sample in samples for image in sample.images], rng)
         pictures = [as_picture(image) for sample in samples for image in sample.images]
         views = [self.transform.views(picture, rng) for picture in pictures]
         size = self.transform.size
@@ -133,6 +140,23 @@ class Collate:
             sizes = [(picture.height, picture.width) for picture in pictures]
             batch["image_sizes"] = torch.tensor(sizes, dtype=torch.int64).view(-1, 2)
         return batch
+
+    def films(self, shown: Sequence, rng: Random | None = None) -> Batch:
+        """Frames evenly spread (InstructBLIP §2.5), at most as many as the model reads; missing ones are zeros before the first,
+        so that the last one stands next to the text.
+        """
+        clips = [spread(image if isinstance(image, tuple) else (image,), self.reads.frames) for image in shown]
+        F, size = max(map(len, clips)), self.transform.size
+        images, frames = torch.zeros(len(clips), F, 3, size, size), torch.zeros(len(clips), F, dtype=torch.bool)
+        for n, clip in enumerate(clips):
+            frames[n, F - len(clip):] = True
+            images[n, F - len(clip):] = self.filmed(clip, rng)
+        return {"images": images, "frames": frames}
+
+    def filmed(self, clip: Sequence, rng: Random | None) -> Tensor:
+        """(F, 3, H, W); all frames of a clip are cropped and flipped alike."""
+        seed = rng and rng.random()
+        return torch.stack([self.transform(as_picture(frame), rng and Random(seed)) for frame in clip])
 
     def questions(self, samples: Sequence[Sample]) -> Batch:
         """For a bridge that reads: qformer_input_ids and qformer_attention_mask (B, T_q), "<s> question </s>".
@@ -145,7 +169,7 @@ class Collate:
         rows = []
         for sample in samples:
             asked = " ".join(turn.question.replace(IMAGE, "").strip() for turn in sample.turns)
-            rows.append([self.tokenizer.bos_id, *self.tokenizer.encode(asked)[2 - PAIR_LENGTH:], self.tokenizer.eos_id])
+            rows.append([self.tokenizer.bos_id, *self.tokenizer.encode(asked)[2 - self.reads.question:], self.tokenizer.eos_id])
         return {f"qformer_{name}": tensor for name, tensor in _pad_right(rows, self.tokenizer.pad_id).items()}
 
     # ---- pages
@@ -176,9 +200,8 @@ class Collate:
         counts = torch.zeros(len(films), M, dtype=torch.int64)
         for b, page in enumerate(films):
             for m, film in enumerate(page):
-                counts[b, m], seed = len(film), rng and rng.random()
-                for f, frame in enumerate(film):  # all frames of a clip are cropped and flipped alike
-                    images[b, m, f] = self.transform(as_picture(frame), rng and Random(seed))
+                counts[b, m] = len(film)
+                images[b, m, :len(film)] = self.filmed(film, rng)
         return {"images": images, "frames": counts}
 
     # ---- masked texts
@@ -298,6 +321,13 @@ def _pad_right(rows: Sequence[Sequence[int]], value: int) -> Batch:
 
 def as_picture(image: Image.Image | str | Path) -> Image.Image:
     return image if isinstance(image, Image.Image) else load_image(image)
+
+
+def spread(clip: Sequence, most: int) -> Sequence:
+    """At most so many frames, evenly spread, the first and the last among them."""
+    if len(clip) <= most:
+        return clip
+    return [clip[round(i * (len(clip) - 1) / max(1, most - 1))] for i in range(most)]
 
 
 def _number(content: bytes) -> int:

@@ -52,6 +52,8 @@ class Format:
     marks_first: bool = False  # a question's marks stand before `first` or `later`
     unasked: str | None = None  # stands for `first`, question and `reply` where a caption needs no question
     pages: bool = False  # no answers but what stands on a page behind its pictures, which may be nothing
+    asked: int = 0  # tokens before the first answer at most; what is longer loses its beginning, where the question does not stand
+    bare: bool = False  # candidates are ranked without `close`
     separate: bool = False  # for an encoder-decoder: all but the last answer is read, "</s>" after it, and never learned
 
 
@@ -84,8 +86,11 @@ FORMATS = {
     # no line end, so earlier turns stand before the question with blanks between them.
     "flan_t5": Format("", "", ("", ""), "Question: ", " Question: ", " Short answer:", " ", "</s>", image_first=True,
                       separate=True, unasked=""),
-    # InstructBLIP §2.3 on a decoder: [image tokens] <s> instruction response </s>; the instruction says all that is to be said.
-    "instructblip": Format("<s>", "", ("", ""), "", "\n", "", " ", "</s>", image_first=True),
+    # InstructBLIP §2.3 on a decoder: [image tokens] <s> instruction response </s>; the instruction says all that is to be said. It is
+    # cut on the left, and candidates are ranked without "</s>", as the released code does both.
+    "instructblip": Format("<s>", "", ("", ""), "", "\n", "", " ", "</s>", image_first=True, asked=128, bare=True),
+    # The same on FlanT5: [image tokens] instruction </s> is read, response </s> is written, and ranked with its "</s>".
+    "instructblip-t5": Format("", "", ("", ""), "", " ", "", " ", "</s>", image_first=True, separate=True, asked=128),
     # Flamingo App. A.2, B.1: <s><image>Question: … Answer: …<EOC><image>Output: …<EOC>, one picture after another.
     "flamingo": Format("<s>", "", ("", ""), "Question: ", "Question: ", " Answer:", " ", "<EOC>", marks_first=True,
                        unasked="Output:"),
@@ -140,7 +145,9 @@ def encode(
     image_tokens: embeddings that one <image> becomes, or that each of them does in turn. max_length: counts those too; what is longer loses its end.
     name: what messages call this conversation. told: words in the places of the marks, where there are no pictures.
     """
-    ids, trained = _encode_pieces(_pieces(turns, tokenizer, find_format(format), name, told), tokenizer)
+    layout = find_format(format)
+    ids, trained = _encode_pieces(_pieces(turns, tokenizer, layout, name, told), tokenizer)
+    ids, trained = _last_asked(ids, trained, tokenizer, 0 if told else layout.asked)
     labels = [i if t else IGNORE for i, t in zip(ids, trained)]
     if max_length is not None:
         kept = _fitting(ids, tokenizer.image_id, image_tokens, max_length, name)
@@ -157,15 +164,23 @@ def prompt(
     told: Sequence[str] = (),
 ) -> list[int]:
     """The ids up to where the last answer would begin, ready to generate; that turn's own answer is not looked at."""
-    ids, _ = _encode_pieces(_pieces(turns, tokenizer, find_format(format), name, told, open_end=True), tokenizer)
+    layout = find_format(format)
+    ids, trained = _encode_pieces(_pieces(turns, tokenizer, layout, name, told, open_end=True), tokenizer)
+    ids, _ = _last_asked(ids, trained, tokenizer, 0 if told else layout.asked)
     if max_length is not None and sum(places(ids, tokenizer.image_id, image_tokens)) > max_length:
         raise UserError(f"{name}: the question does not fit into {max_length} tokens; shorten it.")
     return ids
 
 
 def answer_ids(answer: str, tokenizer: Tokenizer, format: str | Format) -> list[int]:
-    """An answer exactly as it is trained, with what closes it: the ids to score a candidate by after `prompt`."""
+    """An answer exactly as it is trained, with what closes it: what stands after `prompt`."""
     return _encode_pieces(_answer_pieces(answer, tokenizer, find_format(format), "the answer"), tokenizer)[0]
+
+
+def candidate_ids(answer: str, tokenizer: Tokenizer, format: str | Format) -> list[int]:
+    """The ids to score a candidate by after `prompt`: an answer with what closes it, unless the format ranks without."""
+    layout = find_format(format)
+    return answer_ids(answer, tokenizer, replace(layout, close="") if layout.bare else layout)
 
 
 def stop_ids(format: str | Format, tokenizer: Tokenizer) -> list[int]:
@@ -281,6 +296,18 @@ def _encode_pieces(pieces: list[Piece], tokenizer: Tokenizer) -> tuple[list[int]
         ids += new
         mask += [trained] * len(new)
     return ids, mask
+
+
+def _last_asked(ids: list[int], trained: list[bool], tokenizer: Tokenizer, most: int) -> tuple[list[int], list[bool]]:
+    """What stands before the first answer loses its beginning, but for "<s>", until it has `most` tokens (0: any number): context and
+    read words come first, and what is asked last.
+    """
+    asked = trained.index(True) if True in trained else len(ids)
+    if not most or asked <= most:
+        return ids, trained
+    kept = int(ids[0] == tokenizer.bos_id)
+    start = asked - most + kept
+    return ids[:kept] + ids[start:], trained[:kept] + trained[start:]
 
 
 def _fitting(ids: list[int], image_id: int, image_tokens: int | Sequence[int], max_length: int, name: str) -> int:

@@ -32,6 +32,7 @@ class Turn:
     question: str
     answer: str
     kind: str = ""
+    options: tuple[str, ...] = ()  # the answers to choose from, where the best of them is to be ranked first
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ class Exam:
     samples: Sequence[Sample]
     judges: tuple[str, ...] = ("answer",)  # see evaluate/judges.py
     among: tuple[str, ...] = ()  # the answers to choose from; () means that any may be given
+    ranked: bool = False  # a turn that has `options` is answered with the likeliest of them
     room: int = 64  # tokens of an answer
 
 
@@ -38,6 +39,11 @@ def exam_view(names: Sequence[str]) -> str:
 
 def exam_of(kind: str, samples: Sequence[Sample]) -> Exam:
     return Exam(kind, samples, (JUDGED_BY.get(kind, "answer"),), room=ROOM.get(kind, Exam.room))
+
+
+def task_exam(held_out: bool, group: str, samples: Sequence[Sample]) -> Exam:
+    """One of InstructBLIP's groups of tasks (§2.2); where there are answers to choose from, the likeliest is taken (§2.5)."""
+    return Exam(f"held_{'out' if held_out else 'in'}/{group}", samples, ("task",), ranked=True)
 
 
 def caption_exam(samples: Sequence[Sample]) -> Exam:

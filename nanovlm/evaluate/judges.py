@@ -5,12 +5,13 @@
     letter   vqa_accuracy    the letter that it names
     box      vqa_accuracy    a box that covers the right one by half (intersection over union)
     fewshot  fewshot_accuracy  the answer itself, after so many examples
+    task     vqa_accuracy    any that counts as right: the answer; a caption; a question whose answer is the given one
     class    vqa_accuracy    the right one of all class names, ranked by likelihood
     exact    caption_exact   any caption that counts as right, up to capitals and blanks
     cider    caption_cider   CIDEr-D against all captions that count as right
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -48,6 +49,7 @@ JUDGES = {
     "answer": Judge("vqa_accuracy", answer, each(metrics.vqa_accuracy), metrics.normalise_answer),
     "letter": Judge("vqa_accuracy", answer, each(lambda guess, truths: metrics.same_letter(guess, *truths)), metrics.option_letter),
     "box": Judge("vqa_accuracy", answer, each(lambda guess, truths: metrics.box_hit(guess, *truths))),
+    "task": Judge("vqa_accuracy", captions, each(metrics.exact_match)),
     "class": Judge("vqa_accuracy", answer, each(lambda guess, truths: guess in truths)),
     "fewshot": Judge("fewshot_accuracy", answer, each(metrics.vqa_accuracy), metrics.normalise_answer),
     "exact": Judge("caption_exact", captions, each(metrics.exact_match)),
@@ -57,7 +59,7 @@ JUDGES = {
 
 def marks(pupil: Pupil, exam: Exam) -> dict[str, list[Mark]]:
     """Each judge's marks, one for every sample."""
-    said, blind = (pupil.answer(samples, exam.room, exam.among) for samples in (exam.samples, permuted(exam.samples)))
+    said, blind = (pupil.answer(samples, exam.room, exam.among, exam.ranked) for samples in (exam.samples, permuted(exam.samples)))
     found = {}
     for name in exam.judges:
         judge = JUDGES[name]
@@ -84,18 +86,20 @@ def name_of(judge: str, exam: Exam) -> str:
 
 
 def evaluate(pupil: Pupil, source: Source) -> dict[str, dict[str, float]]:
-    """All figures that the pupil's stage is judged by; `vqa_accuracy` is the mean over all questions about pictures."""
+    """All figures that the pupil's stage is judged by; `vqa_accuracy` is the mean over all questions about pictures, or over
+    those of tasks that were learned from and, apart from them, of others: `vqa_accuracy/held_in`, `vqa_accuracy/held_out`.
+    """
     names = pupil.stage.evaluate
     figures = retrieval.measure(pupil, source) if "retrieval" in names else {}
     figures |= filtering.measure(pupil, source) if "noise" in names else {}
-    looked: list[Mark] = []
+    looked: dict[str, list[Mark]] = defaultdict(list)  # of held_in/captions and the like: by what stands before the stroke
     for exam in source.exams(names):
         for judge, of_judge in marks(pupil, exam).items():
             figures[name_of(judge, exam)] = mean(of_judge)
             if JUDGES[judge].figure == "vqa_accuracy" and not exam.among:
                 # without a picture there is nothing to exchange: such questions have a row of their own only
-                looked += [mark for mark, sample in zip(of_judge, exam.samples) if sample.images]
-    return figures | ({"vqa_accuracy": mean(looked)} if looked else {})
+                looked[exam.name.rpartition("/")[0]] += [mark for mark, sample in zip(of_judge, exam.samples) if sample.images]
+    return figures | {"/".join(filter(None, ("vqa_accuracy", part))): mean(of_part) for part, of_part in looked.items() if of_part}
 
 
 def mean(of_samples: Sequence[Mark]) -> dict[str, float]:

@@ -15,15 +15,17 @@ from torch import Tensor, nn
 from nanovlm import generation
 from nanovlm.contract import Batch
 from nanovlm.data.collate import as_picture
-from nanovlm.data.conversation import answer_ids, stop_ids
+from nanovlm.data.conversation import candidate_ids, stop_ids
 from nanovlm.data.sample import IMAGE, Sample
 from nanovlm.data.source import Exam, Source
+from nanovlm.errors import UserError
 from nanovlm.recipes.stage import Recipe, Stage
 from nanovlm.tokenizer import Tokenizer
 from nanovlm.training.batches import make_collate
 from nanovlm.training.loop import to_device
 
 BATCH = 100
+WAYS = {"yes": ("yes", "true"), "no": ("no", "false")}  # in which an answer may be said, where it is one of the two
 Rows = list[tuple[object, str, str, str]]  # picture, question, truth, answer
 
 
@@ -36,26 +38,50 @@ class Pupil:
         """What the model is given: the turns up to the last answer, and the pictures."""
         return to_device(self.collate.ask(samples), self.device)
 
-    def answer(self, samples: Sequence[Sample], room: int = Exam.room, among: Sequence[str] = (), **how) -> list[str]:
+    def answer(self, samples: Sequence[Sample], room: int = Exam.room, among: Sequence[str] = (), ranked: bool = False, **how) -> list[str]:
         """Answers to the last question of each sample, its turns before given: greedy unless `how` says more to generation.generate,
-        or the most likely of `among`.
+        or the most likely of `among`, or, `ranked`, of the options that its turn has.
         """
         if not samples:
             return []
         if among:
-            return [among[best] for best in self.scores(samples, among).argmax(dim=1).tolist()]
+            return self.best(samples, among)
+        if ranked:
+            return self.each_ranked(samples, room, **how)
         stop = self.stop(samples)
         return [self.text(ids, stop) for chunk in chunks(samples)
                 for ids in self.model.generate(self.read(chunk), room, stop, **how).tolist()]
 
-    def scores(self, samples: Sequence[Sample], among: Sequence[str]) -> Tensor:
-        """log p of each of the C candidates, with what closes it, as the answer to each sample's last question: fp32 (n, C)."""
-        ids = [answer_ids(candidate, self.tokenizer, self.collate.layout(samples[0])) for candidate in among]
+    def each_ranked(self, samples: Sequence[Sample], room: int, **how) -> list[str]:
+        """As `answer`, samples of equal options together."""
+        rows: dict[tuple[str, ...], list[int]] = {}
+        for i, sample in enumerate(samples):
+            rows.setdefault(tuple(sorted(sample.turns[-1].options)), []).append(i)
+        said: dict[int, str] = {}
+        for options, places in rows.items():
+            said |= zip(places, self.answer([samples[i] for i in places], room, options, **how))
+        return [said[i] for i in range(len(samples))]
+
+    def best(self, samples: Sequence[Sample], among: Sequence[str], mean: bool = False) -> list[str]:
+        """The likeliest of the candidates. Yes and no may be said in several ways, the likeliest of which counts (InstructBLIP §2.5).
+
+        mean: by log p for each token; by their sum, as published, what is longer is less likely.
+        """
+        means = {way: answer for answer in among for way in (WAYS if set(among) == set(WAYS) else {}).get(answer, (answer,))}
+        return [means[list(means)[best]] for best in self.scores(samples, tuple(means), mean).argmax(dim=1).tolist()]
+
+    def scores(self, samples: Sequence[Sample], among: Sequence[str], mean: bool = False) -> Tensor:
+        """log p of each of the C candidates, with what closes it unless the format ranks without, as the answer to each sample's last
+        question: fp32 (n, C); mean: divided by its number of tokens.
+        """
+        if not among or not all(candidate.strip() for candidate in among):
+            raise UserError(f"{samples[0].id}: there are no candidates to rank, or an empty one; give the answers to choose from.")
+        ids = [candidate_ids(candidate, self.tokenizer, self.collate.layout(samples[0])) for candidate in among]
         found = []
         for chunk in chunks(samples):
             batch = self.read(chunk)
             found.append(generation.score_candidates(lambda: self.model.prefill(batch), self.model.step, ids))  # noqa: B023
-        return torch.cat(found)
+        return torch.cat(found) / (torch.tensor([len(i) for i in ids], device=self.device) if mean else 1)
 
     @torch.no_grad()
     def belongs(self, samples: Sequence[Sample]) -> list[float]:

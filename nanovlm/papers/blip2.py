@@ -55,6 +55,9 @@ from nanovlm.t5 import T5Config
 from nanovlm.vit import ViT, ViTConfig
 
 
+MOST_ASKED = 128  # tokens of a question that a Q-Former reads, its [CLS] and [SEP] among them: the last ones
+
+
 @dataclass(frozen=True)
 class BLIP2Config:
     vision: ViTConfig  # without the last block and the final norm (§3.4: second-to-last features)
@@ -66,6 +69,10 @@ class BLIP2Config:
     eps: float = 1e-6  # of the norm behind the vision encoder
     trains: bool = True  # False: stage 1 as published for retrieval, without word head and temperature
     asks: bool = False  # stage 2's Q-Former reads the question too; without, it has no text half
+
+
+def most_asked(config: QFormerConfig) -> int:
+    return min(MOST_ASKED, config.text.max_positions)
 
 
 class BLIP2Stage1(nn.Module):
@@ -162,6 +169,58 @@ class BLIP2Stage1(nn.Module):
         return self.word_head.logits(states, self.qformer.embeddings.words), cache
 
 
+# --- a picture's prefix before each text: what a language model makes of both ---
+
+def prepend(language: nn.Module, prefix: Tensor, input_ids: Tensor, attention_mask: Tensor,
+            there: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Embeddings (B, P + T, D_lm) and mask bool (B, P + T) of a prefix (B, P, D_lm) and a text, padded on either side.
+
+    there: bool (B, P), where some of the prefix is padding too.
+    """
+    if len(prefix) != len(input_ids):
+        raise UserError(f"One picture stands before each text; this batch has {len(prefix)} pictures for {len(input_ids)} texts. "
+                        "Leave out records without a picture or with several.")
+    there = attention_mask.new_ones(prefix.shape[:2]) if there is None else there
+    return torch.cat([prefix, language.embedding(input_ids)], dim=1), torch.cat([there, attention_mask], dim=1)
+
+
+def read(language: nn.Module, prefix: Tensor, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None,
+         there: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """The language model's last states (B, L, D_lm), and what is learned at each of the L places, as `lm_loss` wants it.
+
+    labels: for a decoder the ids themselves (B, T), −100 where nothing is learned: nothing is at the prefix's places,
+    the last of which may predict the text's first token. For an encoder-decoder the answers (B, T_out).
+    """
+    embeddings, mask = prepend(language, prefix, input_ids, attention_mask, there)
+    if labels is not None and not isinstance(language.config, T5Config):
+        labels = F.pad(labels, (prefix.shape[1], 0), value=IGNORE)
+    return language.read(mask, labels, inputs_embeds=embeddings)
+
+
+def output(language: nn.Module, prefix: Tensor, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None,
+           there: Tensor | None = None) -> Output:
+    """Logits at all places, and the loss where labels are given."""
+    hidden, learned = read(language, prefix, input_ids, attention_mask, labels, there)
+    loss = None if labels is None else mean_loss({"lm": lm_loss(hidden, language.head_weight, learned)})
+    return Output(language.logits(hidden), loss)
+
+
+def answer_loss(language: nn.Module, prefix: Tensor, batch: Batch, there: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(sum over what is to be said, their number); batch as made by `Collate.teach`."""
+    hidden, learned = read(language, prefix, batch["input_ids"], batch["attention_mask"], batch["labels"], there)
+    return lm_loss(hidden, language.head_weight, learned)
+
+
+def prefill(language: nn.Module, prefix: Tensor, batch: Batch, there: Tensor | None = None) -> tuple[Tensor, KVCache]:
+    """Read prompts behind their prefixes: next-token logits (B, V), cache.
+
+    A decoder's are padded on the left. T5's on the right: it counts distances by index, padding or not, and what
+    stands between a picture and its question would move them apart.
+    """
+    embeddings, mask = prepend(language, prefix, batch["input_ids"], batch["attention_mask"], there)
+    return language.prefill(mask, inputs_embeds=embeddings)
+
+
 class BLIP2(nn.Module):
     """Stage 2: one picture before each text, and a frozen language model that goes on from both.
 
@@ -174,7 +233,7 @@ class BLIP2(nn.Module):
     def __init__(self, config: BLIP2Config):
         super().__init__()
         self.config = config
-        self.reads = Reads("conversations", question=config.asks)
+        self.reads = Reads("conversations", question=most_asked(config.qformer) if config.asks else 0)
         self.vision = ViT(config.vision)
         self.vision_norm = nn.LayerNorm(config.vision.width, config.eps)
         self.qformer = QFormer(replace(config.qformer, reads=config.asks))
@@ -191,36 +250,8 @@ class BLIP2(nn.Module):
     def image_prefix(self, images: Tensor, qformer_input_ids: Tensor | None = None,
                      qformer_attention_mask: Tensor | None = None) -> Tensor:
         """images (B, 3, h, w) → (B, Q, D_lm), what the language model reads in place of the picture."""
-        image_tokens, ids, mask = self.encode_image(images), qformer_input_ids, qformer_attention_mask
-        if self.config.asks != (ids is not None) or (ids is None) != (mask is None):
-            raise UserError("The Q-Former of this BLIP-2 reads the question too: give qformer_input_ids and "
-                            "qformer_attention_mask." if self.config.asks else "The Q-Former of this BLIP-2 reads no question: "
-                            "leave out qformer_input_ids and qformer_attention_mask.")
-        if not self.config.asks:
-            return self.projection(self.qformer(image_tokens))
-        Q = self.config.qformer.queries
-        states = self.qformer(image_tokens, ids, masks.bidirectional(Q, mask))  # (B, Q + T_q, D)
-        return self.projection(states[:, :Q])
-
-    def prepend(self, prefix: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """A picture's prefix before each text: embeddings (B, Q + T, D_lm) and mask bool (B, Q + T), padded on either side."""
-        if len(prefix) != len(input_ids):
-            raise UserError(f"BLIP-2 reads one picture before each text; this batch has {len(prefix)} pictures for "
-                            f"{len(input_ids)} texts. Leave out records without a picture or with several.")
-        embeddings = torch.cat([prefix, self.language.embedding(input_ids)], dim=1)
-        return embeddings, masks.with_queries(self.config.qformer.queries, attention_mask)
-
-    def read(self, prefix: Tensor, input_ids: Tensor, attention_mask: Tensor,
-             labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The language model's last states (B, L, D_lm), and what is learned at each of the L places, as `lm_loss` wants it.
-
-        labels: for a decoder the ids themselves (B, T), −100 where nothing is learned: nothing is at the queries' places,
-        the last of which may predict the text's first token. For an encoder-decoder the answers (B, T_out).
-        """
-        embeddings, mask = self.prepend(prefix, input_ids, attention_mask)
-        if labels is not None and not isinstance(self.config.language, T5Config):
-            labels = F.pad(labels, (self.config.qformer.queries, 0), value=IGNORE)
-        return self.language.read(mask, labels, inputs_embeds=embeddings)
+        image_tokens = self.encode_image(images)
+        return self.projection(self.qformer.bring_back(image_tokens, qformer_input_ids, qformer_attention_mask))
 
     def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None,
                 qformer_input_ids: Tensor | None = None, qformer_attention_mask: Tensor | None = None) -> Output:
@@ -229,26 +260,18 @@ class BLIP2(nn.Module):
         The loss where labels are given, without which an encoder-decoder has nothing to say.
         """
         prefix = self.image_prefix(images, qformer_input_ids, qformer_attention_mask)
-        hidden, learned = self.read(prefix, input_ids, attention_mask, labels)
-        loss = None if labels is None else mean_loss({"lm": lm_loss(hidden, self.language.head_weight, learned)})
-        return Output(self.language.logits(hidden), loss)
+        return output(self.language, prefix, input_ids, attention_mask, labels)
 
     def losses(self, batch: Batch, gather: Gather = alone) -> dict[str, tuple[Tensor, Tensor]]:
         """{"lm": (sum over what is to be said, their number)}; batch as made by `Collate.teach`."""
-        hidden, learned = self.read(self.prefix_of(batch), batch["input_ids"], batch["attention_mask"], batch["labels"])
-        return {"lm": lm_loss(hidden, self.language.head_weight, learned)}
+        return {"lm": answer_loss(self.language, self.prefix_of(batch), batch)}
 
     def prefix_of(self, batch: Batch) -> Tensor:
         return self.image_prefix(batch["images"], batch.get("qformer_input_ids"), batch.get("qformer_attention_mask"))
 
     def prefill(self, batch: Batch) -> tuple[Tensor, KVCache]:
-        """Read prompts behind their pictures' prefixes: next-token logits (B, V), cache.
-
-        A decoder's are padded on the left. T5's on the right: it counts distances by index, padding or not, and what
-        stands between a picture and its question would move them apart.
-        """
-        embeddings, mask = self.prepend(self.prefix_of(batch), batch["input_ids"], batch["attention_mask"])
-        return self.language.prefill(mask, inputs_embeds=embeddings)
+        """Read prompts behind their pictures' prefixes: next-token logits (B, V), cache."""
+        return prefill(self.language, self.prefix_of(batch), batch)
 
     def step(self, ids: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
         """Read further words (B, T): logits (B, T, V) and the cache."""

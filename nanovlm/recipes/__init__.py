@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from nanovlm.errors import UserError
-from nanovlm.recipes import backbones, blip, blip2, blip_downstream, flamingo, llava, llava15
+from nanovlm.recipes import backbones, blip, blip2, blip_downstream, flamingo, instructblip, llava, llava15
 from nanovlm.recipes.stage import Recipe
 
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (
-    *backbones.RECIPES, *blip.RECIPES, *blip_downstream.RECIPES, *flamingo.RECIPES, *llava.RECIPES, *blip2.RECIPES, *llava15.RECIPES)}
+    *backbones.RECIPES, *blip.RECIPES, *blip_downstream.RECIPES, *flamingo.RECIPES, *llava.RECIPES, *blip2.RECIPES, *instructblip.RECIPES, *llava15.RECIPES)}
 
 BACKBONES = {recipe.name for recipe in backbones.RECIPES}
 

@@ -32,7 +32,7 @@ from nanovlm.errors import UserError
 MIXED = ("samples", "losses", "turns")
 SCHEDULES = ("cosine", "constant", "exponential")
 EVALUATIONS = ("answers", "mixture", "science", "told", "pages", "captions", "two", "classes", "retrieval", "noise",
-               "statements", "fewshot", "clips")  # see evaluate/
+               "statements", "fewshot", "clips", "tasks")  # see evaluate/
 Diet = dict[str, float]  # data set → weight
 
 

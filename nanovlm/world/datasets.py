@@ -48,7 +48,7 @@ from random import Random
 
 from nanovlm.data.prompts import CAPTION
 from nanovlm.data.sample import IMAGE, Sample, Turn
-from nanovlm.data.source import ASKED_IN, Exam, caption_exam, exam_of, exam_view
+from nanovlm.data.source import ASKED_IN, Exam, caption_exam, exam_of, exam_view, task_exam
 from nanovlm.errors import UserError
 from nanovlm.world import clips, drills, exams, mixture, noise, pages, statements, tasks
 from nanovlm.world.ask import DESCRIBE, conversation, put_before
@@ -150,6 +150,11 @@ class Scenes:
     def picture(self, scene: Scene) -> tuple:
         return (render(scene, self.image_size),)
 
+    def film(self, scenes: Sequence[Scene]) -> object:
+        """What Sample.images holds: the picture of a scene, or the frames of a clip."""
+        frames = tuple(self.picture(scene)[0] for scene in scenes)
+        return frames if len(frames) > 1 else frames[0]
+
     def galleries(self, n: int = 500) -> list[list[Sample]]:
         """One gallery of n held-out pictures with a caption each, all of different scenes."""
         chosen: dict[tuple, Sample] = {}  # all captions of a scene → its sample: equal captions mean the same scene
@@ -169,7 +174,8 @@ class Scenes:
 
         told: all of these and InstructBLIP's tasks, where words stand in the pictures' places. pages: see pages.py.
         statements: true and false ones, of each kind in turn. fewshot: naming by example, one exam for each number of
-        shots, on the same episodes, and their controls. clips: which way something moves, in 8 frames and in 30.
+        shots, on the same episodes, and their controls. clips: which way something moves, in 8 frames and in 30. tasks:
+        InstructBLIP's eleven groups, held_in/… and held_out/….
         """
         found: list[Exam] = []
         view = exam_view(names)
@@ -185,6 +191,8 @@ class Scenes:
                 found += pages.exams([pages.examined(self, index) for index in range(n or 300)])
             elif name == "clips":
                 found += [exam_of(kind, [clips.examined(self, kind, i) for i in range(n or 200)]) for kind in clips.EXAMS]
+            elif name == "tasks":
+                found += [task_exam(group in tasks.HELD_OUT_GROUPS, group, [self._task(group, i) for i in range(n or 200)]) for group in tasks.NAMES]
             elif name in exams.TOLD:
                 found += [exam_of(kind, [self._told(kind, i) for i in range(n or 100)]) for kind in exams.TOLD[name]]
         return found
@@ -214,6 +222,12 @@ class Scenes:
         if kind == "chat":
             return replace(sample, told=(_plainly(scene, Random(index)),), turns=put_before(turns))
         return replace(sample, images=self.picture(scene), turns=put_before(turns))
+
+    def _task(self, group: str, index: int) -> Sample:
+        """One of InstructBLIP's tasks, about a held-out scene or a clip."""
+        rng = Random(f"exam/task/{group}/{index}")
+        scenes, turns = tasks.examine(self._val_scene, rng, group)
+        return Sample(f"scenes/exam/task/{group}/{index}", (self.film(scenes),), references=tasks.right(scenes[0], turns[-1]), turns=put_before(turns))
 
     def _told(self, kind: str, index: int) -> Sample:
         """A question of an exam, about scenes that are told."""
@@ -301,6 +315,14 @@ def told_task(world: Scenes, scene: Scene, rng: Random, pairs: tuple) -> Sample:
     return Sample("", told=(" then ".join(_plainly(one, rng) for one in scenes),), turns=put_before(turns), format=style)
 
 
+def instructed(group: str) -> Callable:
+    """One group of InstructBLIP's tasks, with the picture; a scene that has none of it is asked a question."""
+    def make(world: Scenes, scene: Scene, rng: Random, pairs: tuple) -> Sample:
+        scenes, turns = tasks.task(scene, rng, group, pairs)
+        return Sample("", (world.film(scenes),), turns=put_before(turns))
+    return make
+
+
 def pools(prefix: str, web: int, human: int) -> dict[str, DataSet]:
     """The web, noisy and clean, and what people captioned. prefix: "", or "unnamed " for pictures in colours without names."""
     noisy, right = f"{prefix}web pairs", captioned(unnamed=bool(prefix))
@@ -319,6 +341,9 @@ TALKS: dict[str, Talk] = {
 BOXED = ("box drills", "regions", "grounding")
 LISTS = ("drills", "letter drills", "box drills")  # from scenes of two or three objects
 IN_LISTS = (2, 2, 3)
+SIGNED = ("signs", "reading")  # groups of tasks that need a sign
+# pictures with an instruction each: as unequal as the paper's sets (COCO, TextCaps, VQAv2, OKVQA, OCR-VQA, the same reversed, LLaVA)
+TASK_POOLS = {"captions": 32_000, "signs": 2_000, "questions": 16_000, "knowledge": 1_000, "reading": 8_000, "asking": 4_000, "llava": 4_000}
 SETS: dict[str, DataSet] = {
     "pairs": DataSet(pair), "vague pairs": DataSet(vague_pair, signs=0.5, numbers=True),
     "captions": DataSet(captioned()), "unnamed captions": DataSet(captioned(unnamed=True)), "unnamed drills": DataSet(unnamed_drill),
@@ -336,6 +361,8 @@ SETS: dict[str, DataSet] = {
                                     IN_BLIP2 if name in ("talk", "drills") else 0.0),
                                IN_LISTS if name in LISTS else (0,), texts=True) for name, talk in TALKS.items()},
     **pools("", web=8000, human=1200), **pools("unnamed ", web=2600, human=400),
+    **{f"tasks/{group}": DataSet(instructed(group), (1, 2, 2, 3) if group in SIGNED else (0,), 1.0 if group in SIGNED else 0.4, pool=size)
+       for group, size in TASK_POOLS.items()},
     "told/sentences on demand": DataSet(told(mixture.sentences_on_demand), texts=True),
     "told/talk": DataSet(told(lambda scene, rng, pairs: conversation(scene, rng, pairs, LONG_TALK), blip2=IN_BLIP2), texts=True),
 }

@@ -26,14 +26,17 @@ from dataclasses import replace
 from random import Random
 
 from nanovlm.data.sample import Turn
-from nanovlm.world.ask import KINDS, Asked, ask, follow_up
+from nanovlm.world.ask import FOLLOW_UP, KINDS, Asked, ask, follow_up
 from nanovlm.world.mixture import OPTIONS, sentence
-from nanovlm.world.say import caption, negatives, said, say, wordings
-from nanovlm.world.scene import CELLS, COUNTS, PAIRS, Scene, side
+from nanovlm.world.say import caption, captions as captions_of, negatives, said, say, wordings
+from nanovlm.world.scene import CELLS, COLOURS, COUNTS, PAIRS, SHAPES, SIZES, Scene, side
 
 CORNERS = {"circle": "none", "triangle": "three", "square": "four", "diamond": "four", "star": "ten", "cross": "twelve"}
 FRUITS = {"red": "cherry", "green": "lime", "blue": "blueberry", "yellow": "banana", "purple": "grape", "white": "coconut"}
+HELD_OUT_GROUPS = ("reasoning", "clips", "dialogue", "classes")  # as whole groups (§2.2); all others are learned from
 FRAMES = 4  # of a clip (§2.5)
+YES_NO = ("yes", "no")
+CLOSED = {"colour": tuple(COLOURS), "shape": SHAPES, "size": tuple(SIZES), "cell": CELLS}  # field of an object → all that it may be
 DIRECTIONS = {"left": "left", "right": "right", "above": "up", "below": "down"}  # a side of where it was → which way it went
 
 CAPTION_WORDINGS = (
@@ -81,7 +84,7 @@ def reasoning(scene: Scene, rng: Random, pairs: tuple) -> tuple[Turn, ...] | Non
         field = rng.choice(("colour", "size"))
         return (Turn(_worded(rng, f"what {field} is the {one.shape} that is {where} the {two.shape}?"), getattr(one, field), "reasoning"),)
     told, other = rng.choice(((where, "yes"), (rng.choice([w for w in ("left of", "right of", "above", "below") if w != where]), "no")))
-    return (Turn(rng.choice(TRUE).format(f"the {one.shape} is {told} the {two.shape}."), other, "reasoning"),)
+    return (Turn(rng.choice(TRUE).format(f"the {one.shape} is {told} the {two.shape}."), other, "reasoning", YES_NO),)
 
 
 def questions(scene: Scene, rng: Random, pairs: tuple) -> tuple[Turn, ...]:
@@ -124,7 +127,7 @@ def clip(scene: Scene, rng: Random) -> tuple[tuple[Scene, ...], tuple[Turn, ...]
     frames = tuple(Scene((thing if frame < late else replace(thing, cell=cell),)) for frame in range(FRAMES))
     question, answer = rng.choice((("which way does the {} move?", way), ("where is the {} at the end?", cell),
                                    ("where was the {} at first?", thing.cell)))
-    return frames, (Turn(_worded(rng, question.format(thing.shape)), answer, "clips"),)
+    return frames, (Turn(_worded(rng, question.format(thing.shape)), answer, "clips", tuple(DIRECTIONS.values()) if answer == way else CELLS),)
 
 
 def dialogue(scene: Scene, rng: Random, pairs: tuple) -> tuple[Turn, ...] | None:
@@ -133,7 +136,8 @@ def dialogue(scene: Scene, rng: Random, pairs: tuple) -> tuple[Turn, ...] | None
     if after is None:
         return None
     history = f"{before.turn.question} {before.turn.answer}"
-    return (Turn(f"dialogue: {history}. question: {after.turn.question}", after.turn.answer, "dialogue"),)
+    field = next(field for field, question in FOLLOW_UP.items() if question == after.turn.question)
+    return (Turn(f"dialogue: {history}. question: {after.turn.question}", after.turn.answer, "dialogue", CLOSED[field]),)
 
 
 def classes(scene: Scene, rng: Random, pairs: tuple) -> tuple[Turn, ...]:
@@ -144,7 +148,7 @@ def classes(scene: Scene, rng: Random, pairs: tuple) -> tuple[Turn, ...]:
     if rng.random() < 0.5:
         wrong = negatives(Scene((thing,)), wording, rng, 3, pairs)
         text, answer = next((false for false in wrong if false not in true), text), "no"
-    return (Turn(rng.choice(WRITTEN).format(text), "yes" if text in true else answer, "classes"),)
+    return (Turn(rng.choice(WRITTEN).format(text), "yes" if text in true else answer, "classes", YES_NO),)
 
 
 def llava(scene: Scene, rng: Random, pairs: tuple) -> tuple[Turn, ...]:
@@ -182,6 +186,11 @@ def examine(draw: Callable[[Random], Scene], rng: Random, group: str) -> tuple[t
             return (scene,), turns
 
 
+def right(scene: Scene, asked: Turn) -> tuple[str, ...]:
+    """All that counts as right where not only the answer does: of captions, and of questions that are to be asked."""
+    return right_questions(scene, asked) if asked.kind == "asking" else captions_of(scene) if asked.kind == "caption" else (asked.answer,)
+
+
 def right_questions(scene: Scene, asked: Turn, tries: int = 3000) -> tuple[str, ...]:
     """Of a turn of "asking" the questions whose answer is the given one: the one that was drawn, and all others found by drawing."""
     rng, found = Random(asked.question), {asked.answer: ""}
@@ -216,6 +225,6 @@ def _with_options(scene: Scene, rng: Random, asked: Asked, among: tuple[str, ...
     wrong = [answer for answer in among or OPTIONS[asked.turn.kind] if answer != right]
     choices = rng.sample([right, *rng.sample(wrong, min(2, len(wrong)))], min(2, len(wrong)) + 1)
     options = " ".join(f"({letter}) {choice}" for letter, choice in zip("abc", choices))
-    return (Turn(f"question: {asked.turn.question} options: {options}. short answer:", right, kind),)
+    return (Turn(f"question: {asked.turn.question} options: {options}. short answer:", right, kind, tuple(choices)),)
 
 
