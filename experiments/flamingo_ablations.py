@@ -54,20 +54,6 @@ EPISODES, CLIPS, SCENES = 200, 100, 100
 FIGURES = ("2 shots", "4 shots", "8 shots", "8, shuffled", "two objects", "direction", "recall", "recall through")
 
 
-class Remembering(nn.Module):
-    """Frozen eyes that look at a picture once: all arms of a seed meet the same ones. Half precision in memory."""
-
-    def __init__(self, eyes: nn.Module, memory: dict[int, Tensor]):
-        super().__init__()
-        self.eyes, self.memory = eyes, memory
-
-    def forward(self, images: Tensor) -> Tensor:
-        key = hash(images.numpy().tobytes())
-        if key not in self.memory:
-            self.memory[key] = self.eyes(images).half()
-        return self.memory[key].float()
-
-
 class Pooled(nn.Module):
     """The mean of all cells and frames, and an MLP that makes as many latents of it (Table 3 vi has an MLP of the resampler's size)."""
 
@@ -152,7 +138,7 @@ class Trial:
 
     def prepare(self, model: Flamingo) -> None:
         self.surgery(model)
-        model.vision = Remembering(model.vision, self.memory)
+        model.vision = seeds.Remembering(model.vision, self.memory)
         self.kept = [(p, p.detach().clone()) for p in model.language.parameters()] if self.tenth else []
 
     @torch.no_grad()

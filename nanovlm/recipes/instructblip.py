@@ -36,7 +36,7 @@ TINY_SIZES = {"tasks/captions": 32_000, "tasks/signs": 2_000, "tasks/questions":
 TINY = Recipe(
     "instructblip/tiny", InstructBLIP, replace(blip2.TINY.config, asks=True), image_size=48, vocab=blip2.TINY.vocab,
     stages=(
-        Stage("tune", blip2.BRIDGE_2, balanced(TINY_SIZES), format="instructblip", steps=5000, batch_size=16, lr=1e-3, weight_decay=0.05,
+        Stage("tune", blip2.BRIDGE_2, balanced(TINY_SIZES), format="instructblip", steps=7000, batch_size=16, lr=1e-3, weight_decay=0.05,
               max_length=256, evaluate=("tasks",), init=(("qformer", "blip2/tiny@stage1:qformer"), ("", "blip2/tiny")),
               on_data={"augment": True, "steps": 2000}),))
 
