@@ -14,6 +14,7 @@ from nanovlm.data.conversation import answer_ids, template_texts
 from nanovlm.data.sample import Sample, Turn
 from nanovlm.data.source import Exam
 from nanovlm.data.transforms import Transform
+from nanovlm.errors import UserError
 from nanovlm.evaluate import judges, retrieval
 from nanovlm.evaluate.pupil import BATCH, Pupil
 from nanovlm.evaluate.retrieval import retrieve
@@ -29,6 +30,42 @@ SOURCE = Scenes()
 @pytest.fixture(scope="module")
 def tokenizer():
     return Tokenizer.train(SOURCE.texts()[:300] + template_texts(), 600)
+
+
+class Counting(Pupil):
+    """Likes a candidate by a table; remembers who was asked with whom."""
+
+    def __init__(self, likes):
+        self.likes, self.asked = likes, []
+
+    def scores(self, samples, among, mean=False):
+        self.asked.append(([sample.id for sample in samples], tuple(among)))
+        return torch.tensor([[self.likes[sample.id].get(candidate, -9.0) for candidate in among] for sample in samples])
+
+
+def turned(name, *options):
+    return Sample(name, turns=(Turn("?", "", options=options),))
+
+
+def test_options_are_ranked_each_sample_by_its_own():
+    likes = {"a": {"red": 1.0, "blue": 2.0, "green": 9.0}, "b": {"blue": 1.0, "red": 3.0}, "c": {"one": 0.0}}
+    pupil = Counting(likes)
+    said = pupil.answer([turned("a", "red", "blue"), turned("c", "one", "two"), turned("b", "blue", "red")], ranked=True)
+    assert said == ["blue", "one", "red"], "green, which was no option of a's, does not count"
+    assert pupil.asked == [(["a", "b"], ("blue", "red")), (["c"], ("one", "two"))], "those of the same options together"
+
+
+def test_yes_and_no_may_be_said_in_several_ways():
+    """The likeliest way counts (InstructBLIP §2.5), of these two only, and only where there are no further answers."""
+    likes = {"a": {"yes": 1.0, "no": 2.0, "true": 3.0}}
+    assert Counting(likes).answer([turned("a", "yes", "no")], ranked=True) == ["yes"]
+    assert Counting(likes).answer([turned("a", "yes", "no", "perhaps")], ranked=True) == ["no"]
+
+
+@pytest.mark.parametrize("among", [("red", " "), ()])
+def test_without_candidates_there_is_nothing_to_rank(among):
+    with pytest.raises(UserError, match="give the answers to choose from"):
+        Pupil.scores(None, [turned("the question")], among)
 
 
 def test_a_contrastive_model_chooses_among_captions(tokenizer, monkeypatch):
@@ -176,7 +213,7 @@ class Parrot:
     def __init__(self, right: list[str], wrong: list[str]):
         self.answers = {False: right, True: wrong}
 
-    def answer(self, samples, room, among):
+    def answer(self, samples, room, among, ranked=False):
         return self.answers[[s.images[0] for s in samples] != sorted(s.images[0] for s in samples)]
 
 
@@ -219,7 +256,7 @@ def test_the_mean_over_all_questions_leaves_out_those_without_a_picture():
     class Pupil(Parrot):
         stage = recipes.get("llava/tiny").stages[1]
 
-        def answer(self, samples, room, among):
+        def answer(self, samples, room, among, ranked=False):
             return ["yes"] * 3 if not samples[0].images else super().answer(samples, room, among)
 
     figures = judges.evaluate(Pupil(["two", "red"], ["red", "two"]), Source())

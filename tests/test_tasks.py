@@ -8,12 +8,15 @@ import pytest
 from scene_oracle import check_conversation, check_sample, facts, in_short, judge, read
 from task_oracle import bare, check_names, check_shots, check_task
 
+from nanovlm import recipes
 from nanovlm.data.conversation import encode
 from nanovlm.data.prompts import SHORT
 from nanovlm.data.sample import Sample, Turn
+from nanovlm.evaluate import judges
+from nanovlm.recipes.instructblip import TINY_SIZES
 from nanovlm.world import pages, tasks
 from nanovlm.world.ask import KINDS
-from nanovlm.world.datasets import Scenes
+from nanovlm.world.datasets import SETS, Scenes
 from nanovlm.world.exams import TOLD
 from nanovlm.world.mixture import KINDS as MIXED
 from nanovlm.world.say import DESCRIPTIONS, captions, description
@@ -85,6 +88,88 @@ def test_every_wording_is_used():
 def test_held_out_groups_are_whole_groups():
     """§2.2: visual reasoning, video, visual conversation and classification are never trained on in their form."""
     assert len(tasks.NAMES) == len(set(tasks.NAMES)) == 11
+    assert set(tasks.HELD_OUT_GROUPS) == {"reasoning", "clips", "dialogue", "classes"}
+    learned = {name.removeprefix("tasks/"): made.pool for name, made in SETS.items() if name.startswith("tasks/")}
+    assert set(learned) == set(tasks.NAMES) - set(tasks.HELD_OUT_GROUPS)
+    assert {f"tasks/{group}": size for group, size in learned.items()} == TINY_SIZES
+    assert set(recipes.get("instructblip/tiny").stages[-1].data) == set(TINY_SIZES)
+
+
+@pytest.mark.parametrize("group", sorted(set(tasks.NAMES) - set(tasks.HELD_OUT_GROUPS)))
+def test_a_set_of_tasks_is_of_its_group(group):
+    """A pool: the same picture and instruction for the same index; signs and what they say are always there; nothing held out is shown."""
+    world, kinds = Scenes(3), Counter()
+    for index in range(120):
+        sample = world.pooled(f"tasks/{group}", index)
+        (image,), (turn,) = sample.images, sample.turns
+        assert image.size == (48, 48) and turn.question.startswith("<image>\n")
+        kinds[turn.kind] += 1
+        assert not any(f"{colour} {shape}" in f"{turn.question} {turn.answer}" for colour, shape in HELD_OUT)
+    again = world.pooled(f"tasks/{group}", 119)
+    assert again.turns == sample.turns and again.images[0].tobytes() == image.tobytes()
+    assert set(kinds) == {KIND.get(group, group)}, "none of them fell back on a plain question"
+    assert len({world.pooled(f"tasks/{group}", index).turns for index in range(40)}) > 20
+
+
+# --- the exam ---
+
+@pytest.fixture(scope="module")
+def shown():
+    return {exam.name: exam for exam in Scenes().exams(("tasks",), 60)}
+
+
+def test_each_group_has_an_exam_of_held_out_scenes(shown):
+    assert list(shown) == [f"held_{'out' if group in tasks.HELD_OUT_GROUPS else 'in'}/{group}" for group in tasks.NAMES]
+    for name, exam in shown.items():
+        assert exam.judges == ("task",) and exam.ranked and len(exam.samples) == 60
+        for sample in exam.samples:
+            (turn,), (image,) = sample.turns, sample.images
+            assert turn.kind == KIND.get(name.split("/")[1], name.split("/")[1]) and turn.answer in sample.captions
+            assert (type(image) is tuple and len(image) == 4) == (name == "held_out/clips")
+
+
+def test_where_there_is_a_choice_the_options_are_all_and_hold_the_answer(shown):
+    """Binary statements, lettered options, a field of an object, a direction: what is ranked has no other right answer."""
+    for name, exam in shown.items():
+        ranked = [sample.turns[-1] for sample in exam.samples if sample.turns[-1].options]
+        assert all(turn.answer in turn.options and len(set(turn.options)) == len(turn.options) > 1 for turn in ranked)
+        if name.startswith("held_out") and name != "held_out/reasoning":
+            assert len(ranked) == 60
+        elif name not in ("held_out/reasoning", "held_in/knowledge"):
+            assert not ranked
+        for turn in ranked:
+            if "options:" in turn.question:
+                assert turn.question.count("(") == len(turn.options) and all(f") {option}" in turn.question for option in turn.options)
+    assert any("that is" in s.turns[-1].question and not s.turns[-1].options for s in shown["held_out/reasoning"].samples)
+
+
+class Knowing:
+    """Answers everything that does not depend on the picture's being the right one, wrongly; else as told."""
+
+    def __init__(self, right):
+        self.right = right
+
+    def answer(self, samples, room, among, ranked):
+        assert ranked and not among
+        return [sample.captions[-1] if self.right(sample) else "?" for sample in samples]
+
+
+def test_groups_have_figures_of_their_own_and_a_mean(shown):
+    """A caption and a question are right in any of their forms; held in and held out are apart."""
+    class Source:
+        def exams(self, names):
+            return list(shown.values())
+
+    class Stage:
+        evaluate = ("tasks",)
+
+    pupil = Knowing(lambda sample: "/captions/" in sample.id or "/asking/" in sample.id or "/clips/" in sample.id)
+    pupil.stage = Stage
+    figures = judges.evaluate(pupil, Source())
+    assert figures["vqa_accuracy/held_in/captions"]["value"] == figures["vqa_accuracy/held_in/asking"]["value"] == 1
+    assert figures["vqa_accuracy/held_in/questions"]["value"] == 0
+    assert figures["vqa_accuracy/held_in"]["value"] == pytest.approx(2 / 7) and figures["vqa_accuracy/held_in"]["n"] == 7 * 60
+    assert figures["vqa_accuracy/held_out"]["value"] == pytest.approx(1 / 4) and "vqa_accuracy" not in figures
 
 
 def test_all_questions_that_count_as_right_have_that_answer():

@@ -18,7 +18,7 @@ from nanovlm.data.prompts import SHORT, prompted
 from nanovlm.data.sample import Turn
 from nanovlm.world import mixture, pages, tasks
 from nanovlm.world.ask import DESCRIBE, FOLLOW_UP, KINDS, Asked, ask, follow_up, put_before
-from nanovlm.world.say import DESCRIPTIONS, caption, description
+from nanovlm.world.say import DESCRIPTIONS, caption, captions, description
 from nanovlm.world.scene import (
     ATTRIBUTES,
     CELLS,
@@ -101,7 +101,7 @@ def told_in_turn(kind: str, index: int, draw: Callable[[Random], Scene],
             shown = (scene,)
         boxed = kind in ("region", "grounding")
         told = (mixture.with_boxes(shown[0], rng) if boxed else " then ".join(description(s, rng, DESCRIPTIONS[:1]) for s in shown),)
-        right = tasks.right(shown[0], turns[-1])
+        right = tasks.right_questions(shown[0], turns[-1]) if turns[-1].kind == "asking" else captions(shown[0])
         told, turns = ((), turns) if kind == "science_text" else (told, put_before(turns))  # a science text tells by itself
     return FORMATS.get(form, ""), told, turns, right
 
