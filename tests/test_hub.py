@@ -4,7 +4,6 @@ import re
 
 import pytest
 import torch
-import transformers
 from oracles import (
     IMAGE_ID,
     QUERIES,
