@@ -5,9 +5,10 @@ Instructions of several lengths, padded on either side in either reader's words.
 
 import pytest
 import torch
-from oracles import QUERIES, for_clips, hf_instructblip, hf_instructblip_t5, ours, scores
+import transformers
+from oracles import QUERIES, for_clips, hf_instructblip, hf_instructblip_t5, ours, scores, without_key_bias
 from test_blip2 import LENGTHS, SIDES, B, T, prompts
-from tools import close, moved_by_breaking, pad_mask, randn, random_ids
+from tools import bite, close, moved_by_breaking, pad_mask, randn, random_ids
 from torch.nn import functional as F
 
 from nanovlm import masks
@@ -106,6 +107,19 @@ def test_the_weights_bite(kind):
     idle = {name for name in moved if name.startswith(model.unheard)}
     assert len(idle) == 6 and not any(moved[name] for name in idle)
     assert min(moved[name] for name in moved.keys() - idle) > 1e-3, moved
+
+
+def test_every_size_of_the_config_is_read():
+    """Another eps of the vision tower changes its norm behind, too; another number of layers between two looks at the picture."""
+    config = hf_instructblip(1).config.to_dict()
+    config["vision_config"]["layer_norm_eps"], config["qformer_config"]["cross_attention_frequency"] = 0.3, 3
+    hf = bite(transformers.InstructBlipForConditionalGeneration(transformers.InstructBlipConfig(**config)), 4)
+    images, (batch, _) = randn(B, 3, 20, 20, seed=4), asked("right", 4)
+    question = {name: batch[name] for name in ("qformer_input_ids", "qformer_attention_mask")}
+    with torch.no_grad():
+        want = without_key_bias(hf).get_image_features(images, *question.values(), return_dict=True)
+        close(ours(hf).encode_image(images), want.last_hidden_state)
+        close(ours(hf).image_prefix(images, **question), want.pooler_output)
 
 
 # --- what is said ---
