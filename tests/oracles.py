@@ -145,12 +145,30 @@ def hf_blip2_retrieval(seed: int) -> nn.Module:
     return without_key_bias(bite(transformers.Blip2ForImageTextRetrieval(config), seed))
 
 
-def hf_instructblip(seed: int) -> nn.Module:
-    """BLIP-2 on OPT, with a Q-Former that reads the question."""
-    config = transformers.InstructBlipConfig(vision_config=EVA, qformer_config=QFORMER,
-                                             text_config={"model_type": "opt", **OPT}, num_query_tokens=QUERIES)
-    config.image_token_index = IMAGE_ID
+def instructblip_sizes(text: dict, queries: int) -> dict:
+    return {"vision_config": EVA, "qformer_config": QFORMER, "text_config": text, "num_query_tokens": queries}
+
+
+def hf_instructblip(seed: int, queries: int = QUERIES) -> nn.Module:
+    """On a LLaMA, as Vicuna is one."""
+    config = transformers.InstructBlipConfig(**instructblip_sizes({"model_type": "llama", **LLAMA}, queries), image_token_index=IMAGE_ID)
     return without_key_bias(bite(transformers.InstructBlipForConditionalGeneration(config), seed))
+
+
+def hf_instructblip_t5(seed: int, queries: int = QUERIES) -> nn.Module:
+    """On an encoder-decoder, as hf_blip2_t5."""
+    sizes = instructblip_sizes({"model_type": "t5", **T5, "dense_act_fn": "gelu"}, queries)
+    hf = transformers.InstructBlipForConditionalGeneration(transformers.InstructBlipConfig(**sizes, image_token_index=IMAGE_ID))
+    hf.language_model.lm_head.weight = nn.Parameter(torch.empty_like(hf.language_model.lm_head.weight))
+    return without_key_bias(bite(hf, seed, 0.15))
+
+
+def for_clips(hf: nn.Module) -> nn.Module:
+    """An InstructBLIP of transformers as its class for four frames, with the same weights."""
+    sizes = instructblip_sizes(hf.config.text_config.to_dict(), hf.config.num_query_tokens)
+    clips = transformers.InstructBlipVideoForConditionalGeneration(transformers.InstructBlipVideoConfig(**sizes, video_token_index=IMAGE_ID))
+    clips.load_state_dict(hf.state_dict(), assign=True)  # a head that was untied stays so
+    return clips.eval()
 
 
 def without_key_bias(hf: nn.Module) -> nn.Module:

@@ -127,6 +127,22 @@ BLIP2_ITM = {**SHORT, "architectures": ["Blip2ForImageTextRetrieval"], "image_to
              "qformer_config": {"model_type": "blip_2_qformer", "use_qformer_text_input": True, "vocab_size": 30523},
              "text_config": {"model_type": "opt"}, "use_decoder_only_language_model": True}
 
+
+
+def instructblip(text: dict, **changes) -> dict:
+    """With the fields that its classes wrote when the checkpoints were converted."""
+    vision = {name: value for name, value in BLIP2_VISION.items() if name not in ("dropout", "initializer_factor", "num_channels", "projection_dim")}
+    return {"architectures": ["InstructBlipForConditionalGeneration"], "initializer_factor": 1.0, "initializer_range": 0.02,
+            "model_type": "instructblip", "num_query_tokens": 32, "text_config": {**WRITTEN_OUT, **text}, "tie_word_embeddings": False,
+            "qformer_config": {**QFORMER, "model_type": "instructblip_qformer", "vocab_size": 30523}, "torch_dtype": "float32",
+            "transformers_version": None, "use_decoder_only_language_model": text["model_type"] == "llama",
+            "vision_config": {**vision, "layer_norm_eps": 1e-06, "model_type": "instructblip_vision_model"}, **changes}
+
+
+INSTRUCTBLIP_VICUNA = instructblip({**LLAMA_1, "_name_or_path": "vicuna-7b", "tie_word_embeddings": False, "vocab_size": 32001},
+                                   image_token_index=32000)
+INSTRUCTBLIP_T5 = instructblip({**FLAN_T5_XL, "bos_token_id": 1, "dense_act_fn": "gelu", "is_gated_act": True}, image_token_index=32100)
+
 # BLIP's config.json, with the fields that its classes wrote when the checkpoints were converted
 BLIP_TEXT = {**WRITTEN_OUT, "attention_probs_dropout_prob": 0.0, "bos_token_id": 30522, "encoder_hidden_size": 768, "eos_token_id": 2,
              "hidden_act": "gelu", "hidden_dropout_prob": 0.0, "hidden_size": 768, "initializer_factor": 1.0, "initializer_range": 0.02,
@@ -184,6 +200,7 @@ PUBLISHED = {
     "llama-7b": LLAMA_1, "opt-2.7b": opt(2560), "opt-6.7b": opt(4096), "bert-base-uncased": BERT_BASE,
     "t5-small": T5_SMALL, "flan-t5-xl": FLAN_T5_XL, "blip2-opt-2.7b": BLIP2_OPT, "blip2-flan-t5-xl": BLIP2_T5,
     "blip2-opt-2.7b, written out": BLIP2_OPT_WRITTEN_OUT, "blip2-flan-t5-xl, written out": BLIP2_T5_WRITTEN_OUT,
+    "instructblip-vicuna-7b": INSTRUCTBLIP_VICUNA, "instructblip-flan-t5-xl": INSTRUCTBLIP_T5,
     "blip2-itm-vit-g": BLIP2_ITM, "blip-image-captioning-base": BLIP_CAPTIONS, "blip-image-captioning-base, short": BLIP_SHORT,
     "blip-image-captioning-large": BLIP_CAPTIONS_LARGE, "blip-itm-base-coco": BLIP_ITM,
     "blip-vqa-base": BLIP_VQA, "llava-1.5-7b-hf": LLAVA_HF, "llava-v1.5-7b": LLAVA_ORIGINAL,

@@ -32,11 +32,11 @@ SIDES = pytest.mark.parametrize("side", ["left", "right"])
 
 # --- the generation class: ids with QUERIES placeholders in front are theirs, ids alone are ours ---
 
-def prompts(side: str, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict]:
+def prompts(side: str, seed: int = 1, places: int = QUERIES) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict]:
     """images, ids, mask; and the same as transformers takes it. Padding may stand between the image and the text."""
     images, ids, mask = randn(B, 3, 20, 20, seed=seed), random_ids(B, T, seed), pad_mask(LENGTHS, side, T)
-    theirs = {"pixel_values": images, "input_ids": torch.cat([torch.full((B, QUERIES), IMAGE_ID), ids], dim=1),
-              "attention_mask": masks.with_queries(QUERIES, mask).long()}
+    theirs = {"pixel_values": images, "input_ids": torch.cat([torch.full((B, places), IMAGE_ID), ids], dim=1),
+              "attention_mask": masks.with_queries(places, mask).long()}
     return images, ids, mask, theirs
 
 

@@ -92,7 +92,7 @@ def test_pictures_take_places_only_where_they_stand_among_words():
     assert got["clip/tiny@clip"] == got["nfnet-clip/tiny@nfnet"] == (*pairs, False, True)
     assert got["blip2/tiny@stage1"] == got["blip2/tiny-retrieval@retrieval"] == (*pairs, True, False)
     assert got["blip2/tiny@stage2"] == got["blip2/tiny-caption@caption"] == ("conversations", 0, *[False] * 4)
-    assert got["blip2/tiny-vqa@vqa"] == ("conversations", 0, False, True, False, False)
+    assert got["blip2/tiny-vqa@vqa"] == got["instructblip/tiny@tune"] == ("conversations", 0, False, 64, False, False)
     assert got["llava/tiny@align"] == got["llava/tiny@tune"] == got["llava15/tiny@tune"] == talk
     assert got["llava15/tiny-hd@hd"] == ("conversations", 16, True, False, False, False)
     assert got["blip/tiny@pretrain"] == got["blip/tiny@filter"] == got["blip/tiny@retrain"] == (*pairs, True, False)

@@ -12,6 +12,7 @@ from nanovlm.data.conversation import find_format
 from nanovlm.decoder import OPT_2_7B, OPT_6_7B, VICUNA_7B, VICUNA_13B, Decoder, DecoderConfig
 from nanovlm.nfnet import NFNet, nfnet_f
 from nanovlm.papers.blip import BLIP, BLIPConfig
+from nanovlm.recipes.stage import within
 from nanovlm.t5 import FLAN_T5_XL, FLAN_T5_XXL, T5, T5Config
 from nanovlm.training.loop import freeze
 from nanovlm.vit import CLIP_L_14, CLIP_L_14_336, EVA_CLIP_G_14, VIT_B_16, VIT_L_16, ViT
@@ -98,7 +99,7 @@ def test_blip2(name):
     assert count(model) == total - zeros
 
 
-@pytest.mark.parametrize("name", [name for name in recipes.names() if "t5" in name or "/tiny" in name])
+@pytest.mark.parametrize("name", [name for name in recipes.names() if "t5" in name or "vicuna" in name or "/tiny" in name])
 def test_an_encoder_decoder_is_given_prompt_and_answer_apart_and_a_decoder_is_not(name):
     for stage in recipes.get(name).stages:
         model = recipes.build(name, stage=stage.name)
@@ -107,7 +108,27 @@ def test_an_encoder_decoder_is_given_prompt_and_answer_apart_and_a_decoder_is_no
         assert find_format(stage.format).separate == isinstance(model.language, T5)
         if isinstance(model.language, T5):
             assert model.language.config.activation == "geglu", "LAVIS runs FlanT5 with the exact GELU"
-            assert "flan" not in name or stage.batch_size == 1_520
+            assert "blip2/vit" not in name or stage.batch_size == 1_520
+
+
+# instructblip.md §0: what learns, the last layer's text feed-forward included, and all; with EVA-CLIP's zeros
+INSTRUCTBLIP = {"flan-t5-xl": (187_262_464, 4_022_969_088), "flan-t5-xxl": (188_837_376, 12_310_119_168),
+                "vicuna-7b": (188_837_376, 7_913_210_624), "vicuna-13b": (189_624_832, 14_191_448_832)}
+
+
+@pytest.mark.parametrize("name", INSTRUCTBLIP)
+def test_instructblip(name):
+    learns, total = INSTRUCTBLIP[name]
+    recipe = recipes.get(f"instructblip/{name}")
+    model, trains = recipes.build(recipe.name), recipe.stage().trains
+    found = sum(p.numel() for part, p in model.named_parameters() if any(within(part, trained) for trained in trains))
+    print(f"{name}: {found:,} of {count(model):,} learn, {found / (count(model) + KEY_BIASES):.2%}")
+    assert (found, count(model)) == (learns, total - KEY_BIASES)
+    assert learns == 185_660_160 + 24_576 + 2_816 + count(model.projection)
+    assert model.qformer.queries.numel() == 24_576 and count(model.vision_norm) == 2_816
+    freeze(model, trains)
+    unheard = count(model.qformer.layers[-1].feedforward) + count(model.qformer.layers[-1].residual2)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == learns - unheard == learns - 4_723_968
 
 
 # what learns when the encoder does too; the paper's figures: Table 5, 474M and 1.2B; Table 3, 1.1B; Table 4, 1.2B. For

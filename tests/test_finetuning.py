@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import training_fakes as fakes
-from oracles import OPT, QUERIES, blip2_config, hf_instructblip, scores
+from oracles import QUERIES, hf_instructblip, scores
 from tools import close, pad_mask, randn, random_ids
 from torch import nn
 
@@ -164,12 +164,8 @@ B, T_Q = 4, 6
 def asking() -> tuple:
     """InstructBLIP's model of transformers, and ours with its weights."""
     hf = hf_instructblip(1)
-    config = configs.blip2(blip2_config({"model_type": "opt", **OPT}).to_dict())
-    model = BLIP2(replace(config, asks=True, qformer=replace(config.qformer, reads=True)))
-    table = {**names.BLIP2, "qformer.embeddings.word_embeddings": "qformer.embeddings.words",
-             "qformer.embeddings.position_embeddings": "qformer.embeddings.positions",
-             "qformer.embeddings.layernorm": "qformer.norm"}
-    assert hub.fill(model, hub.as_ours(hf.state_dict(), key_bias=False), table, {}) == []
+    model = BLIP2(configs.instructblip(hf.config.to_dict()))
+    assert hub.fill(model, hub.as_ours(hf.state_dict(), key_bias=False), names.INSTRUCTBLIP, {}) == []
     return hf, model.eval()
 
 
@@ -217,7 +213,7 @@ def test_all_questions_of_a_conversation_are_read_and_of_too_many_the_last():
     tokenizer = Tokenizer.train(["what colour is it? sure? and the other?"] * 9, 300)
     talk = (Turn("<image>\nwhat colour is it?", "red"), Turn("sure?", "yes"))
     samples = [Sample("a", turns=talk), Sample("b", turns=talk[1:]), Sample("c", turns=(talk[0], *talk[1:] * 200))]
-    asked = Collate(tokenizer, "blip2", Transform(48), Reads(question=True)).questions(samples)
+    asked = Collate(tokenizer, "blip2", Transform(48), Reads(question=64)).questions(samples)
     texts = [tokenizer.decode(ids[mask].tolist(), specials=True)
              for ids, mask in zip(asked["qformer_input_ids"], asked["qformer_attention_mask"])]
     assert texts[:2] == ["<s>what colour is it? sure?</s>", "<s>sure?</s>"]
@@ -230,7 +226,7 @@ class Listener(nn.Module):
 
     def __init__(self, asks: bool):
         super().__init__()
-        self.reads, self.heard = Reads("conversations", question=asks), []
+        self.reads, self.heard = Reads("conversations", question=64 * asks), []
 
     def generate(self, batch, room, stop):
         self.heard.append(batch)
@@ -252,7 +248,7 @@ def test_in_training_and_in_an_exam_only_a_model_that_asks_is_told(asks):
     pupil = Pupil(model, recipe, recipe.stages[0], tokenizer, "cpu")
     pupil.answer(samples)
     pupil.answer(samples, among=["red"])
-    want = Collate(tokenizer, "blip2", Transform(48), Reads(question=True)).questions(samples)
+    want = Collate(tokenizer, "blip2", Transform(48), Reads(question=64)).questions(samples)
     assert len(model.heard) == 2
     for told in (batch, *model.heard):
         assert {name for name in told if name.startswith("qformer")} == (set(want) if asks else set())

@@ -4,7 +4,6 @@ import re
 
 import pytest
 import torch
-import transformers
 from oracles import (
     IMAGE_ID,
     QUERIES,
@@ -18,6 +17,8 @@ from oracles import (
     hf_clip,
     hf_clip_vision,
     hf_imagenet_vit,
+    hf_instructblip,
+    hf_instructblip_t5,
     hf_llama,
     hf_llava,
     hf_next,
@@ -43,6 +44,7 @@ from nanovlm.papers.blip import BLIP
 from nanovlm.papers.blip2 import BLIP2, BLIP2Stage1
 from nanovlm.papers.blip_downstream import BLIPAnswerer
 from nanovlm.papers.clip import CLIP as OurCLIP
+from nanovlm.papers.instructblip import InstructBLIP
 from nanovlm.papers.language_model import LanguageModel
 from nanovlm.papers.llava import LLaVA
 from nanovlm.papers.masked_language_model import MaskedLanguageModel
@@ -56,7 +58,7 @@ def hf_bert_alone(seed: int) -> torch.nn.Module:
 ALL = [(hf_clip_vision, ViT), (hf_imagenet_vit, ViT), (hf_llama, LanguageModel), (hf_opt, LanguageModel), (hf_llava, LLaVA), (hf_next, LLaVA),
        (hf_clip, OurCLIP), (hf_t5, LanguageModel), (hf_t5_exact, LanguageModel), (hf_t5_first, LanguageModel),
        (hf_bert, MaskedLanguageModel), (hf_bert_alone, Bert), (hf_blip2, BLIP2), (hf_blip2_retrieval, BLIP2Stage1),
-       (hf_blip2_t5, BLIP2), (hf_blip, BLIP), (hf_blip_retrieval, BLIP),
+       (hf_blip2_t5, BLIP2), (hf_instructblip, InstructBLIP), (hf_instructblip_t5, InstructBLIP), (hf_blip, BLIP), (hf_blip_retrieval, BLIP),
        (hf_blip_answers, BLIPAnswerer)]
 
 
@@ -251,7 +253,8 @@ def test_the_tables_read_both_ways():
             assert translate(f"{name}.bias", table) == f"{ours_}.bias"
             assert translate(ours_, {mine: theirs}) == name
             twice = {a for a, b in table.items() if b == mine and not a.endswith(("wi", "wi_1"))}
-            assert len(twice) <= 1 or twice == {"language_model.model.decoder.embed_tokens", "language_model.shared"}
+            first = "language_model.model.decoder.embed_tokens", "language_model.model.embed_tokens"  # BLIP-2 on OPT, InstructBLIP on LLaMA
+            assert len(twice) <= 1 or twice in ({name, "language_model.shared"} for name in first)
     table = CLASSES["LlamaForCausalLM"].names
     assert translate("model.layers.x.mlp.up_proj.weight", table) is None
     assert translate("model.layers.1.mlp.up_proj.weight.extra", table) is None
@@ -282,7 +285,7 @@ T5_COPIES = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_toke
 COPIES = {hf_opt: ("model.decoder.embed_tokens.weight", "lm_head.weight"), hf_t5: T5_COPIES,
           hf_t5_first: (*T5_COPIES, "lm_head.weight"),
           hf_blip2: ("language_model.model.decoder.embed_tokens.weight", "language_model.lm_head.weight"),
-          hf_blip2_t5: tuple(f"language_model.{name}" for name in T5_COPIES),
+          **dict.fromkeys((hf_blip2_t5, hf_instructblip_t5), tuple(f"language_model.{name}" for name in T5_COPIES)),
           hf_blip: BLIP_COPIES, hf_blip_answers: BLIP_COPIES,
           hf_bert: ("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight",
                     "cls.predictions.bias", "cls.predictions.decoder.bias")}
@@ -335,6 +338,10 @@ def test_buffers_of_older_files_are_ignored():
     old = {"model.language_model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(3),
            "model.vision_tower.embeddings.position_ids": torch.arange(17)[None]}
     same(from_hf(config, {**state, **old}), from_hf(config, state))
+    config, state = parts(hf_instructblip(12))
+    old = {"qformer.embeddings.position_ids": torch.arange(23)[None],
+           "language_model.model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(3)}
+    same(from_hf(config, {**state, **old}), from_hf(config, state))
     config, state = parts(hf_blip(12))
     old = {"text_decoder.bert.embeddings.position_ids": torch.arange(23)[None]}
     same(from_hf(config, {**state, **old}), from_hf(config, state))
@@ -348,7 +355,8 @@ def test_the_key_of_blips_vision_tower_has_a_bias():
         assert torch.equal(one.weight, fused.weight[24 * i:24 * (i + 1)]) and torch.equal(one.bias, fused.bias[24 * i:24 * (i + 1)])
 
 
-def test_a_key_with_a_bias_is_refused():
-    hf = bite(transformers.Blip2ForConditionalGeneration(hf_blip2(1).config), 1)  # not without_key_bias
+@pytest.mark.parametrize("build", [hf_blip2, hf_instructblip])
+def test_a_key_with_a_bias_is_refused(build):
+    hf = bite(build(1), 1)  # not without_key_bias
     with pytest.raises(UserError, match="layers.0.self_attn.qkv.bias: the key's third is not zero"):
         from_hf(*parts(hf))

@@ -19,10 +19,11 @@ from nanovlm.bert import BertConfig
 from nanovlm.decoder import llama, opt
 from nanovlm.momentum import MomentumConfig
 from nanovlm.nfnet import NFNetConfig
-from nanovlm.papers import blip
+from nanovlm.papers import blip, blip2
 from nanovlm.papers.blip import BLIP, BLIPConfig
 from nanovlm.papers.blip2 import BLIP2, BLIP2Config
 from nanovlm.papers.flamingo import Flamingo, FlamingoConfig
+from nanovlm.papers.instructblip import InstructBLIP
 from nanovlm.papers.language_model import LanguageModel
 from nanovlm.papers.llava import LLaVA, LLaVAConfig
 from nanovlm.perceiver_resampler import ResamplerConfig
@@ -76,8 +77,8 @@ def blip2_config(text: int) -> BLIP2Config:
 T5_SIZES = T5Config(V, 40, 2, 5, 7, 44, buckets=8, max_distance=12)
 
 
-def build_blip2(asks: bool = False, **changes) -> nn.Module:
-    return BLIP2(replace(blip2_config(text=19 if asks else 1), asks=asks, **changes))
+def build_blip2(asks: bool = False, kind: type = BLIP2, **changes) -> nn.Module:
+    return kind(replace(blip2_config(text=19 if asks else 1), asks=asks, **changes))
 
 
 def blip2_logits(model: nn.Module, batch: dict, side: str) -> tuple[Tensor, Tensor]:
@@ -106,8 +107,8 @@ def blip_logits(model: nn.Module, batch: dict, side: str) -> tuple[Tensor, Tenso
 def answer_logits(model: nn.Module, batch: dict, side: str) -> tuple[Tensor, Tensor]:
     """After <start>, then after each token of the answer."""
     inputs = batch["input_ids"], batch["attention_mask"]
-    if isinstance(model, BLIP2):
-        hidden, learned = model.read(model.image_prefix(batch["images"]), *inputs, batch["labels"])
+    if isinstance(model, (BLIP2, InstructBLIP)):
+        hidden, learned = blip2.read(model.language, model.prefix_of(batch), *inputs, batch["labels"])
     else:
         hidden, learned = model.language.read(inputs[1], batch["labels"], inputs[0])
     real = learned != -100
@@ -134,6 +135,8 @@ CASES = [
     Case("blip2", build_blip2, (BRIDGE, (*BRIDGE, "language")), ("images", *TEXT), QUERIES, blip2_logits, one_first=True),
     Case("blip2 asked", lambda: build_blip2(asks=True), (("vision", *BRIDGE), ("vision", *BRIDGE, "language")),
          ("images", *TEXT, *QUESTION), QUERIES, blip2_logits, one_first=True, std=0.2),
+    Case("instructblip", lambda: build_blip2(True, InstructBLIP), (BRIDGE, (*BRIDGE, "language")), ("images", *TEXT, *QUESTION), QUERIES, blip2_logits,
+         one_first=True, std=0.2),
     Case("blip", build_blip, (WRITES, ("vision", *WRITES)), ("images", *TEXT), 0, blip_logits, one_first=True, opens=True,
          std=0.15),
     Case("flamingo", build_flamingo, (GATED, (*GATED, "vision", "language")), ("images", "frames", *TEXT), 1, flamingo_logits, pages=True,
@@ -145,6 +148,8 @@ CASES = [
          std=0.2),
     Case("blip2 on t5", lambda: build_blip2(language=T5_SIZES), (BRIDGE, (*BRIDGE, "language")), ("images", *TEXT), QUERIES,
          answer_logits, one_first=True, two=True, std=0.2),
+    Case("instructblip on t5", lambda: build_blip2(True, InstructBLIP, language=T5_SIZES), (BRIDGE, (*BRIDGE, "language")),
+         ("images", *TEXT, *QUESTION), QUERIES, answer_logits, one_first=True, two=True, std=0.2),
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 image_cases = pytest.mark.parametrize("case", [case for case in CASES if case.image_places is not None], ids=lambda case: case.name)

@@ -32,6 +32,7 @@ from nanovlm.papers.blip2 import BLIP2, BLIP2Config, BLIP2Stage1
 from nanovlm.papers.blip_downstream import BLIPAnswerer, BLIPReasoner
 from nanovlm.papers.clip import CLIP, CLIPConfig
 from nanovlm.papers.flamingo import Flamingo, FlamingoConfig
+from nanovlm.papers.instructblip import InstructBLIP
 from nanovlm.papers.language_model import LanguageModel
 from nanovlm.papers.llava import LLaVA, LLaVAConfig
 from nanovlm.papers.masked_language_model import MaskedLanguageModel
@@ -145,6 +146,18 @@ def run_blip2() -> None:
     retrieval.measure(Pupil(first, recipe, recipe.stage("stage1"), TOKENIZER, "cpu"), world)
 
 
+def run_instructblip() -> None:
+    text = BertConfig(VOCAB, width=34, layers=3, heads=2, ffn=37, max_positions=64)
+    language = llama(VOCAB, width=30, layers=2, heads=3, ffn=37)
+    model = InstructBLIP(BLIP2Config(replace(VISION, final_norm=False), QFormerConfig(text, queries=9, image_width=26), language, asks=True))
+    frames, mask = torch.ones(B, 4, dtype=torch.bool), torch.ones(B, T, dtype=torch.bool)
+    frames[1, :2] = mask[2, 8:] = False
+    batch = {"images": torch.randn(B, 4, 3, 28, 28), "frames": frames, "input_ids": ids(B, T), "attention_mask": mask,
+             "qformer_input_ids": ids(B, 5), "qformer_attention_mask": mask[:, :5]}
+    model(**batch, labels=ids(B, T)).loss.backward()
+    answer(model, batch)
+
+
 def run_blip() -> None:
     text = BertConfig(VOCAB, width=34, layers=3, heads=2, ffn=37, max_positions=64, image_width=26)
     config = BLIPConfig(imagenet_vit(28, 4, 26, 2, 2), text, 17, decode_id=1, encode_id=2, momentum=MomentumConfig(queue=23, ramp=2))
@@ -226,6 +239,7 @@ def checker() -> ShapeChecker:
         run_llava()
         run_blip()
         run_blip2()
+        run_instructblip()
         run_blip_downstream()
         run_flamingo()
         run_fewshot()

@@ -34,12 +34,14 @@ from nanovlm.papers.blip import BLIP
 from nanovlm.papers.blip2 import BLIP2, BLIP2Stage1
 from nanovlm.papers.blip_downstream import BLIPAnswerer
 from nanovlm.papers.clip import CLIP
+from nanovlm.papers.instructblip import InstructBLIP
 from nanovlm.papers.language_model import LanguageModel
 from nanovlm.papers.llava import LLaVA
 from nanovlm.papers.masked_language_model import MaskedLanguageModel
 from nanovlm.vit import ViT
 
 State = dict[str, Tensor]
+WITHOUT_KEY_BIAS = ("blip-2", "instructblip")  # in whose vision tower, EVA-CLIP, keys have no bias
 TIE = " (or tie_word_embeddings in config.json must be {})"
 
 
@@ -69,6 +71,7 @@ CLASSES = {
     "Blip2ForConditionalGeneration": Published("blip-2", BLIP2, configs.blip2, names.BLIP2, {}),
     "Blip2ForImageTextRetrieval": Published(  # without word head and temperature
         "blip-2", BLIP2Stage1, partial(configs.blip2, retrieval=True), names.BLIP2_RETRIEVAL, {}),
+    "InstructBlipForConditionalGeneration": Published("instructblip", InstructBLIP, configs.instructblip, names.INSTRUCTBLIP, {}),
     "LlavaForConditionalGeneration": Published("llava", LLaVA, configs.llava, names.LLAVA, names.HF_LLAVA),
     "LlavaNextForConditionalGeneration": Published("llava_next", LLaVA, configs.llava_next, names.LLAVA, names.HF_LLAVA),
     "LlavaLlamaForCausalLM": Published("llava_llama", LLaVA, configs.original_llava, names.LLAVA, names.ORIGINAL_LLAVA),
@@ -83,7 +86,7 @@ def from_hf(config: dict, state: State) -> nn.Module:
             model = published.model(published.config(config))
     except ValueError as error:  # a width that is no multiple of the heads, say
         raise UserError(f"config.json: {error}.") from error
-    state = as_ours(state, key_bias=published.kind != "blip-2")
+    state = as_ours(state, key_bias=published.kind not in WITHOUT_KEY_BIAS)
     problems = fill(model, state, published.names, published.renames)
     if problems:
         message = f"The tensors do not fit config.json: {'; '.join(problems)}."
@@ -134,7 +137,7 @@ def fill(model: nn.Module, state: State, table: names.Names, renames: names.Name
 def as_ours(state: State, key_bias: bool = True) -> State:
     """Without what is no weight, and with what is the same thing in another form: CLIP's temperature, three maps in one.
 
-    key_bias: whether the keys of three maps in one have a bias; those of BLIP-2's vision tower have none.
+    key_bias: whether the keys of three maps in one have a bias; those of EVA-CLIP have none.
     """
     found = {}
     for name, tensor in state.items():
@@ -144,7 +147,7 @@ def as_ours(state: State, key_bias: bool = True) -> State:
             raise UserError(f"{name} holds {tensor.dtype} numbers; {configs.QUANTIZED}.")
         if name == "logit_scale":  # CLIP multiplies by exp(logit_scale), ours divides by τ
             found[name] = torch.exp(-tensor)
-        elif ".qkv." in name:  # the vision towers of BLIP and BLIP-2
+        elif ".qkv." in name:  # the vision towers of BLIP, BLIP-2 and InstructBLIP
             for part, third in zip("qkv", tensor.chunk(3)):
                 if key_bias or not name.endswith("bias") or part != "k":
                     found[name.replace("qkv", f"{part}_proj")] = third

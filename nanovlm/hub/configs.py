@@ -13,6 +13,7 @@ All other fields are refused by name unless they are known to change nothing (HA
 would give a model that talks, but not as it should.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from nanovlm.bert import BertConfig
@@ -85,6 +86,7 @@ BLIP2_VISION = {"model_type": ("blip_2_vision_model",), "image_size": 224, "patc
 QFORMER = {**READER, "model_type": ("blip_2_qformer",), "cross_attention_frequency": 2}
 BLIP2 = {"model_type": ("blip-2",), "num_query_tokens": 32, "image_text_hidden_size": 256, "vision_config": {},
          "qformer_config": {}, "text_config": {}, "is_encoder_decoder": (False, True)}  # the last says what text_config is
+INSTRUCTBLIP = {name: default for name, default in BLIP2.items() if name != "image_text_hidden_size"} | {"model_type": ("instructblip",)}
 BLIP_VISION = {**BLIP2_VISION, "model_type": ("blip_vision_model",), "image_size": 384, "patch_size": 16, "hidden_size": 768,
                "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
                "layer_norm_eps": 1e-5}  # BLIP's own code: 1e-6
@@ -245,16 +247,34 @@ def blip_answerer(config: dict) -> BLIPConfig:
 def blip2(config: dict, retrieval: bool = False) -> BLIP2Config:
     """Blip2ForConditionalGeneration, or Blip2ForImageTextRetrieval, whose Q-Former reads."""
     c = read(config, BLIP2)
-    vision = ViTConfig(**read(c["vision_config"], BLIP2_VISION, "vision_config."), activation="gelu", pre_norm=False,
-                       final_norm=False, patch_bias=True, bias="qvo")
-    text = read(c["qformer_config"], {**QFORMER, "use_qformer_text_input": (retrieval,)}, "qformer_config.")
-    cross_every = text.pop("cross_every")
-    qformer = QFormerConfig(BertConfig(**text), c["queries"], vision.width, cross_every, retrieval)
-    language = None
-    if not retrieval:
-        kind = read({"model_type": c["text_config"].get("model_type")}, {"model_type": ("opt", "t5")}, "text_config.")
-        language = (t5 if kind["model_type"] == "t5" else opt_decoder)(c["text_config"], "text_config.")
+    vision, qformer = bridge(c, BLIP2_VISION, {**QFORMER, "use_qformer_text_input": (retrieval,)}, retrieval)
+    language = None if retrieval else language_of({"model_type": "opt", **c["text_config"]}, {"opt": opt_decoder, "t5": t5})
     return BLIP2Config(vision, qformer, language, c["embedding"], eps=vision.eps, trains=not retrieval)
+
+
+def instructblip(config: dict) -> BLIP2Config:
+    """InstructBlipForConditionalGeneration: its Q-Former reads always, and Vicuna stands in OPT's place."""
+    c = read(config, INSTRUCTBLIP)
+    vision, qformer = bridge(c, {**BLIP2_VISION, "model_type": ("instructblip_vision_model",)},
+                             {**QFORMER, "model_type": ("instructblip_qformer",)}, reads=True)
+    return BLIP2Config(vision, qformer, language_of(c["text_config"], {"llama": llama, "t5": t5}), eps=vision.eps, asks=True)
+
+
+def bridge(sections: dict, vision_table: dict, qformer_table: dict, reads: bool) -> tuple[ViTConfig, QFormerConfig]:
+    """EVA-CLIP without its last block and norm, and the Q-Former behind it."""
+    vision = ViTConfig(**read(sections["vision_config"], vision_table, "vision_config."), activation="gelu", pre_norm=False,
+                       final_norm=False, patch_bias=True, bias="qvo")
+    text = read(sections["qformer_config"], qformer_table, "qformer_config.")
+    cross_every = text.pop("cross_every")
+    return vision, QFormerConfig(BertConfig(**text), sections["queries"], vision.width, cross_every, reads)
+
+
+def language_of(section: dict, kinds: dict[str, Callable[[dict, str], DecoderConfig | T5Config]]) -> DecoderConfig | T5Config:
+    """text_config, read by the one of `kinds` that it names."""
+    kind = section.get("model_type")
+    if kind not in kinds:
+        raise refused("text_config.model_type", kind, f"supported: {', '.join(map(repr, kinds))}")
+    return kinds[kind](section, "text_config.")
 
 
 def llava(config: dict, table: dict = LLAVA) -> LLaVAConfig:

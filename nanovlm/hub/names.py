@@ -107,11 +107,12 @@ BLIP_EYES = rows({
     "vision_model.embeddings.{class,patch,position}_embedding": "vision.{class_token,patch_embedding,positions}",
     **under("vision_model.", "vision.", {a.replace("out_proj", "projection"): b for a, b in CLIP_BLOCKS.items()}),
 })
-BLIP2_EYES = rows({
+QFORMER_EYES = rows({
     **BLIP_EYES,
-    "{vision_model.post_layernorm,query_tokens,qformer.layernorm}": "{vision_norm,qformer.queries,qformer.norm}",
+    "{vision_model.post_layernorm,query_tokens}": "{vision_norm,qformer.queries}",
     **under("qformer.encoder.layer.{i}.", "qformer.layers.{i}.", QFORMER_LAYER),
 })
+BLIP2_EYES = {**QFORMER_EYES, "qformer.layernorm": "qformer.norm"}
 
 # --- the classes that are put together; CLIP_VISION, LLAMA, OPT and T5 are classes by themselves ---
 
@@ -151,6 +152,12 @@ BLIP_RETRIEVAL = rows({
     "{vision_proj,text_proj,itm_head}": "{image_projection,text_projection,match_head}",
 })
 BLIP2 = {**BLIP2_EYES, "language_projection": "projection", **under("language_model.", "", OPT | T5)}
+INSTRUCTBLIP = rows({
+    **QFORMER_EYES,
+    "qformer.embeddings.{word_embeddings,position_embeddings,layernorm}": "qformer.{embeddings.words,embeddings.positions,norm}",
+    "language_projection": "projection",
+    **under("language_model.", "", LLAMA | T5),
+})
 BLIP2_RETRIEVAL = rows({
     **BLIP2_EYES,
     "embeddings.{word,position}_embeddings": "qformer.embeddings.{words,positions}",

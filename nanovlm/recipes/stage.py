@@ -18,6 +18,7 @@ Names are those of the embedded world (world/datasets.py); the published stages 
     ("", "blip2/tiny")                        all of the model, from all of another
     ("vision", "published:openai/clip-…")     published weights in the folder $NANOVLM_WEIGHTS/openai/clip-…
     ("qformer", "published-bert:google-…")    the same, of a BERT that the module starts from (its `take_bert`)
+    ("language", "published-words:lmsys/…")   the same, of a language model with fewer words: those that it lacks start at random
 Entries are laid over each other: where several have a tensor the last one counts, and what none has is an error.
 Modules that `init` does not name go on from the recipe's stage before, where it had a module of that name.
 """

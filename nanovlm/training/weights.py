@@ -6,6 +6,7 @@
 import os
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from nanovlm import recipes
@@ -15,7 +16,7 @@ from nanovlm.recipes.stage import Recipe, Stage, within
 from nanovlm.t5 import T5
 from nanovlm.training.randomness import seed_all
 
-PUBLISHED = ("published:", "published-bert:")
+PUBLISHED = ("published:", "published-bert:", "published-words:")
 
 State = dict[str, Tensor]
 
@@ -111,4 +112,13 @@ def load_published(model: nn.Module, module: str, how: str, name: str) -> set[st
         part = "word_head" if module.endswith("word_head") else "bert"
         model.get_submodule(module).take_bert(children.get(part, loaded))
         return {name for name in model.state_dict() if within(name, module)}
-    return fill(model, module, children.get(module, loaded).state_dict())
+    weights = children.get(module, loaded).state_dict()
+    if how == "published-words":
+        weights |= {name: beside(weights[name], rows) for name, rows in model.get_submodule(module).state_dict().items()
+                    if name in ("embedding.weight", "head.weight")}
+    return fill(model, module, weights)
+
+
+def beside(rows: Tensor, mine: Tensor) -> Tensor:
+    """A table of words (V, D) with the further ones of a larger table: what was added to a vocabulary, [PAD] say, starts at random."""
+    return torch.cat([rows, mine[len(rows):].to(rows)])
