@@ -30,6 +30,7 @@ from PIL import Image
 from torch import Tensor
 
 from nanovlm.contract import Batch, Reads
+from nanovlm.data.clips import still
 from nanovlm.data.conversation import Format, encode, find_format, prompt, two_sequences
 from nanovlm.data.masking import hide, written
 from nanovlm.data.sample import IMAGE, Sample, Turn
@@ -88,7 +89,7 @@ class Collate:
         if self.reads.kind == "pages":  # cut later, see `window`
             return encode(sample.turns, self.tokenizer, self.layout(sample), None, 1, sample.id, sample.told)
         try:
-            counts = [self.transform.places(as_picture(image), self.reads.image_tokens) for image in sample.images]
+            counts = [self.transform.places(as_picture(still(image)), self.reads.image_tokens) for image in sample.images]
         except UserError as error:  # too thin to be tiled
             raise UserError(f"{sample.id}: {error}") from error
         return encode(sample.turns, self.tokenizer, self.layout(sample), self.max_length or None, counts, sample.id, sample.told)
@@ -108,6 +109,14 @@ class Collate:
         except UserError as error:
             return str(error)
         return None
+
+    def loses_beginning(self, sample: Sample) -> bool:
+        """Whether it is asked in more tokens than the format has room for (Format.asked), so that its beginning is cut off."""
+        layout = find_format(self.layout(sample))
+        if not layout.asked:
+            return False
+        whole, cut = (encode(sample.turns, self.tokenizer, one, name=sample.id)[0] for one in (replace(layout, asked=0), layout))
+        return len(cut) < len(whole)
 
     def ask(self, samples: Sequence[Sample]) -> Batch:
         """images, input_ids and attention_mask (B, T) up to where the last answer would begin: there every row ends."""

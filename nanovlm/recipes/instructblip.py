@@ -37,7 +37,7 @@ TINY = Recipe(
     "instructblip/tiny", InstructBLIP, replace(blip2.TINY.config, asks=True), image_size=48, vocab=blip2.TINY.vocab,
     stages=(
         Stage("tune", blip2.BRIDGE_2, balanced(TINY_SIZES), format="instructblip", steps=5000, batch_size=16, lr=1e-3, weight_decay=0.05,
-              max_length=256, evaluate=("tasks",), init=(("qformer", "blip2/tiny@stage1:qformer"), ("", "blip2/tiny")),
+              max_length=256, real="instructions", evaluate=("tasks",), init=(("qformer", "blip2/tiny@stage1:qformer"), ("", "blip2/tiny")),
               on_data={"augment": True, "steps": 2000}),))
 
 RECIPES = (TINY,)
