@@ -62,7 +62,10 @@ def test_every_group_has_ten_to_fifteen_templates():
     assert LLAVA not in TEMPLATES
 
 
-def asked(task=Task(), n=300, **record):
+PLAIN = Task()
+
+
+def asked(task=PLAIN, n=300, **record):
     """All that one record is turned into: {question: answers}."""
     met = {}
     for i in range(n):
