@@ -80,14 +80,18 @@ def vqav2(file: Path, table: dict, noting: Noting) -> Iterator[Row]:
 
 
 def _annotations(file: Path) -> list:
-    """Beside the questions: the same name without "OpenEnded_", and with "annotations"."""
-    beside = file.with_name(file.name.replace("OpenEnded_", "").replace("questions", "annotations"))
+    beside = answers_of(file)
     try:
         notes = json.loads(beside.read_text(encoding="utf-8-sig"))["annotations"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: its answers are expected in {beside.name} beside it, which cannot be read "
                         f"({type(error).__name__}); put it there.") from error
     return notes
+
+
+def answers_of(questions: Path) -> Path:
+    """Beside the questions: the same name without "OpenEnded_", and with "annotations"."""
+    return questions.with_name(questions.name.replace("OpenEnded_", "").replace("questions", "annotations"))
 
 
 def science_qa(file: Path, table: dict, noting: Noting) -> Iterator[Row]:

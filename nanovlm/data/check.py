@@ -24,14 +24,16 @@ from tqdm import tqdm
 from nanovlm import recipes
 from nanovlm.data.clips import files
 from nanovlm.data.collate import Collate
-from nanovlm.data.formats import Found, scan
+from nanovlm.data.formats import Found, scan, scan_entry
+from nanovlm.data.mixture import Mixed, Plan
+from nanovlm.data.mixture import plan as plan_of
 from nanovlm.data.records import Records
 from nanovlm.data.sample import Sample
 from nanovlm.data.transforms import load_image
 from nanovlm.errors import UserError
 from nanovlm.lm_loss import IGNORE
 from nanovlm.recipes.stage import Recipe, resolve
-from nanovlm.runs.setting import Job, Setting, leave_out_unfit, make_tokenizer, plan
+from nanovlm.runs.setting import Job, Setting, leave_out_unfit, make_tokenizer, plan, shares
 from nanovlm.training.batches import MicroBatches, make_collate
 
 LISTED, SHOWN, BAR = 20, 3, 40  # problems listed, samples shown of a stage, characters of the longest bar
@@ -46,13 +48,53 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.stdout.reconfigure(errors="backslashreplace")  # a console may know no Chinese
     try:
         recipe = resolve(recipes.get(options.model if "/" in options.model else f"{options.model}/tiny"), real=True)
-        return report(scan(options.path), recipe)
+        whole = plan_of(options.path)
+        return report(scan(options.path), recipe) if whole is None else report_mixture(options.path, whole, recipe)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
 
 
 def report(found: Found, recipe: Recipe) -> int:
+    problems, samples, splits = look_at(found)
+    try:
+        problems += go_through_stages(records_of(found.name, samples, splits, recipe), recipe)
+    except UserError as error:
+        problems.append(str(error))
+    return conclude(problems)
+
+
+def report_mixture(path: str, whole: Plan, recipe: Recipe) -> int:
+    """Each set as if it stood alone, then what they are together."""
+    problems, sets = [], {}
+    for entry in whole.entries:
+        try:
+            found = scan_entry(path, entry)
+            own, samples, splits = look_at(found)
+            problems += [f"set {entry.name}: {problem}" for problem in own]
+            sets[entry.name] = records_of(found.name, samples, splits, recipe)
+        except UserError as error:
+            problems.append(str(error))
+        print()
+    try:
+        mixed = Mixed(whole, sets)
+        print(f"{whole.name}: {len(sets)} data sets")
+        for name, entry in mixed.entries.items():
+            train, val = (sets[name].size("instructions", split) for split in ("train", "val"))
+            drawn = f"{train:,} to train on, {shares(mixed)[name]:.1%} of the draws, " if name in mixed.held_in else ""
+            print(f"  {'held in ' if drawn else 'held out'}  {name} ({entry.group}): {drawn}{val:,} held out")
+        problems += go_through_stages(mixed, recipe)
+    except UserError as error:
+        problems.append(str(error))
+    return conclude(problems)
+
+
+def records_of(name: str, samples: Sequence[Sample], splits: Sequence[str], recipe: Recipe) -> Records:
+    return Records(name, samples, splits, on_missing="skip", cache_side=recipes.shorter_side(recipe.name) * 4 // 3)
+
+
+def look_at(found: Found) -> tuple[list[str], list[Sample], list[str]]:
+    """Say what was found → (problems, usable records, their splits)."""
     problems = [str(problem) for problem in found.problems]
     copies, wrong_names, unreadable = look_at_pictures(found.samples)
     problems += wrong_names + [f"{record}: {reason}" for record, reason in unreadable.items()]
@@ -61,12 +103,10 @@ def report(found: Found, recipe: Recipe) -> int:
     print(f"{found.name}: {found.kind}")
     describe(samples, copies)
     print_pages(samples, found.left_out)
-    try:
-        records = Records(found.name, samples, [split for _, split in usable], on_missing="skip",
-                          cache_side=recipes.shorter_side(recipe.name) * 4 // 3)
-        problems += go_through_stages(records, recipe)
-    except UserError as error:
-        problems.append(str(error))
+    return problems, samples, [split for _, split in usable]
+
+
+def conclude(problems: Sequence[str]) -> int:
     print(f"\nproblems: {len(problems) or 'none'}")
     for problem in problems[:LISTED]:
         print(f"  {problem}")
@@ -145,7 +185,7 @@ def printable(text: str, plain: str) -> str:
 
 # ---- as a run would read it
 
-def go_through_stages(records: Records, recipe: Recipe) -> list[str]:
+def go_through_stages(records: Records | Mixed, recipe: Recipe) -> list[str]:
     """What each stage has to train on, and its first samples; returns what no stage could read."""
     setting = Setting(recipe, 0, torch.device("cpu"), records, make_tokenizer(recipe, records, seed=0))
     problems, shown = [], []
@@ -166,13 +206,23 @@ def go_through_stages(records: Records, recipe: Recipe) -> list[str]:
         print(f"  classes   {len(records.labels)}: {', '.join(records.labels)}")
     if records.few:
         print("  note      these are too few to judge a model by: the figures will be luck as much as learning")
+    for note in setting.notes:
+        print(f"  note      {note}")
     for stage, collate in shown:
         print(f"\nthe first samples as stage {stage.name} reads them, in format {stage.format}; what is trained stands in "
               f"{'green' if sys.stdout.isatty() else ' '.join(marks())}")
-        for i in range(min(SHOWN, records.size(stage.real, "train"))):
+        for i in first_ones(records, stage.real):
             sample = records.sample(stage.real, "train", i)
             print(f"  {sample.id}\n    {marked(sample, collate)}")
     return problems + [f"{record}: {reason}" for record, reason in records.skipped]
+
+
+def first_ones(records: Records | Mixed, view: str) -> Iterable[int]:
+    """The places of the samples to show: the first ones, of a mixture the first one of each set."""
+    if not isinstance(records, Mixed):
+        return range(min(SHOWN, records.size(view, "train")))
+    sets = [name for name, _ in records.places(view, "train")]
+    return [sets.index(name) for name in dict.fromkeys(sets)]
 
 
 def marks() -> tuple[str, str]:

@@ -110,6 +110,14 @@ class Collate:
             return str(error)
         return None
 
+    def loses_beginning(self, sample: Sample) -> bool:
+        """Whether it is asked in more tokens than the format has room for (Format.asked), so that its beginning is cut off."""
+        layout = find_format(self.layout(sample))
+        if not layout.asked:
+            return False
+        whole, cut = (encode(sample.turns, self.tokenizer, one, name=sample.id)[0] for one in (replace(layout, asked=0), layout))
+        return len(cut) < len(whole)
+
     def ask(self, samples: Sequence[Sample]) -> Batch:
         """images, input_ids and attention_mask (B, T) up to where the last answer would begin: there every row ends."""
         if self.reads.kind == "masked":

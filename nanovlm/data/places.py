@@ -11,7 +11,8 @@ from unicodedata import normalize
 from nanovlm.data.clips import in_folder
 from nanovlm.errors import UserError
 
-PICTURE_FOLDERS = ("", "images", "train2014", "val2014", "train2017", "val2017")  # where a JSON's pictures usually lie
+PICTURE_FOLDERS = ("", "images", "train2014", "val2014", "train2017", "val2017", "train", "val", "test", "train_images",
+                   "VisualDialog_val2018")  # where a JSON's pictures usually lie
 
 
 class Missing(UserError):

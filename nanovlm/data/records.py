@@ -21,12 +21,14 @@ from tqdm import tqdm
 
 from nanovlm.data.clips import Picture, files, load
 from nanovlm.data.sample import IMAGE, REAL, Sample
-from nanovlm.data.source import ASKED_IN, Exam, caption_exam, exam_of, exam_view
+from nanovlm.data.source import ASKED_IN, Exam, caption_exam, exam_of, exam_view, task_exam
+from nanovlm.data.templates import instruction
 from nanovlm.data.views import PAGES, QUESTIONS, Longest, as_view, ever_shorter, seen_in
 from nanovlm.errors import UserError
 
 SPLITS = ("train", "val")
 KEPT_PICTURES, KEPT_BYTES = 20_000, 1 << 30  # a set beyond either is decoded anew in every epoch
+TASKS = 200  # held-out records that a task is judged by
 ENOUGH_TRAIN, ENOUGH_VAL = 500, 200  # below, a figure says more about luck than about the model
 
 
@@ -65,9 +67,10 @@ class Records:
     def texts(self) -> list[str]:
         """Every text of the train split: what a tokenizer is trained on. Nothing of the held-out side is in it."""
         texts = list(QUESTIONS)
-        for sample in self._records["train"]:
-            texts += sample.references if not sample.turns else ()
-            texts += [text for turn in sample.turns for text in (turn.question.replace(IMAGE, ""), turn.answer) if text]
+        for i, sample in enumerate(self._records["train"]):
+            texts += sample.references if not sample.turns or sample.task.group else ()
+            turns = instruction(sample, Random(i))[0] if sample.task.group else sample.turns
+            texts += [text for turn in turns for text in (turn.question.replace(IMAGE, ""), turn.answer) if text]
         return texts
 
     def listed(self, split: str) -> list[Sample]:
@@ -99,6 +102,17 @@ class Records:
     def captions(self, view: str, split: str) -> list[str]:
         """Of each sample, by index."""
         return [caption for _, caption in self._entries[view, split]]
+
+    def entries(self, view: str, split: str) -> list[tuple[Sample, str]]:
+        """(record, caption) of each sample, by index; the record has paths for images."""
+        return self._entries[view, split]
+
+    def hold_out(self, pictures: set) -> None:
+        """Records that show one of these pictures are held out too, as another set of a mixture holds it out."""
+        shows = [not pictures.isdisjoint(record.images) for record in self._records["train"]]
+        self._records["val"] += [record for record, found in zip(self._records["train"], shows) if found]
+        self._records["train"] = [record for record, found in zip(self._records["train"], shows) if not found]
+        self._entries = {(view, split): self._list_entries(view, split) for view, split in self._entries}
 
     def leave_out(self, view: str, why: Callable[[Sample], str | None], splits: Sequence[str] = SPLITS) -> None:
         """Drop from a view what `why` has a reason against, as Collate.problem has; `.skipped` says which records, and why.
@@ -158,11 +172,16 @@ class Records:
             # A conversation ends now with an early, now with a late turn, and holds the pictures up to there.
             turns = sample.turns[: 1 + i % len(sample.turns)]
             marks = sum(turn.question.count(IMAGE) for turn in turns)
-            samples.append(replace(sample, turns=turns, images=sample.images[:marks]))
+            right = sample.references or (turns[-1].answer,) if view == "instructions" else sample.references
+            samples.append(replace(sample, turns=turns, images=sample.images[:marks], references=right))
         return samples
 
     def exams(self, names: Sequence[str], n: int = 0) -> list[Exam]:
-        """answers, mixture, science: an exam for each kind of question. captions, two: all captions. classes: one of `labels`."""
+        """answers, mixture, science: an exam for each kind of question. captions, two: all captions. classes: one of `labels`.
+        tasks: all instructions.
+        """
+        if "tasks" in names:
+            return [task_exam(False, self.name, samples)] if (samples := self.exam(n or TASKS, "instructions")) else []
         view = real_view(names)
         by_kind: dict[str, list[Sample]] = {}
         for sample in self.exam(n or 1000, view):
@@ -225,16 +244,18 @@ class Records:
         """(record, caption) for each index: a picture with five captions is met five times an epoch, once in val."""
         entries = []
         for record in self._records[split]:
-            if view in ("pairs", "captions") and len(record.images) != 1 or view in ("conversations", "prompted") and record.format == PAGES:
+            asks = view in ("conversations", "prompted", "instructions")
+            if view in ("pairs", "captions") and len(record.images) != 1 or asks and record.format == PAGES:
                 continue
-            several = record.references if split == "train" and not record.turns else (record.caption,)
+            # an instruction takes any of the captions, by chance: the size of its set is that of its records
+            several = record.references if split == "train" and not record.turns and view != "instructions" else (record.caption,)
             entries += [(record, caption) for caption in several]
         return entries
 
 
 def real_view(exams: Sequence[str]) -> str:
     """How exams of these names ask about records."""
-    return "prompted" if exam_view(exams) == "mixture" else "conversations"
+    return "instructions" if "tasks" in exams else "prompted" if exam_view(exams) == "mixture" else "conversations"
 
 
 def _classes(samples: Sequence[Sample]) -> tuple[str, ...]:

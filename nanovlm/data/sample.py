@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from PIL import Image
 
 IMAGE = "<image>"
-REAL = ("pairs", "captions", "conversations", "prompted", "texts", "pages")  # what a stage may read of a person's records, see records.py
+REAL = ("pairs", "captions", "conversations", "prompted", "texts", "pages", "instructions")  # what a stage may read of a person's records, see records.py
 
 
 def unmarked(text: str) -> str:
@@ -36,6 +36,16 @@ class Turn:
 
 
 @dataclass(frozen=True)
+class Task:
+    """How a record is asked as an instruction, see templates.py."""
+
+    group: str = ""  # of the eleven; "" where nobody has said
+    templates: tuple[str, ...] = ()  # of its own data set, in the place of the group's
+    answers: tuple[str, ...] = ()  # to its question: all that are right
+    fields: tuple[tuple[str, str], ...] = ()  # what else may stand in a template: ("ocr", "stop, 4th") and the like
+
+
+@dataclass(frozen=True)
 class Sample:
     """What a source hands out, whatever it was read from; `id` names the record in messages."""
 
@@ -49,6 +59,7 @@ class Sample:
     label: str = ""
     format: str = ""  # of its conversation, where it is not the stage's
     form: str = ""  # "short": its answers are of a word or two, and in a mixture that has to be said
+    task: Task = Task()
 
     @property
     def captions(self) -> tuple[str, ...]:

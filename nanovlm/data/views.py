@@ -7,9 +7,10 @@
     prompted       the same            any number    the same, and how to answer, see prompts.py
     texts          for the LM          none          the same, with the caption told where the image would stand
     pages          for Flamingo        any number    a document; a conversation as one text; a picture before its caption
+    instructions   for InstructBLIP    any number    the record in one of the wordings of its group of tasks, see templates.py
 
 Documents are not read as conversations: whoever is asked nothing cannot answer. One with a single picture is a pair, too, of which its
-first line is the caption. Only pages show a whole clip.
+first line is the caption. Only pages and instructions show a whole clip.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from random import Random
 from nanovlm.data.clips import Picture, still
 from nanovlm.data.prompts import CAPTION, SHORT, prompted
 from nanovlm.data.sample import IMAGE, Sample, Turn, page_turns
+from nanovlm.data.templates import instruction
 
 QUESTIONS = ("what is in the picture?", "what does the picture show?", "what do you see?", "describe the picture.")
 PAGES = "pages"  # the view, and the format of documents
@@ -28,7 +30,13 @@ def as_view(record: Sample, caption: str, view: str, rng: Random) -> Sample:
     """The record as one of the views shows it, with `caption` for its text where it is no conversation."""
     if view == "pages" or (view == "texts" and record.format == PAGES):
         return replace(record, caption=caption, turns=_page(record, caption, view, rng), format=PAGES if record.turns else "pair")
-    if view == "pairs":
+    references = record.references
+    if view == "instructions":
+        turns, references = instruction(record, rng)
+        caption = caption if record.turns else turns[0].answer
+    elif view == "texts" and record.task.group:  # what is told is what is learned
+        turns, _ = instruction(record if record.turns else replace(record, references=(caption,)), rng)
+    elif view == "pairs":
         turns = ()
     elif view == "captions":
         turns = (Turn(IMAGE, caption, "caption"),)
@@ -37,7 +45,7 @@ def as_view(record: Sample, caption: str, view: str, rng: Random) -> Sample:
     if view == "prompted":
         turns = prompted(turns, CAPTION if not record.turns else SHORT if record.form == "short" else "")
     told = (caption,) * sum(turn.question.count(IMAGE) for turn in turns) if view == "texts" else ()
-    return replace(record, caption=caption, turns=turns, told=told, format="" if record.format == PAGES else record.format)
+    return replace(record, caption=caption, references=references, turns=turns, told=told, format="" if record.format == PAGES else record.format)
 
 
 def _page(record: Sample, caption: str, view: str, rng: Random) -> tuple[Turn, ...]:
@@ -51,15 +59,15 @@ def _page(record: Sample, caption: str, view: str, rng: Random) -> tuple[Turn, .
 
 
 def seen_in(view: str, picture: Picture) -> Picture:
-    """Only pages show a clip, all other views its first frame."""
-    return picture if view == PAGES else still(picture)
+    """Pages and instructions show a clip, all other views its first frame."""
+    return picture if view in (PAGES, "instructions") else still(picture)
 
 
 class Longest(Random):
     """Of several questions about a picture the longest, so that what fits now fits whatever is asked later."""
 
-    def choice(self, options: Sequence[str]) -> str:
-        return max(options, key=len)
+    def choice(self, options: Sequence) -> object:
+        return max(options, key=lambda option: len(str(option)))
 
 
 def ever_shorter(text: str) -> Iterator[str]:

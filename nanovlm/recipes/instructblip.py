@@ -57,7 +57,16 @@ TINY = Recipe(
     "instructblip/tiny", InstructBLIP, replace(blip2.TINY.config, asks=True), image_size=48, vocab=blip2.TINY.vocab,
     stages=(
         Stage("tune", blip2.BRIDGE_2, balanced(TINY_SIZES), format="instructblip", steps=7000, batch_size=16, lr=1e-3, weight_decay=0.05,
-              max_length=256, evaluate=("tasks",), init=both_stages("blip2/tiny"), on_data={"augment": True, "steps": 2000}),))
+              max_length=256, real="instructions", evaluate=("tasks",), init=both_stages("blip2/tiny"),
+              on_data={"augment": True, "steps": 2000}),))
+
+# One query of its own cannot carry a whole scene: here it matters that it is told what will be asked.
+ONE_QUERY = replace(blip2.TINY_QFORMER, queries=1)
+NARROW = replace(
+    TINY, name="instructblip/tiny-narrow", config=replace(TINY.config, qformer=ONE_QUERY),
+    stages=(replace(TINY.stages[0], init=(*((f"qformer.{part}", f"{base}:qformer.{part}") for base in ("blip2/tiny@stage1", "blip2/tiny")
+                                            for part in ("embeddings", "norm", "layers") if (base, part) != ("blip2/tiny", "embeddings")),
+                                          *((part, f"blip2/tiny:{part}") for part in ("vision", "vision_norm", "projection", "language")))),))
 
 # Steps and rates follow the paper's proportions and have not been run.
 SMALL = Recipe(
@@ -104,4 +113,4 @@ def on_vicuna(size: str, language: DecoderConfig, batch_size: int) -> Recipe:
 
 PUBLISHED = (on_flan_t5("xl", blip2.T5_XL, 192), on_flan_t5("xxl", blip2.T5_XXL, 64),
              on_vicuna("7b", VICUNA_7B, 128), on_vicuna("13b", VICUNA_13B, 64))
-RECIPES = (TINY, SMALL, *PUBLISHED)
+RECIPES = (TINY, NARROW, SMALL, *PUBLISHED)

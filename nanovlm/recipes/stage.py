@@ -9,7 +9,8 @@ The same sentence for all six papers: what is frozen, what learns, on which data
 fraction of the stage, so that a shortened stage has them in the same proportions:
     lessons=((0.1, {"drills": 1}),), data={"talk": 85, "drills": 15}
 `mixed` says what a weight is: of "samples" how often a set is drawn; of "losses" what its loss is multiplied with, each micro-batch
-being of one set and all of them making one step (Flamingo Eq. 2); of "turns" the same, but one set a step, by turns:
+being of one set and all of them making one step (Flamingo Eq. 2); of "turns" the same, but one set a step, by turns; of "batches" how
+often a set is drawn, each batch being of one set (InstructBLIP's code):
     data={"pages": 1.0, "pairs": 0.2, "clips": 0.03}, mixed="losses", accumulate=3
 Names are those of the embedded world (world/datasets.py); the published stages name the sets of their papers, for the reader.
 `init` names where weights come from before the stage starts:
@@ -30,7 +31,7 @@ from torch import nn
 
 from nanovlm.errors import UserError
 
-MIXED = ("samples", "losses", "turns")
+MIXED = ("samples", "batches", "losses", "turns")
 SCHEDULES = ("cosine", "constant", "exponential")
 EVALUATIONS = ("answers", "mixture", "science", "told", "pages", "captions", "two", "classes", "retrieval", "noise",
                "statements", "fewshot", "clips", "tasks")  # see evaluate/
@@ -103,8 +104,8 @@ class Stage:
     def diet(self, place: int) -> Diet:
         """What the sample at this place of the stage is drawn from; its first sample stands at place 0."""
         step, within_batch = divmod(place, self.batch_size)
-        if self.mixed == "samples":
-            return self._whole_diet(place)
+        if self.mixed in ("samples", "batches"):
+            return self._whole_diet(place if self.mixed == "samples" else step * self.batch_size)
         micro = sum(within_batch >= end for end in self.ends())
         return {self.parts(step)[micro][0]: 1}
 
@@ -119,7 +120,7 @@ class Stage:
 
     def parts(self, step: int) -> list[tuple[str, float]]:
         """Of each micro-batch of a step the data set, "" where they are mixed, and the weight of its losses."""
-        if self.mixed == "samples":
+        if self.mixed in ("samples", "batches"):
             return [("", 1.0)] * self.accumulate
         sets = list(self._whole_diet(step * self.batch_size).items())
         if self.mixed == "turns":

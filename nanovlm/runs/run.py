@@ -213,7 +213,7 @@ def finish(setting: Setting, keep: RunFolder, weights: State) -> dict:
                 pupil = Pupil(judged, recipe, stage, setting.tokenizer, setting.device)
                 with undisturbed(judged):
                     summary["eval"] |= evaluate(pupil, setting.source)
-        summary["notes"] += setting.source.notes(summary["eval"])
+        summary["notes"] += [*setting.notes, *setting.source.notes(summary["eval"])]
         summary["seconds"] = round(keep.seconds(), 1)
         write_json(keep.path / "summary.json", summary)
         report(summary, keep.path)

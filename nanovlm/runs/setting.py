@@ -5,19 +5,24 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from nanovlm import recipes
 from nanovlm.data import formats
-from nanovlm.data.conversation import template_texts
+from nanovlm.data.collate import Collate
+from nanovlm.data.conversation import find_format, template_texts
+from nanovlm.data.mixture import Mixed
 from nanovlm.data.prompts import PROMPTS
 from nanovlm.data.records import real_view
+from nanovlm.data.sample import Sample
 from nanovlm.data.source import Source
 from nanovlm.making.bootstrap import Bootstrapped
-from nanovlm.recipes.stage import CapFilt, Recipe, Stage, resolve
+from nanovlm.recipes.instructblip import balanced
+from nanovlm.recipes.stage import CapFilt, Diet, Recipe, Stage, resolve
 from nanovlm.tokenizer import Tokenizer
-from nanovlm.training.batches import Epochs, Gathered, InTurn, Mixture, Samples, make_collate
+from nanovlm.training.batches import Balanced, Epochs, Gathered, InTurn, Mixture, Samples, make_collate
 from nanovlm.training.weights import needed_stages
 from nanovlm.world.datasets import Scenes
 
@@ -50,6 +55,7 @@ class Setting:
     steps: float | None = None
     from_scratch: bool = False  # no shipped weights
     work: list[Job] = field(default_factory=list)  # what this run has to train, in order
+    notes: list[str] = field(default_factory=list)  # what a reader should know of how a person's records are read
 
     def ships(self, job: Job) -> bool:
         """Whether the job's weights may be shipped ones: a backbone's, or if all was asked for as it is shipped, the recipe's own."""
@@ -68,6 +74,8 @@ class Setting:
         """What the job's stage learns from; made: its data sets that models have made."""
         if not self.real:
             return Mixture(self.data_for(job), job.stage, self.seed, made)
+        if isinstance(self.source, Mixed) and job.stage.real == "instructions":
+            return Balanced(self.source, shares(self.source), job.stage, self.seed)
         own = Epochs(self.source, job.stage, self.seed)
         if job.stage.real == "texts":
             return InTurn(own, Mixture(world_of(self.recipe, self.seed), job.stage, self.seed))
@@ -79,6 +87,12 @@ class Setting:
 
     def final(self, job: Job) -> bool:
         return job.recipe.name == self.recipe.name
+
+
+def shares(mixed: Mixed) -> Diet:
+    """How often each held-in set of a mixture is drawn."""
+    sizes = {name: records.size("instructions", "train") for name, records in mixed.held_in.items()}
+    return balanced(sizes, mixed.sampling, mixed.factors)
 
 
 def read_source(recipe: Recipe, data: str | None, on_missing: str, seed: int) -> Source:
@@ -131,8 +145,19 @@ def leave_out_unfit(jobs: Sequence[Job], setting: Setting) -> None:
     for job in jobs:
         with torch.device("meta"):
             reads = job.recipe.build(job.stage).reads
-        why = make_collate(job.recipe, job.stage, setting.tokenizer, reads).problem
+        cut: set[tuple[str, str]] = set()
+        why = partial(problem, make_collate(job.recipe, job.stage, setting.tokenizer, reads), cut)
         setting.source.leave_out(job.stage.real, why)
         if job.stage.evaluate:
             setting.source.leave_out(real_view(job.stage.evaluate), why, ("val",))
+        if cut:
+            setting.notes.append(f"{len(cut)} instructions of stage {job.stage.name} can be longer than the {find_format(job.stage.format).asked} "
+                                 "tokens that there is room for, and then lose their beginning.")
 
+
+def problem(collate: Collate, cut: set[tuple[str, str]], sample: Sample) -> str | None:
+    """Why the stage cannot read the sample; one that it can read but for the beginning is noted in `cut`."""
+    reason = collate.problem(sample)
+    if reason is None and collate.loses_beginning(sample):
+        cut.add((sample.task.group, sample.id))
+    return reason

@@ -3,6 +3,7 @@
     step s ──► places s·B … s·B + B - 1 ──► samples ──► collate ──► batch
                      │                         ├ Mixture: a data set of the stage's diet, then a sample of it, by (seed, stage, place)
                      │                         ├ Epochs: a person's records, in a new permutation in every epoch
+                     │                         ├ Balanced: a person's mixture, a set by its weight and then a record of it, by (seed, stage, place)
                      │                         ├ Gathered: the same as Flamingo's pages, some of which are made of pairs
                      │                         └ InTurn: what a language model reads with --data, both by turns
                      └ rank r of W takes places r, r + W, r + 2W, …
@@ -28,12 +29,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from nanovlm.contract import Batch, Reads
 from nanovlm.data.collate import Collate
+from nanovlm.data.mixture import Mixed
 from nanovlm.data.records import Records
 from nanovlm.data.sample import IMAGE, Sample, Turn
 from nanovlm.data.transforms import Transform
 from nanovlm.errors import UserError
 from nanovlm.making.bootstrap import Bootstrapped
-from nanovlm.recipes.stage import Recipe, Stage
+from nanovlm.recipes.stage import Diet, Recipe, Stage
 from nanovlm.tokenizer import SPLIT, Tokenizer
 from nanovlm.training import distributed
 from nanovlm.world.datasets import Scenes
@@ -52,11 +54,29 @@ class Mixture:
         self.world, self.stage, self.seed, self.made = world, stage, seed, made
 
     def __getitem__(self, place: int) -> Sample:
-        diet = self.stage.diet(place)
-        rng = Random(f"{self.seed}/{self.stage.name}/{place}")
-        name = rng.choices(tuple(diet), diet.values())[0]
+        name, rng = drawn(self.stage, self.seed, place, self.stage.diet(place))
         sample = self.made[name].draw(rng) if name in self.made else self.world.draw(name, rng)
         return replace(sample, id=sample.id or f"scenes/{self.stage.name}/{place}")  # one of a pool is known by its index there
+
+
+def drawn(stage: Stage, seed: int, place: int, diet: Diet) -> tuple[str, Random]:
+    """The data set of this place, by weight, and what to draw from it with; of a stage that mixes batches all of a step has one set."""
+    rng = Random(f"{seed}/{stage.name}/{place}")
+    by = Random(f"{seed}/{stage.name}/batch {place // stage.batch_size}") if stage.mixed == "batches" else rng
+    return by.choices(tuple(diet), diet.values())[0], rng
+
+
+class Balanced:
+    """Instructions from several sets, small ones more often than their size would have it (InstructBLIP §2.4)."""
+
+    def __init__(self, source: Mixed, diet: Diet, stage: Stage, seed: int):
+        """diet: how often each set is drawn, see recipes/instructblip.py."""
+        self.source, self.diet, self.stage, self.seed = source, diet, stage, seed
+
+    def __getitem__(self, place: int) -> Sample:
+        name, rng = drawn(self.stage, self.seed, place, self.diet)
+        # beyond its size a set begins again; so a record that is met again is asked in other words
+        return self.source.of(name, self.stage.real, "train", rng.getrandbits(48))
 
 
 class Epochs:
@@ -76,7 +96,8 @@ class Epochs:
         number, within = divmod(place, length)
         if number not in self.orders:
             self.orders = {n: order for n, order in self.orders.items() if n == number - 1} | {number: self.epoch(number)}
-        return self.records.sample(self.stage.real, "train", self.orders[number][within])
+        again = number * self.size if self.stage.real == "instructions" else 0  # in an epoch to come it is asked in other words
+        return self.records.sample(self.stage.real, "train", self.orders[number][within] + again)
 
     def epoch(self, number: int) -> list[int]:
         """The order of the samples in an epoch."""
@@ -123,7 +144,7 @@ class Gathered:
                        turns=tuple(Turn(IMAGE, pair.caption, "caption") for pair in shown))
 
 
-Samples = Mixture | Epochs | InTurn | Gathered
+Samples = Mixture | Balanced | Epochs | InTurn | Gathered
 
 
 class MicroBatches(Dataset):

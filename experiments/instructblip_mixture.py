@@ -1,0 +1,79 @@
+"""Does InstructBLIP follow instructions about real pictures, and about a task that it was not tuned for?
+
+    held in     emoji      captioning: its name
+                group      image QA: to which group does it belong?
+                artist     image QA: which artist drew it?
+                asking …   question generation: both the other way round, half as often as their size would have it
+                garments   image QA: which piece of clothing is it?
+    held out    clothes    classification as a whole group: one of ten classes, the likeliest of them
+
+    python -m experiments.instructblip_mixture --data ../shared/data                trains instructblip/tiny, all stages, then asks
+    python -m experiments.instructblip_mixture --data ../shared/data --steps 0.03   a look at how it works
+    python -m experiments.instructblip_mixture --table                              print what is stored
+
+Sets are drawn by the roots of their sizes; the language model and the eyes are trained on the held-in sets only.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from experiments.seeds import RESULTS, asked, machine
+from nanovlm.evaluate.judges import evaluate
+from nanovlm.runs.run import Options, versions
+from nanovlm.runs.setting import read_source
+
+RECIPE = "instructblip/tiny"
+GROUP = {"question": "Which group does it belong to?", "answer": "group"}
+ARTIST = {"question": "Which artist drew it?", "answer": "artist"}
+
+
+def sets(data: Path, folder: Path) -> dict:
+    """The mixture, its paths relative to the folder that it is to be written into."""
+    emoji, clothes = (os.path.relpath(data / name / "captions.jsonl", folder) for name in ("emoji", "clothes"))
+    return {
+        "emoji": {"data": emoji, "group": "captioning"},
+        "group": {"data": emoji, "group": "image QA", **GROUP}, "artist": {"data": emoji, "group": "image QA", **ARTIST},
+        "asking of groups": {"data": emoji, "group": "question generation", "factor": 0.5, **GROUP},
+        "asking of artists": {"data": emoji, "group": "question generation", "factor": 0.5, **ARTIST},
+        "garments": {"data": clothes, "group": "image QA", "question": "Which piece of clothing is it?", "answer": "label"},
+        "clothes": {"data": clothes, "group": "classification", "question": "What class of clothing is this?", "held_out": True}}
+
+
+def table(result: dict) -> str:
+    """Markdown: a row for each set, its figures of each seed side by side."""
+    rows = [["set", "right", "always the same", "pictures exchanged", "n"], ["---"] * 5]
+    for name in result["runs"][0]["eval"]:
+        figures = [run["eval"][name] for run in result["runs"]]
+        rows.append([name.removeprefix("vqa_accuracy/"), *(" / ".join(f"{one[key]:.2f}" for one in figures) for key in ("value", "chance", "shuffled")),
+                     str(figures[0]["n"])])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def main() -> None:
+    path = RESULTS / "instructblip_mixture.json"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="the folder with emoji and clothes (default: %(default)s)")
+    parser.add_argument("--run", type=Path, help="where the run is, or is to be made (default: a folder that is deleted)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=float, help="of each stage, as train_tiny.py takes it (default: all)")
+    parser.add_argument("--table", action="store_true", help="print what is stored")
+    args = parser.parse_args()
+    if not args.table:
+        with tempfile.TemporaryDirectory() as scratch:
+            mixture = Path(scratch).resolve() / "real pictures.json"
+            mixture.write_text(json.dumps({"mixture": sets(args.data.resolve(), mixture.parent), "sampling": "sqrt"}), encoding="utf-8")
+            pupil = asked(args.run or Path(scratch) / "run", RECIPE, Options(data=str(mixture), seed=args.seed, steps=args.steps))
+            figures = evaluate(pupil, read_source(pupil.recipe, str(mixture), "error", args.seed))
+        runs = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else []
+        new = {"seed": args.seed, "steps": args.steps, "machine": machine(), "eval": figures}
+        result = {"recipe": RECIPE, "data": "emoji and clothes", "versions": versions(),
+                  "runs": sorted([one for one in runs if one["seed"] != args.seed] + [new], key=lambda one: one["seed"])}
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(table(json.loads(path.read_text(encoding="utf-8"))))
+
+
+if __name__ == "__main__":
+    main()
