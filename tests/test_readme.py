@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -100,6 +101,8 @@ def test_the_commands_in_the_readme_exist():
             assert flag != "-r" or (ROOT / file).is_file(), f"{said}: there is no {file}"
         if words[0] in ("python", "torchrun") and words[1:]:
             at = words.index("-m") + 1 if "-m" in words else next(i for i, w in enumerate(words) if w.endswith(".py"))
+            if words[at] in sys.stdlib_module_names:  # python -m venv
+                continue
             source = ROOT / (words[at].replace(".", "/") + ".py" if "-m" in words else words[at])
             assert source.is_file(), f"{said}: there is no {relative(source)}"
             text = "".join(read(path) for path in closure(source))
