@@ -63,15 +63,21 @@ def test_nothing_is_left_to_fill_in():
     assert not re.findall(r"@@\w*|TODO|FIXME|XXX", README + MEASURED)
 
 
+def headings_of(text: str) -> set[str]:
+    """As links name them."""
+    return {re.sub(r"[^\w\- ]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in text.split("\n") if line.startswith("#")}
+
+
 def test_what_is_linked_is_there():
     """Files and pictures beside each README, and its own headings."""
-    for folder, text in ((ROOT, README), (ROOT / "experiments", MEASURED)):
+    for folder, text in ((ROOT, README), (ROOT, read(ROOT / "README_zh.md")), (ROOT / "experiments", MEASURED)):
         links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
-        headings = {re.sub(r"[^\w\- ]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in text.split("\n") if line.startswith("#")}
+        headings = headings_of(text)
         assert links
         for link in links:
             file, _, heading = link.partition("#")
             assert (folder / file).is_file() if file else heading in headings, f"{folder}: {link} leads nowhere"
+            assert not file.startswith("experiments/README") or heading in ("", *headings_of(MEASURED)), f"{link} leads nowhere"
 
 
 @pytest.mark.parametrize("block", [
