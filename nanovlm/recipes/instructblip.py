@@ -1,6 +1,6 @@
 """InstructBLIP's recipes: one stage of instruction tuning behind BLIP-2's two, on sets that are drawn by the roots of their sizes.
 
-                 eyes (frozen)          Q-Former               LM (frozen)          begins with
+                 vision (frozen)        Q-Former               LM (frozen)          begins with
     tiny         clip/tiny, 17 tokens   4 × 64, 16 queries     lm/tiny              blip2/tiny, both stages
     small        clip/small, 197        6 × 384, 32            lm/small             blip2/small, both stages
     flan-t5-xl   EVA-CLIP g/14, 257     BERT-base, 32          FlanT5-XL            published BLIP-2
@@ -10,8 +10,8 @@ What scale changes: sizes, steps, batches. What it does not: what learns, and ho
 
     p_d = √S_d / Σ √S                                                                            (§2.4)
 
-               size       proportional   √        uniform          by size the largest drowns all others; by turns the smallest
-    captions   32,000     0.48           0.27     0.14             are learned by heart
+               size       proportional   √        uniform          by size the largest is nearly all; by turns the smallest are
+    captions   32,000     0.48           0.27     0.14             memorised
     knowledge   1,000     0.01           0.05     0.14
 """
 
