@@ -1,4 +1,4 @@
-"""Train a paper's own stages at tiny size, on the eyes and the language model that come with this repository, or from nothing.
+"""Train a paper's own stages at tiny size, on the image encoder and the language model that come with this repository, or from nothing.
 
     python train_tiny.py --model llava
 """
@@ -22,7 +22,7 @@ EXAMPLES = """examples:
   python train_tiny.py --model llava --out runs/a --resume          go on after Ctrl-C, a crash or a full disk
   python train_tiny.py --model llava --out runs/a --overwrite       delete that run and start again
   python train_tiny.py --model llava --device cuda --seed 7         another device, other random numbers
-  python train_tiny.py --model llava --from-scratch                 train its eyes and its language model, too (over an hour)
+  python train_tiny.py --model llava --from-scratch                 train its image encoder and language model, too (over an hour)
   python train_tiny.py --model llava --from-scratch --no-cache      and take nothing of what was trained here before
   python train_tiny.py --recipe clip/tiny                           any recipe by name, here a backbone alone
   torchrun --nproc-per-node 2 train_tiny.py --model llava           two processes, one run

@@ -33,6 +33,8 @@ SUMMARY = (  # stored result, metric, what is asked
     ("blip2_tiny_scenes", "i2t_r1", "which of 500 texts belongs to the picture"),
     ("blip2_tiny_scenes", "vqa_accuracy", "ten kinds of questions, after captions only"),
     ("blip2_tiny_scenes", "caption_exact", "a caption with every fact of two objects"),
+    ("instructblip_tiny_scenes", "vqa_accuracy/held_in", "the groups of tasks that it learned from"),
+    ("instructblip_tiny_scenes", "vqa_accuracy/held_out", "groups of tasks that it never learned from"),
     ("llava_tiny_clothes", "vqa_accuracy/class", "photos: which of ten kinds of clothes"),
     ("blip2_tiny_emoji", "i2t_r10/itc", "emoji never seen: the right name among the first ten of 150"),
 )
@@ -67,10 +69,12 @@ def table(result: dict) -> str:
 
 
 def summary() -> str:
-    """Markdown: one figure in each row, the mean over the seeds, beside its controls."""
+    """Markdown: one figure in each row, the mean over the seeds, beside its controls; no row where no result is stored."""
     rows = [["recipe", "asked of held-out pictures", "right", "chance", "shuffled", "seeds"], ["---"] * 6]
     for name, metric, asked in SUMMARY:
-        result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        if not (path := RESULTS / f"{name}.json").is_file():
+            continue
+        result = json.loads(path.read_text(encoding="utf-8"))
         judged = [one["eval"][metric] for one in result["runs"]]
         means = [sum(j[key] for j in judged) / len(judged) for key in ("value", "chance", "shuffled")]
         rows.append([f"`{result['recipe']}`", asked, *(f"{mean:.2f}" for mean in means), ", ".join(str(one["seed"]) for one in result["runs"])])

@@ -15,7 +15,7 @@ a position receives the average of the contents, weighted by how well the labels
                                             │ (B, T, H·d)
                                            out ──► (B, T, D)
 
-What differs between BERT, OPT, LLaMA, T5, CLIP and EVA is arguments only: which of the four projections have a bias
+BERT, OPT, LLaMA, T5, CLIP and EVA differ only in arguments: which of the four projections have a bias
 (EVA-CLIP: all but the key), the scale (T5: 1), an additive bias (T5's relative positions), rotary positions (LLaMA), the
 inner width (open_flamingo: not the model's) and where the keys come from.
 

@@ -1,12 +1,12 @@
-"""What a paper's model promises: what it reads, which losses it has, how it answers. Whoever makes a batch goes by `reads`.
+"""What a paper's model promises: what it reads, which losses it has, how it answers. A batch is made as `reads` says.
 
     Collate(…, model.reads) ─► batch ─► losses(batch, gather)            to learn
                                     └─► prefill(batch) ─► step ─► …      to answer: generate(batch, room, stop)
 
 A batch is a dict. Of conversations and texts it holds input_ids, attention_mask and, to learn, labels; of pairs input_ids,
-attention_mask, text_group and image_group; images where there are any, and what else `reads` asks for. Who reads masked
-texts writes nothing: it has no prefill and no step, and its generate fills the places that the batch names in `masked`. Nor does
-who judges statements about two pictures: of the words for false and true that the batch names in `choices` its generate takes one.
+attention_mask, text_group and image_group; images where there are any, and what else `reads` asks for. A model of masked
+texts writes nothing: it has no prefill and no step, and its generate fills the places that the batch names in `masked`. A model that
+judges statements about two pictures writes nothing either: its generate takes one of the words (false, true) in the batch's `choices`.
 """
 
 from collections.abc import Callable, Sequence

@@ -15,8 +15,8 @@
     OPT       LayerNorm   learned, index + 2      ReLU           all      = embedding
     CLIP text LayerNorm   learned                 QuickGELU      all      = embedding (unused)
 
-`read` teaches; `prefill` and `step` are what `generation` drives. T5 has the same three, so a paper's bridge need not know
-which of the two it stands before.
+`read` is for training; `generation` calls `prefill` and `step`. T5 has the same three, so a paper's bridge works with
+either of the two.
 
 Legend: B batch, T tokens, S tokens with the cached ones, D width, V vocabulary.
 Differs from the paper in: dropout is 0 (OPT trained with 0.1); it plays no part in loading its weights.

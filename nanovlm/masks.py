@@ -9,7 +9,7 @@ broadcasts over what does not vary, and two masks are combined with `&`. Only `c
     ■ ■ ■ ·          ■ ■ ■ ·                             ■ ■ ■ ·
     ■ ■ ■ ■          ■ ■ ■ ·                             ■ ■ ■ ·
 
-BLIP-2's three (§3.2, Fig. 2), for two queries and three words: which of them see which decides what is learned.
+BLIP-2's three (§3.2, Fig. 2), for two queries and three words. What is learned depends on which of them see which.
 
     bidirectional (ITM)      multimodal causal (ITG)      unimodal (ITC)
     ■ ■ | ■ ■ ■              ■ ■ | · · ·                  ■ ■ | · · ·

@@ -1,11 +1,11 @@
-"""The Q-Former: a few learned queries read a picture and come back with what a language model wants to know.
+"""The Q-Former: a few learned queries read a picture and bring back what a language model needs to know.
 
 "BLIP-2" (2301.12597) §3.1, Fig. 2
 
     queries (Q, D), learned ─┐                     text: words + positions (B, T, D), if there is text
                              └──► [queries ; text] ─► norm ─► x (B, Q + T, D)
       layers × L:                          │
-             self-attention, shared: who sees whom is the mask's business (masks.py: ITC, ITM, ITG)
+             self-attention, shared: the mask says which rows see which (masks.py: ITC, ITM, ITG)
                       ┌────────────────────┴───────────────────┐
                  query rows                                text rows
       cross-attention to the image tokens                      │
@@ -15,8 +15,8 @@
                                   x (B, Q + T, D) ─► what the queries bring back (B, Q, D), and the text's states
 
 It is a BERT with two additions, and starts from BERT's weights: the cross-attention is new, the query feed-forward a
-copy of the text one. Text never looks at the picture itself: it must ask the queries. For stage 2 the text's half is cut
-away (`reads=False`).
+copy of the text one. Text never looks at the picture itself, only at the queries. Stage 2 has no text half
+(`reads=False`).
 
 Legend: B batch, Q queries, T text tokens, N image tokens, D width, D_v the vision encoder's.
 Differs from the released code in: attention weights are never dropped, only what each part adds.

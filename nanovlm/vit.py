@@ -14,7 +14,7 @@
 
 Which tokens a paper reads differs: LLaVA takes CLIP's penultimate block without the final norm (its Table 8: +0.96
 points over the last), BLIP-2 does the same with EVA-CLIP, BLIP takes the last block with the final norm on every token.
-So `forward` returns tokens after any number of blocks, un-normed, and the final norm is the caller's to apply.
+So `forward` returns tokens after any number of blocks, without the final norm: the caller applies it.
 
 Legend: B batch, N patches, D width.
 Differs from the paper in: nothing; dropout is 0 in all of the published encoders.

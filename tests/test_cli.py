@@ -40,8 +40,6 @@ def test_an_unknown_value_is_answered_with_the_valid_ones(world, capsys):
     sentence = fails(capsys, 2, "--model", "lava")
     assert "'lava'" in sentence and all(f"'{name}'" in sentence for name in train_tiny.MODELS)
     assert "llava" in train_tiny.MODELS and "clip" not in train_tiny.MODELS
-    sentence = fails(capsys, 2, "--model", "instructblip")
-    assert "is not built yet" in sentence and "'llava'" in sentence
     sentence = fails(capsys, 2, "--recipe", "llava/huge")
     assert "'llava/huge'" in sentence and "'llava/tiny'" in sentence
     assert "'skip'" in fails(capsys, 2, "--model", "llava", "--on-missing", "ignore")

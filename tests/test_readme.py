@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -62,15 +63,21 @@ def test_nothing_is_left_to_fill_in():
     assert not re.findall(r"@@\w*|TODO|FIXME|XXX", README + MEASURED)
 
 
+def headings_of(text: str) -> set[str]:
+    """As links name them."""
+    return {re.sub(r"[^\w\- ]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in text.split("\n") if line.startswith("#")}
+
+
 def test_what_is_linked_is_there():
     """Files and pictures beside each README, and its own headings."""
-    for folder, text in ((ROOT, README), (ROOT / "experiments", MEASURED)):
+    for folder, text in ((ROOT, README), (ROOT, read(ROOT / "README_zh.md")), (ROOT / "experiments", MEASURED)):
         links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
-        headings = {re.sub(r"[^\w\- ]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in text.split("\n") if line.startswith("#")}
+        headings = headings_of(text)
         assert links
         for link in links:
             file, _, heading = link.partition("#")
             assert (folder / file).is_file() if file else heading in headings, f"{folder}: {link} leads nowhere"
+            assert not file.startswith("experiments/README") or heading in ("", *headings_of(MEASURED)), f"{link} leads nowhere"
 
 
 @pytest.mark.parametrize("block", [
@@ -100,6 +107,8 @@ def test_the_commands_in_the_readme_exist():
             assert flag != "-r" or (ROOT / file).is_file(), f"{said}: there is no {file}"
         if words[0] in ("python", "torchrun") and words[1:]:
             at = words.index("-m") + 1 if "-m" in words else next(i for i, w in enumerate(words) if w.endswith(".py"))
+            if words[at] in sys.stdlib_module_names:  # python -m venv
+                continue
             source = ROOT / (words[at].replace(".", "/") + ".py" if "-m" in words else words[at])
             assert source.is_file(), f"{said}: there is no {relative(source)}"
             text = "".join(read(path) for path in closure(source))

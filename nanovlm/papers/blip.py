@@ -6,12 +6,12 @@
                                            │
       MED, "multimodal mixture of encoder-decoder" (§3.1, Fig. 2): a BERT, in three modes, told apart by their first token
       │
-      ├ text encoder           [CLS] text   looks both ways, at no picture   ─► [CLS] ─► ITC  who belongs to whom, among all pairs
+      ├ text encoder           [CLS] text   looks both ways, at no picture   ─► [CLS] ─► ITC  which text belongs to which image, among all
       ├ image-grounded encoder [ENC] text   looks both ways, and at N        ─► [ENC] ─► ITM  is this text this picture's? (§3.2)
       └ image-grounded decoder [DEC] text   looks back only, and at N        ─► words ─► LM   say what is in the picture
 
     shared between encoder and decoder, by reference: embeddings, cross-attention, feed-forward
-    apart:                                            self-attention, for the one looks both ways and the other back   (Table 3)
+    separate:                                         self-attention: the encoder looks both ways, the decoder back    (Table 3)
 
                       layer i of the encoder          layer i of the decoder
     self-attention        its own                         its own
@@ -21,12 +21,12 @@
 ITC's keys come from slow copies and a queue (momentum.py). ITM's wrong partners are drawn by ITC's similarities (matching.py).
 
 `config.tasks` says which of the three losses a model is built for, and with them its parts: all for pre-training; ("lm",) is the
-captioner, ("itc", "itm") the filter of CapFilt and the model for retrieval. What they have in common bears the same names.
+captioner, ("itc", "itm") the filter of CapFilt and the model for retrieval. Parts that they share have the same names.
 
 Legend: B pairs, G pairs on all ranks, T text tokens, N image tokens (the class token too), E width of the common space,
 D width of the text, D_v of the ViT, V words, P pairs to be matched.
-Differs from the released code in: wrong partners come from all ranks (released: from the own one); of equal texts or pictures none is
-ever a wrong partner (released: in fine-tuning), so that nothing needs to be added to probabilities; norms, biases and τ are not decayed.
+Differs from the released code in: wrong partners come from all ranks (released: from the own one); equal texts or pictures
+are never wrong partners (released: in fine-tuning), so that nothing needs to be added to probabilities; norms, biases and τ are not decayed.
 """
 
 from collections.abc import Sequence

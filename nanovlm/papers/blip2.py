@@ -7,7 +7,7 @@
       image ─► ViT, frozen ─► norm ─► image tokens (B, N, D_v) ─┐
                                               32 queries ─► Q-Former ◄─ text
                                                                │
-          ITC   max_q ⟨query_q, [CLS]⟩ / τ     queries and text apart      who belongs to whom, among all of the batch
+          ITC   max_q ⟨query_q, [CLS]⟩ / τ     queries and text apart      which text belongs to which image, in the batch
           ITM   mean_q head(query_q)           queries and text together   is this text this picture's? hard negatives
           ITG   text after [DEC], word by word text sees queries, not back say what is in the picture
                                                                │  loss = ITC + ITM + ITG

@@ -1,7 +1,7 @@
 """CLIP: a picture and its caption are pulled together, all others pushed apart.
 
-"Learning Transferable Visual Models From Natural Language Supervision" (2103.00020) §2.3–2.4, Fig. 3. CLIP is none of
-the six papers, but the eyes of most of them, and the tiny recipes train their own. Flamingo's encoder (2204.14198 §B.1.3)
+"Learning Transferable Visual Models From Natural Language Supervision" (2103.00020) §2.3–2.4, Fig. 3. CLIP is not
+one of the six papers, but most of them use its image encoder. The tiny recipes train their own. Flamingo's encoder (2204.14198 §B.1.3)
 learns from the same loss, with other parts:
 
     images (B, 3, h, w) ─► ViT ─► norm of the class token ─► image_projection ─► unit length (B, E) ─┐

@@ -13,15 +13,15 @@
 
     p(y | x) = Π p(y_l | y_<l, x_≤φ(l))                φ(l): the last image before word l               Eq. 1
 
-A word looks at one image only, and hears of earlier ones through the words that stand behind them: so a model that has met
-five images on a page can read thirty-two (§2.3). One loss, the next word, on pages (M3W), pairs and clips, each with a weight of
+A word looks at one image only. It learns about earlier images through the words behind them. So a model that has met five
+images on a page can read thirty-two (§2.3). One loss, the next word, on pages (M3W), pairs and clips, each with a weight of
 its own (Eq. 2); what is learned are resampler, gated layers and the embeddings of <image> and <EOC>.
 
-On half of the pages texts are taken for those of the *next* image, as nobody knows which way a page is written (§2.4, p_next).
+On half of the pages each text is taken to belong to the *next* image: a page may have it before or behind (§2.4, p_next).
 
-Legend: B pages, T words, M images or clips of a page, F frames, N cells of a frame, Q latents, D the LM's width, D_v the eyes'.
-Differs from the paper in: the language model has rotary positions, Chinchilla has relative ones; <image>, which nobody can
-guess, is never learned as a next word (the paper does not say).
+Legend: B pages, T words, M images or clips of a page, F frames, N cells of a frame, Q latents, D the LM's width, D_v the encoder's.
+Differs from the paper in: the language model has rotary positions, Chinchilla has relative ones; <image> cannot be
+predicted, so it is never learned as a next word (the paper does not say).
 """
 
 from collections.abc import Sequence

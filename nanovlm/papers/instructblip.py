@@ -6,17 +6,17 @@
                                                                           ▼
     "what colour is the star?" ─► [CLS] … [SEP] ─► words (B, T_q, D) ─► Q-Former ─► [queries (B, Q, D) ; words, thrown away]
                      │                               queries (Q, D) ─────▲                 │ projection
-                     │                     self-attention: everybody sees everybody        ▼
+                     │                     self-attention: all tokens see all tokens       ▼
                      └► "<s> what colour is the star?" ─► embeddings (B, T, D_lm) ─► [(B, Q, D_lm) ; (B, T, D_lm)] ─► frozen LM ─► "red"
 
-The instruction goes in twice, each time in the reader's own tokens. Sixteen or thirty-two queries cannot carry a whole picture;
-whoever knows the question carries what answers it. With `asks` off the queries look without having been asked, and bring the same
-to every question: the paper's ablation (Table 2).
+The instruction goes in twice, each time in the reader's own tokens. Sixteen or thirty-two queries cannot carry a whole picture.
+Queries that know the question can carry what answers it. With `asks` off they do not read the instruction and bring back the same
+for every question: the paper's ablation (Table 2).
 
     clip of F frames ─► each frame by itself, with the same instruction ─► (B, F · Q, D_lm), frame after frame (§2.5)
 
-It starts from BLIP-2 (§2.3): everything from stage 2, and the Q-Former's text half from stage 1, which stage 2 had cut away.
-Learning: norm, Q-Former, projection. Loss: the response alone, which stands straight behind the end of its instruction.
+It starts from BLIP-2 (§2.3): everything from stage 2, and the Q-Former's text half from stage 1, which stage 2 does not have.
+Learning: norm, Q-Former, projection. Loss: the response alone, which stands directly behind its instruction.
 
 Legend: B batch, F frames, Q queries, N image tokens, T and T_q text tokens, D width.
 Differs from the released code in: clips are trained on and asked in the same way as pictures; batches may mix clips of several

@@ -6,7 +6,7 @@
                                                                    ▼                             │
              labels (B, T) ─► shift_right ─► <start> y₁ … y_T ─► decode ─► hidden (B, T + 1, D) ─┘
 
-It is what the tiny recipes pretrain, and where published language models are loaded without eyes.
+It is what the tiny recipes pretrain, and where published language models are loaded without a vision encoder.
 
 Legend: B batch, S tokens that are read, T tokens of the answer, D width.
 """

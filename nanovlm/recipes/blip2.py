@@ -1,6 +1,6 @@
 """BLIP-2's recipes: two stages, the tiny one and the published ones side by side.
 
-                 eyes (frozen)          Q-Former             LM (frozen)      stage 1              stage 2
+                 vision (frozen)        Q-Former             LM (frozen)      stage 1              stage 2
     tiny         clip/tiny, 17 tokens   4 × 64, 16 queries   lm/tiny          38,400 captions     144,000 captions
     tiny-t5      the same               the same             lm/tiny-t5       the same            the same
     small        clip/small, 197        6 × 384, 32          lm/small         50k steps of 256    30k steps of 256

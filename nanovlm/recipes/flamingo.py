@@ -1,6 +1,6 @@
-"""Flamingo's recipes: one stage, in which all that is new learns, between frozen eyes and a frozen language model.
+"""Flamingo's recipes: one stage, in which all that is new learns, between a frozen image encoder and a frozen language model.
 
-                 eyes (frozen)             resampler             gated layers          LM (frozen)
+                 vision (frozen)           resampler             gated layers          LM (frozen)
     tiny         nfnet-clip/tiny, 36       2 × 128, 8 latents    4, before each        lm/tiny-pages, 4 layers of 128
     small        nfnet-clip/small, 49      4 × 1536, 32          6, before every 2nd   lm/small
     3b           NFNet-F6, 100             6 × 1536, 64          24, before each       24 × 2048

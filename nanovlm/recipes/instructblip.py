@@ -1,6 +1,6 @@
 """InstructBLIP's recipes: one stage of instruction tuning behind BLIP-2's two, on sets that are drawn by the roots of their sizes.
 
-                 eyes (frozen)          Q-Former               LM (frozen)          begins with
+                 vision (frozen)        Q-Former               LM (frozen)          begins with
     tiny         clip/tiny, 17 tokens   4 × 64, 16 queries     lm/tiny              blip2/tiny, both stages
     small        clip/small, 197        6 × 384, 32            lm/small             blip2/small, both stages
     flan-t5-…    EVA-CLIP g/14, 257     BERT-base, 32          FlanT5-XL, -XXL      published BLIP-2, both stages
@@ -10,8 +10,8 @@ What scale changes: sizes, steps, batches. What it does not: what learns, and ho
 
     p_d = √S_d / Σ √S                                                                            (§2.4)
 
-               size       proportional   √        uniform          by size the largest drowns all others; by turns the smallest
-    captions   32,000     0.48           0.27     0.14             are learned by heart
+               size       proportional   √        uniform          by size the largest is nearly all; by turns the smallest are
+    captions   32,000     0.48           0.27     0.14             memorised
     knowledge   1,000     0.01           0.05     0.14
 
 Both of BLIP-2's stages are needed: stage 2 has no text half, so words, positions and text feed-forwards come from stage 1, and all
@@ -61,12 +61,11 @@ TINY = Recipe(
               on_data={"augment": True, "steps": 2000}),))
 
 # One query of its own cannot carry a whole scene: here it matters that it is told what will be asked.
-ONE_QUERY = replace(blip2.TINY_QFORMER, queries=1)
 NARROW = replace(
-    TINY, name="instructblip/tiny-narrow", config=replace(TINY.config, qformer=ONE_QUERY),
-    stages=(replace(TINY.stages[0], init=(*((f"qformer.{part}", f"{base}:qformer.{part}") for base in ("blip2/tiny@stage1", "blip2/tiny")
-                                            for part in ("embeddings", "norm", "layers") if (base, part) != ("blip2/tiny", "embeddings")),
-                                          *((part, f"blip2/tiny:{part}") for part in ("vision", "vision_norm", "projection", "language")))),))
+    TINY, name="instructblip/tiny-narrow", config=replace(TINY.config, qformer=replace(blip2.TINY_QFORMER, queries=1)),
+    stages=(replace(TINY.stages[0], init=(
+        ("qformer.embeddings", "blip2/tiny@stage1:qformer.embeddings"), ("qformer.layers", "blip2/tiny@stage1:qformer.layers"),
+        *((part, f"blip2/tiny:{part}") for part in ("vision", "vision_norm", "qformer.norm", "qformer.layers", "projection", "language")))),))
 
 # Steps and rates follow the paper's proportions and have not been run.
 SMALL = Recipe(

@@ -1,6 +1,6 @@
 """LLaVA's recipes: two stages, the tiny one and the published ones side by side.
 
-                 eyes                  LM                stage 1 "align"           stage 2 "tune"
+                 vision                LM                stage 1 "align"           stage 2 "tune"
     tiny         clip/tiny, 16 tokens  lm/tiny           projector, captions       projector + LM, conversations
     small        clip/small, 196       lm/small          the same                  the same
     7b, 13b      CLIP-L/14, 256        Vicuna            595K pairs, lr 2e-3       158K × 3 epochs, lr 2e-5

@@ -1,6 +1,6 @@
 """LLaVA-1.5's recipes: what changed since LLaVA is two maps instead of one, the data, and how much of a picture is seen.
 
-                 eyes                           projector   stage 1 "align"       stage 2 "tune"
+                 vision                         projector   stage 1 "align"       stage 2 "tune"
     tiny         clip/tiny, 16 tokens           2 layers    captions              scenes' mixture
     tiny-hd      the same, 5 views, 88 tokens   2 layers    (goes on from tiny)   "hd": the same, pictures of 96 in tiles
     small        clip/small, 196                2 layers    captions              conversations
