@@ -54,7 +54,6 @@ from nanovlm.qformer import QFormer, QFormerConfig
 from nanovlm.t5 import T5Config
 from nanovlm.vit import ViT, ViTConfig
 
-
 MOST_ASKED = 128  # tokens of a question that a Q-Former reads, its [CLS] and [SEP] among them: the last ones
 
 

@@ -28,7 +28,8 @@ from random import Random
 from nanovlm.data.sample import Turn
 from nanovlm.world.ask import FOLLOW_UP, KINDS, Asked, ask, follow_up
 from nanovlm.world.mixture import OPTIONS, sentence
-from nanovlm.world.say import caption, captions as captions_of, negatives, said, say, wordings
+from nanovlm.world.say import caption, negatives, said, say, wordings
+from nanovlm.world.say import captions as captions_of
 from nanovlm.world.scene import CELLS, COLOURS, COUNTS, PAIRS, SHAPES, SIZES, Scene, side
 
 CORNERS = {"circle": "none", "triangle": "three", "square": "four", "diamond": "four", "star": "ten", "cross": "twelve"}
