@@ -25,13 +25,13 @@ BYTES = Tokenizer([])  # no merges: "###" is three tokens, and an answer may hol
 NAMES = sorted(FORMATS)
 # What each answer begins with and what closes it, written out here and not taken from the table under test.
 LEAD = {"plain": "", "v0": " ", "v1": " ", "llama_2": " ", "blip2": " ", "flan_t5": " ", "blip-vqa": " ", "blip2-caption": " ",
-        "instructblip": " ", "flamingo": " ", "pages": "", "pair": "", "blip": "", "blip-caption": " ", "tiny": " "}
+        "instructblip": " ", "instructblip-t5": " ", "flamingo": " ", "pages": "", "pair": "", "blip": "", "blip-caption": " ", "tiny": " "}
 CLOSE = {"plain": "\n", "v0": "\n###", "v1": "</s>", "llama_2": " </s>", "blip2": "\n", "flan_t5": "</s>", "blip-vqa": "</s>",
-         "blip2-caption": "\n", "instructblip": "</s>", "flamingo": "<EOC>", "pages": "<EOC>", "pair": "<EOC></s>", "blip": "</s>", "blip-caption": "</s>",
+         "blip2-caption": "\n", "instructblip": "</s>", "instructblip-t5": "</s>", "flamingo": "<EOC>", "pages": "<EOC>", "pair": "<EOC></s>", "blip": "</s>", "blip-caption": "</s>",
          "tiny": "</s>"}
 FORBIDDEN = {"plain": "\n", "v0": "###", "blip2": "\n", "blip2-caption": "\n"}
 ONE_CAPTION = ("plain", "blip2-caption", "blip", "blip-caption")
-SEPARATE = ("flan_t5", "blip-vqa")  # an encoder reads the question, a decoder writes the answer
+SEPARATE = ("flan_t5", "instructblip-t5", "blip-vqa")  # an encoder reads the question, a decoder writes the answer
 IMAGE_FIRST = ("blip2", *SEPARATE, "blip2-caption", "instructblip", "blip", "blip-caption")
 
 # Texts that try to break out of the template, beside any Unicode.
@@ -207,6 +207,7 @@ TOLD = [
     ("flan_t5", CAPTIONED, ["A red hat.", "</s>", " a hat", "</s>"]),
     ("blip-vqa", ASKED, ["A red hat.", "<s>", "what colour? red sure?", "</s>", " yes", "</s>"]),
     ("blip-vqa", CAPTIONED, ["A red hat.", "<s>", "</s>", " a hat", "</s>"]),
+    ("instructblip-t5", ASKED, ["A red hat.what colour? red sure?", "</s>", " yes", "</s>"]),
     ("instructblip", ASKED, ["A red hat.", "<s>", "what colour?", " red", "</s>", "\nsure?", " yes", "</s>"]),
     ("flamingo", (Turn("<image>what colour?", "red"), Turn("and <image> too?", "yes")),
      ["<s>", "A red hat.Question: what colour? Answer:", " red", "<EOC>", "two shoesQuestion: and  too? Answer:", " yes", "<EOC>"]),
@@ -293,7 +294,7 @@ def test_an_answer_is_the_same_tokens_as_inside_a_sentence():
         ((Turn("<image>", "a"), Turn("b", "c")), "plain", "picture 3: this format holds one caption, not 2 turns"),
         ((Turn("<image><image>", "a"),), "blip2", "picture 3: in this format one image stands before everything"),
         ((Turn("hi", "a"), Turn("<image>", "c")), "blip2", "picture 3: in this format one image stands"),
-        ((Turn("hi", "a"),), "v9", "Unknown conversation format 'v9'.*v1, llama_2, blip2, flan_t5, instructblip, flamingo, pages, pair, blip2-caption, blip, blip-caption, blip-vqa, tiny"),
+        ((Turn("hi", "a"),), "v9", "Unknown conversation format 'v9'.*v1, llama_2, blip2, flan_t5, instructblip, instructblip-t5, flamingo, pages, pair, blip2-caption, blip, blip-caption, blip-vqa, tiny"),
     ],
 )
 def test_what_cannot_be_encoded_is_said_in_one_sentence(turns, name, said):

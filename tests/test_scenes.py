@@ -27,7 +27,7 @@ from nanovlm.data.prompts import SHORT
 from nanovlm.errors import UserError
 from nanovlm.world import datasets as scenes_module
 from nanovlm.world.ask import KINDS
-from nanovlm.world.datasets import SETS, TALKS, Scenes
+from nanovlm.world.datasets import SETS, Scenes
 from nanovlm.world.scene import (
     BACKGROUND,
     CELLS,
@@ -47,6 +47,7 @@ from nanovlm.world.scene import (
     random_scene,
     render,
 )
+from nanovlm.world.sets import TALKS
 
 PAGED = ("named pages", "web pages", "page pairs", "thing pairs", "clips")  # see test_pages.py and test_clips.py
 SHOWN = [name for name in SETS if not SETS[name].texts and name not in PAGED]

@@ -60,9 +60,10 @@ def minutes(seconds: float) -> str:
 def report(summary: dict, path: Path) -> None:
     """The table at the end."""
     if summary["eval"]:
-        say(f"\n{'held-out':<28}{'value':>8}{'chance':>8}{'shuffled':>10}{'n':>7}")
+        wide = max(28, *(len(name) + 1 for name in summary["eval"]))
+        say(f"\n{'held-out':<{wide}}{'value':>8}{'chance':>8}{'shuffled':>10}{'n':>7}")
     for name, result in summary["eval"].items():
-        say(f"{name:<28}{result['value']:>8.3f}{result['chance']:>8.3f}{result['shuffled']:>10.3f}{result['n']:>7}")
+        say(f"{name:<{wide}}{result['value']:>8.3f}{result['chance']:>8.3f}{result['shuffled']:>10.3f}{result['n']:>7}")
     for note in summary["notes"]:
         say(note)
     for warning in (w for stage in summary["stages"] for w in stage.get("warnings", [])):
