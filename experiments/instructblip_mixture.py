@@ -2,7 +2,7 @@
 
     held in     emoji      captioning: its name
                 group      image QA: to which group does it belong?
-                artist     image QA: which artist drew it?
+                keyword    image QA: a word that goes with it; any of about six counts
                 asking …   question generation: both the other way round, half as often as their size would have it
                 garments   image QA: which piece of clothing is it?
     held out    clothes    classification as a whole group: one of ten classes, the likeliest of them
@@ -27,7 +27,7 @@ from nanovlm.runs.setting import read_source
 
 RECIPE = "instructblip/tiny"
 GROUP = {"question": "Which group does it belong to?", "answer": "group"}
-ARTIST = {"question": "Which artist drew it?", "answer": "artist"}
+KEYWORD = {"question": "Which word goes with it?", "answer": "keywords"}
 
 
 def sets(data: Path, folder: Path) -> dict:
@@ -35,9 +35,9 @@ def sets(data: Path, folder: Path) -> dict:
     emoji, clothes = (os.path.relpath(data / name / "captions.jsonl", folder) for name in ("emoji", "clothes"))
     return {
         "emoji": {"data": emoji, "group": "captioning"},
-        "group": {"data": emoji, "group": "image QA", **GROUP}, "artist": {"data": emoji, "group": "image QA", **ARTIST},
+        "group": {"data": emoji, "group": "image QA", **GROUP}, "keyword": {"data": emoji, "group": "image QA", **KEYWORD},
         "asking of groups": {"data": emoji, "group": "question generation", "factor": 0.5, **GROUP},
-        "asking of artists": {"data": emoji, "group": "question generation", "factor": 0.5, **ARTIST},
+        "asking of keywords": {"data": emoji, "group": "question generation", "factor": 0.5, **KEYWORD},
         "garments": {"data": clothes, "group": "image QA", "question": "Which piece of clothing is it?", "answer": "label"},
         "clothes": {"data": clothes, "group": "classification", "question": "What class of clothing is this?", "held_out": True}}
 
