@@ -60,12 +60,14 @@ TINY = Recipe(
               max_length=256, real="instructions", evaluate=("tasks",), init=both_stages("blip2/tiny"),
               on_data={"augment": True, "steps": 2000}),))
 
-# One query of its own cannot carry a whole scene: here it matters that it is told what will be asked.
+# One query of its own cannot carry a whole scene: here it matters whether it is told what will be asked.
+NARROW_INIT = (("qformer.layers", "blip2/tiny@stage1:qformer.layers"), *(
+    (part, f"blip2/tiny:{part}") for part in ("vision", "vision_norm", "qformer.norm", "qformer.layers", "projection", "language")))
 NARROW = replace(
     TINY, name="instructblip/tiny-narrow", config=replace(TINY.config, qformer=replace(blip2.TINY_QFORMER, queries=1)),
-    stages=(replace(TINY.stages[0], init=(
-        ("qformer.embeddings", "blip2/tiny@stage1:qformer.embeddings"), ("qformer.layers", "blip2/tiny@stage1:qformer.layers"),
-        *((part, f"blip2/tiny:{part}") for part in ("vision", "vision_norm", "qformer.norm", "qformer.layers", "projection", "language")))),))
+    stages=(replace(TINY.stages[0], init=(("qformer.embeddings", "blip2/tiny@stage1:qformer.embeddings"), *NARROW_INIT)),))
+NARROW_BLIND = replace(NARROW, name="instructblip/tiny-narrow-blind", config=replace(NARROW.config, asks=False),
+                       stages=(replace(TINY.stages[0], init=NARROW_INIT[1:]),))
 
 # Steps and rates follow the paper's proportions and have not been run.
 SMALL = Recipe(
@@ -112,4 +114,4 @@ def on_vicuna(size: str, language: DecoderConfig, batch_size: int) -> Recipe:
 
 PUBLISHED = (on_flan_t5("xl", blip2.T5_XL, 192), on_flan_t5("xxl", blip2.T5_XXL, 64),
              on_vicuna("7b", VICUNA_7B, 128), on_vicuna("13b", VICUNA_13B, 64))
-RECIPES = (TINY, NARROW, SMALL, *PUBLISHED)
+RECIPES = (TINY, NARROW, NARROW_BLIND, SMALL, *PUBLISHED)
