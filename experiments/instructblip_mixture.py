@@ -1,17 +1,19 @@
-"""Does InstructBLIP follow instructions about real pictures, and about a task that it was not tuned for?
+"""Does InstructBLIP follow instructions about real pictures, and a form of question that it was not tuned for?
 
-    held in     emoji      captioning: its name
-                group      image QA: to which group does it belong?
-                keyword    image QA: a word that goes with it; any of about six counts
-                asking …   question generation: both the other way round, half as often as their size would have it
+    held in     names      captioning: the name of an emoji
+                questions  image QA: to which group it belongs, a word that goes with it (any of about six counts), or who drew it
+                asking     question generation: the same the other way round, half as often as its size would have it
                 garments   image QA: which piece of clothing is it?
-    held out    clothes    classification as a whole group: one of ten classes, the likeliest of them
+    held out    clothes    classification as a whole group: which of ten classes, the likeliest of them
+
+New in *clothes* is the form, with options and a class to be chosen; the classes themselves *garments* has named. And what is asked in
+*asking* can be told from the answer: a group, a keyword and an artist are not alike.
 
     python -m experiments.instructblip_mixture --data ../shared/data                trains instructblip/tiny, all stages, then asks
     python -m experiments.instructblip_mixture --data ../shared/data --steps 0.03   a look at how it works
     python -m experiments.instructblip_mixture --table                              print what is stored
 
-Sets are drawn by the roots of their sizes; the language model and the eyes are trained on the held-in sets only.
+Sets are drawn by the roots of their sizes; the language model and the eyes are trained on the held-in sets only. Shortened runs are not stored.
 """
 
 import argparse
@@ -26,20 +28,27 @@ from nanovlm.runs.run import Options, versions
 from nanovlm.runs.setting import read_source
 
 RECIPE = "instructblip/tiny"
-GROUP = {"question": "Which group does it belong to?", "answer": "group"}
-KEYWORD = {"question": "Which word goes with it?", "answer": "keywords"}
+QUESTIONS = (("Which group does it belong to?", "group"), ("Which word goes with it?", "keywords"), ("Which artist drew it?", "artist"))
 
 
-def sets(data: Path, folder: Path) -> dict:
-    """The mixture, its paths relative to the folder that it is to be written into."""
-    emoji, clothes = (os.path.relpath(data / name / "captions.jsonl", folder) for name in ("emoji", "clothes"))
-    return {
-        "emoji": {"data": emoji, "group": "captioning"},
-        "group": {"data": emoji, "group": "image QA", **GROUP}, "keyword": {"data": emoji, "group": "image QA", **KEYWORD},
-        "asking of groups": {"data": emoji, "group": "question generation", "factor": 0.5, **GROUP},
-        "asking of keywords": {"data": emoji, "group": "question generation", "factor": 0.5, **KEYWORD},
-        "garments": {"data": clothes, "group": "image QA", "question": "Which piece of clothing is it?", "answer": "label"},
-        "clothes": {"data": clothes, "group": "classification", "question": "What class of clothing is this?", "held_out": True}}
+def write_mixture(data: Path, folder: Path) -> Path:
+    """The mixture, its paths relative to the folder that it is written into; and a table of questions, one for each emoji by turns."""
+    emoji, clothes = (os.path.relpath(data / name, folder) for name in ("emoji", "clothes"))
+    rows = [json.loads(line) for line in (data / "emoji" / "captions.jsonl").read_text(encoding="utf-8").splitlines()]
+    asked = []
+    for i, row in enumerate(rows):
+        question, field = QUESTIONS[i // len(QUESTIONS) % len(QUESTIONS)]  # three artists have drawn the same thing, one after the other
+        asked.append({"image": f"{emoji}/{row['image']}", "question": question, "answer": row[field], "split": row["split"]})
+    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, asked)), encoding="utf-8")
+    sets = {
+        "names": {"data": f"{emoji}/captions.jsonl", "group": "captioning"},
+        "questions": {"data": "questions.jsonl", "group": "image QA"},
+        "asking": {"data": "questions.jsonl", "group": "question generation", "factor": 0.5},
+        "garments": {"data": f"{clothes}/captions.jsonl", "group": "image QA", "question": "Which piece of clothing is it?", "answer": "label"},
+        "clothes": {"data": f"{clothes}/captions.jsonl", "group": "classification", "question": "What class of clothing is this?", "held_out": True}}
+    path = folder / "real pictures.json"
+    path.write_text(json.dumps({"mixture": sets, "sampling": "sqrt"}), encoding="utf-8")
+    return path
 
 
 def table(result: dict) -> str:
@@ -63,14 +72,16 @@ def main() -> None:
     args = parser.parse_args()
     if not args.table:
         with tempfile.TemporaryDirectory() as scratch:
-            mixture = Path(scratch).resolve() / "real pictures.json"
-            mixture.write_text(json.dumps({"mixture": sets(args.data.resolve(), mixture.parent), "sampling": "sqrt"}), encoding="utf-8")
+            mixture = write_mixture(args.data.resolve(), Path(scratch).resolve())
             pupil = asked(args.run or Path(scratch) / "run", RECIPE, Options(data=str(mixture), seed=args.seed, steps=args.steps))
             figures = evaluate(pupil, read_source(pupil.recipe, str(mixture), "error", args.seed))
         runs = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else []
         new = {"seed": args.seed, "steps": args.steps, "machine": machine(), "eval": figures}
         result = {"recipe": RECIPE, "data": "emoji and clothes", "versions": versions(),
                   "runs": sorted([one for one in runs if one["seed"] != args.seed] + [new], key=lambda one: one["seed"])}
+        if args.steps is not None:
+            print(table({"runs": [new]}))
+            return
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(table(json.loads(path.read_text(encoding="utf-8"))))
 
