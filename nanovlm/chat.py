@@ -11,7 +11,7 @@
     an empty line, Ctrl-D or Ctrl-C    the end
 
 Every question is put to the model with all earlier turns and pictures, as in its training; a model that was never trained on
-several pictures in one conversation will read them, and is likely to mix them up. BLIP-2 reads one picture, before all else.
+several pictures in one conversation will read them, and is likely to mix them up. BLIP-2 and InstructBLIP read one picture, before all else.
 Flamingo learns from the conversation: /image, /output dax, /image, /output wug, /image, /output ─► "dax" or "wug".
 """
 
@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         pupil = open_model(options.run, distributed.choose_device(options.device))
         if does := SILENT.get(pupil.model.reads.kind):
             raise UserError(f"{options.run} holds a {type(pupil.model).__name__}, which {does} and was never trained to converse: "
-                            "name a run of llava, llava15 or blip2, or of --recipe blip/tiny-vqa.")
+                            "name a run of llava, llava15, blip2 or instructblip, or of --recipe blip/tiny-vqa.")
         images = [load_image(image) for image in options.image]
         if options.scene is not None:
             scene = world_of(pupil.recipe, 0).held_out("captions", options.scene)
@@ -209,7 +209,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m nanovlm.chat", description="Talk to a trained model about pictures.",
         epilog='example: python -m nanovlm.chat llava --scene 3 --ask "what colour is the square?"')
-    parser.add_argument("run", help="the folder of a finished run, such as runs/llava, or a shipped model: llava, llava15, blip2, flamingo")
+    parser.add_argument("run", help="the folder of a finished run, such as runs/llava, or a shipped model: llava, llava15, blip2, instructblip, flamingo")
     parser.add_argument("--scene", type=int, metavar="N", help="show it held-out scene N of the embedded world")
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be given several times")
     parser.add_argument("--ask", metavar="QUESTION", help="one question, its answer, and out")

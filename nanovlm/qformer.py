@@ -120,6 +120,9 @@ class QFormer(nn.Module):
             raise UserError("This Q-Former reads the question too: give qformer_input_ids and qformer_attention_mask."
                             if self.config.reads else "This Q-Former reads no question: leave out qformer_input_ids and "
                             "qformer_attention_mask.")
+        if input_ids is not None and len(input_ids) != len(image_tokens):
+            raise UserError(f"One picture stands before each question; this batch has {len(image_tokens)} pictures for {len(input_ids)} "
+                            "questions. Leave out records without a picture or with several.")
         mask = None if attention_mask is None else masks.bidirectional(Q, attention_mask)
         return self(image_tokens, input_ids, mask, maps=maps, looks=looks)[:, :Q]
 

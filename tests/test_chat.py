@@ -239,7 +239,7 @@ def untrained(tmp_path):
     return make
 
 
-@pytest.mark.parametrize("name", ["blip2/tiny", "blip2/tiny-t5", "blip2/tiny-vqa"])
+@pytest.mark.parametrize("name", ["blip2/tiny", "blip2/tiny-t5", "blip2/tiny-vqa", "instructblip/tiny"])
 def test_blip2_talks_about_one_picture(untrained, photo, monkeypatch, capsys, name):
     """For several turns; a second picture is refused in one sentence, until all is forgotten."""
     lines = iter(["what is it?", "and what colour?", f"/image {photo}", "and this?", "/new", "what is it?", ""])

@@ -10,6 +10,7 @@ from nanovlm.data.datasets import HELD_OUT_GROUPS, SETS
 from nanovlm.data.formats import read, scan_entry
 from nanovlm.data.mixture import plan
 from nanovlm.data.templates import GROUPS
+from nanovlm.recipes.instructblip import HELD_IN
 
 
 def test_the_table_is_the_papers():
@@ -18,6 +19,7 @@ def test_the_table_is_the_papers():
     assert len(SETS) == 26 and len(held_out) == 13 and {one.group for one in SETS.values()} == set(GROUPS) and len(GROUPS) == 11
     assert held_out == {"NoCaps", "Flickr30K", "GQA", "VSR", "IconQA", "VizWiz", "ScienceQA", "TextVQA", "MSVD-QA", "MSRVTT-QA", "iVQA",
                         "Visual Dialog", "HatefulMemes"}
+    assert HELD_IN == {name: one.thousands for name, one in SETS.items() if not one.held_out}, "the published recipes learn from these"
     assert {one.group for one in SETS.values()} - {one.group for one in SETS.values() if not one.held_out} == set(HELD_OUT_GROUPS)
     assert {name for name, one in SETS.items() if one.ranked} == {  # §2.5
         "ScienceQA", "IconQA", "A-OKVQA", "HatefulMemes", "Visual Dialog", "MSVD-QA", "MSRVTT-QA"}

@@ -62,6 +62,14 @@ def test_yes_and_no_may_be_said_in_several_ways():
     assert Counting(likes).answer([turned("a", "yes", "no", "perhaps")], ranked=True) == ["no"]
 
 
+def test_chance_is_the_better_of_one_answer_and_a_lot_among_the_options():
+    samples = [replace(turned(str(i), "a", "b") if i < 2 else turned(str(i)), references=(right,)) for i, right in enumerate("abcde")]
+    ranked, asked = Exam("", samples, ("task",), ranked=True), Exam("", samples, ("task",))
+    assert judges.best_guess(ranked, [0, 0, 1, 0, 0]) == [0.5, 0.5, 1, 0, 0], "a lot where there are options, else the one answer"
+    assert judges.best_guess(ranked, [1, 1, 0, 0, 0]) == [1, 1, 0, 0, 0], "the one answer where it is right more often"
+    assert judges.best_guess(asked, [0, 0, 1, 0, 0]) == [0, 0, 1, 0, 0]
+
+
 @pytest.mark.parametrize("among", [("red", " "), ()])
 def test_without_candidates_there_is_nothing_to_rank(among):
     with pytest.raises(UserError, match="give the answers to choose from"):

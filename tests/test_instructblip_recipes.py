@@ -30,10 +30,15 @@ def test_shares_are_the_formulas(by, power):
     assert by_hand == pytest.approx({"a": 20 / 22.5, "b": 2.5 / 22.5}, abs=1e-12)
 
 
+@pytest.mark.parametrize("name", [name for name in recipes.names() if name.startswith("instructblip/")])
+def test_a_mixture_is_drawn_by_the_roots_of_its_sizes_whatever_the_size_of_the_model(name):
+    assert recipes.get(name).stage().real == "instructions", "which is what Setting.samples draws as Balanced"
+
+
 def test_the_worked_example():
     """The ten sets that ask for no question, by the sizes of Table 4, in percent; of 11.52 million draws how often each is seen."""
-    ten = {name: size for name, size in HELD_IN.items() if not name.startswith("questions")}
-    want = {"Web CapFilt": (59.9, 0.49), "OCR-VQA": (14.3, 2.1), "COCO": (4.58, 6.4), "VQAv2": (4.58, 6.4), "LLaVA reasoning": (4.44, 6.6),
+    ten = {name: size for name, size in HELD_IN.items() if not name.endswith("questions")}
+    want = {"Web CapFilt": (59.9, 0.49), "OCR-VQA": (14.3, 2.1), "COCO Caption": (4.58, 6.4), "VQAv2": (4.58, 6.4), "LLaVA reasoning": (4.44, 6.6),
             "LLaVA conversation": (3.85, 7.6), "LLaVA detail": (2.43, 12), "TextCaps": (2.32, 13), "A-OKVQA": (2.09, 14), "OKVQA": (1.52, 19)}
     shares = balanced(ten)
     assert shares.keys() == want.keys() and len(HELD_IN) == 13
@@ -41,7 +46,7 @@ def test_the_worked_example():
         assert 100 * shares[name] == pytest.approx(percent, abs=0.05), name
         assert shares[name] * 60_000 * 192 / (1000 * ten[name]) == pytest.approx(epochs, rel=0.04), name
     for name in ("VQAv2", "OKVQA", "A-OKVQA"):
-        assert HELD_IN[f"questions of {name}"] == HELD_IN[name], "as large as the set that is reversed"
+        assert HELD_IN[f"{name} questions"] == HELD_IN[name], "as large as the set that is reversed"
 
 
 # --- the schedule ---
@@ -53,6 +58,7 @@ def test_the_schedule_is_the_papers(name):
     assert (stage.steps, stage.batch_size, stage.lr, stage.schedule, stage.min_lr) == (60_000, PUBLISHED[name], 1e-5, "cosine", 0.0)
     assert (stage.betas, stage.weight_decay, stage.augment, stage.layer_decay) == ((0.9, 0.999), 0.05, True, 1.0)
     assert round(stage.warmup * stage.steps) == 1_000 and recipe.image_size == 224
+    assert (stage.mixed, stage.real) == ("batches", "instructions")
     assert stage.data == balanced(HELD_IN) and stage.trains == ("vision_norm", "qformer", "projection")
     assert (stage.format, recipe.vocab) == (("instructblip-t5", 32_128) if "t5" in name else ("instructblip", 32_001))
     assert [s.builds for s in recipe.stages] == ([None] if "t5" in name else [BLIP2, None])

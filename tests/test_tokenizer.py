@@ -276,11 +276,11 @@ def in_use(tokenizer: Tokenizer) -> Counter:
 
 
 def test_the_words_of_the_world_are_tokens(world_tokenizer):
-    """98 of 100 are one; none is more than three. Words that answers turn on are one wherever they stand."""
+    """98 of 100 are one; none is more than four ("could", which one wording in sixty has). Words that answers turn on are one wherever they stand."""
     words = in_use(world_tokenizer)
     length = {word: len(world_tokenizer.encode(word)) for word in words}
     assert sum(words[word] for word in words if length[word] == 1) > 0.97 * words.total()
-    assert max(length.values()) <= 3, sorted(length, key=length.get)[-9:]
+    assert max(length.values()) <= 4, sorted(length, key=length.get)[-9:]
     for word in (*COLOURS, *SHAPES, *SIZES, *COUNTS, "top", "bottom", "left", "right", "above", "below"):
         assert len(world_tokenizer.encode(f" {word}")) == 1, word
     assert all(len(world_tokenizer.encode(f" {text}")) <= 2 for text in WORDS)

@@ -64,9 +64,15 @@ def marks(pupil: Pupil, exam: Exam) -> dict[str, list[Mark]]:
     for name in exam.judges:
         judge = JUDGES[name]
         truths = [judge.truths(sample) for sample in exam.samples]
-        common = [most_common(truths, judge.same)] * len(truths)
-        found[name] = list(zip(*(judge.score(guesses, truths) for guesses in (said, common, blind))))
+        value, chance, shuffled = (judge.score(guesses, truths) for guesses in (said, [most_common(truths, judge.same)] * len(truths), blind))
+        found[name] = list(zip(value, best_guess(exam, chance), shuffled))
     return found
+
+
+def best_guess(exam: Exam, always: Sequence[float]) -> Sequence[float]:
+    """What is had without looking: always the same answer, or, where there are options, one of them by lot; whichever is better."""
+    options = [sample.turns[-1].options if exam.ranked else () for sample in exam.samples]
+    return max(always, [1 / len(several) if several else mark for several, mark in zip(options, always)], key=sum)
 
 
 def most_common(truths: Truths, same: Callable[[str], object]) -> str:

@@ -24,7 +24,6 @@ lengths, the missing frames being padding before the first.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -32,10 +31,7 @@ from nanovlm import generation
 from nanovlm.attention import KVCache
 from nanovlm.contract import Batch, Gather, Reads, alone
 from nanovlm.lm_loss import Output
-from nanovlm.papers.blip2 import BLIP2Config, answer_loss, most_asked, output, prefill
-from nanovlm.papers.language_model import build
-from nanovlm.qformer import QFormer
-from nanovlm.vit import ViT
+from nanovlm.papers.blip2 import BLIP2, BLIP2Config, answer_loss, most_asked, output, prefill
 
 FRAMES = 4  # of a clip, evenly spread (§2.5)
 
@@ -53,14 +49,10 @@ class InstructBLIP(nn.Module):
         super().__init__()
         self.config = config
         self.reads = Reads("conversations", question=most_asked(config.qformer) if config.asks else 0, frames=FRAMES)
-        self.vision = ViT(config.vision)
-        self.vision_norm = nn.LayerNorm(config.vision.width, config.eps)
-        self.qformer = QFormer(replace(config.qformer, reads=config.asks))
-        last = f"qformer.layers.{config.qformer.text.layers - 1}"
-        # only the queries are heard: what the last layer makes of the instruction plays no part in anything
-        self.unheard = (f"{last}.feedforward", f"{last}.residual2") if config.asks else ()
-        self.projection = nn.Linear(config.qformer.text.width, config.language.width)
-        self.language = build(config.language)
+        blip2 = BLIP2(config)  # the same parts under the same names
+        self.vision, self.vision_norm = blip2.vision, blip2.vision_norm
+        self.qformer, self.projection, self.language = blip2.qformer, blip2.projection, blip2.language
+        self.unheard = blip2.unheard
 
     def encode_image(self, images: Tensor) -> Tensor:
         """images (n, 3, h, w) → image tokens (n, 1 + N, D_v), normed."""

@@ -11,7 +11,7 @@ What scale changes: sizes, steps, batches. What it does not: what learns, and ho
     p_d = √S_d / Σ √S                                                                            (§2.4)
 
                size       proportional   √        uniform          by size the largest is nearly all; by turns the smallest are
-    captions   32,000     0.48           0.27     0.14             memorised
+    captions   32,000     0.48           0.30     0.14             memorised
     knowledge   1,000     0.01           0.05     0.14
 
 Both of BLIP-2's stages are needed: stage 2 has no text half, so words, positions and text feed-forwards come from stage 1, and all
@@ -22,8 +22,8 @@ What the paper leaves open:
 - The sets that ask for questions have the sizes of those that they reverse; which three those are, is not said either.
 - Stage 2 with Vicuna: only that it was run. Steps, batch and rate are those of BLIP-2 with OPT, a decoder too.
 - Vicuna's 32,001st word is [PAD], which is never read.
-differs: a batch mixes the sets; the released code draws a set for each batch. An instruction has 128 tokens at most, as there, and
-a response what is left of 384, there 256.
+Each batch is of one set, as in the released code; in the tiny recipes a batch mixes them. An instruction has 128 tokens at most.
+differs: a response has what is left of 384, in the released code 256.
 """
 
 from dataclasses import replace
@@ -74,13 +74,13 @@ SMALL = Recipe(
     "instructblip/small", InstructBLIP, replace(blip2.SMALL.config, asks=True), image_size=224, vocab=blip2.SMALL.vocab,
     stages=(
         Stage("tune", blip2.BRIDGE_2, balanced(TINY_SIZES), format="instructblip", steps=20_000, batch_size=128, lr=1e-4, weight_decay=0.05,
-              augment=True, max_length=512, evaluate=("tasks",), init=both_stages("blip2/small")),))
+              augment=True, max_length=512, real="instructions", evaluate=("tasks",), init=both_stages("blip2/small")),))
 
 # --- published ---
 
 # Thousands of training samples (Table 4 in App. C): of COCO, TextCaps and VQAv2 the pictures are counted.
-HELD_IN = {"COCO": 82, "Web CapFilt": 14_000, "TextCaps": 21, "VQAv2": 82, "OKVQA": 9, "A-OKVQA": 17, "OCR-VQA": 800,
-           "questions of VQAv2": 82, "questions of OKVQA": 9, "questions of A-OKVQA": 17,
+HELD_IN = {"COCO Caption": 82, "Web CapFilt": 14_000, "TextCaps": 21, "VQAv2": 82, "OKVQA": 9, "A-OKVQA": 17, "OCR-VQA": 800,
+           "VQAv2 questions": 82, "OKVQA questions": 9, "A-OKVQA questions": 17,
            "LLaVA detail": 23, "LLaVA reasoning": 77, "LLaVA conversation": 58}
 STAGE_1 = "published:Salesforce/blip2-itm-vit-g"
 EYES, *_ = blip2.EVA_EYES
@@ -92,8 +92,8 @@ def config(language: DecoderConfig | T5Config) -> BLIP2Config:
 
 def tune(format: str, batch_size: int, stage_2: str, **how) -> Stage:
     """§2.6; the rate rises for 1,000 of 60,000 steps, from 1e-8, and falls to 0. stage_2: where all but the text half comes from."""
-    return Stage("tune", blip2.BRIDGE_2, balanced(HELD_IN), format=format, steps=60_000, batch_size=batch_size, lr=1e-5,
-                 warmup=1_000 / 60_000, weight_decay=0.05, augment=True, max_length=384, evaluate=("tasks",),
+    return Stage("tune", blip2.BRIDGE_2, balanced(HELD_IN), mixed="batches", real="instructions", format=format, steps=60_000,
+                 batch_size=batch_size, lr=1e-5, warmup=1_000 / 60_000, weight_decay=0.05, augment=True, max_length=384, evaluate=("tasks",),
                  init=(("qformer", STAGE_1), ("", stage_2)), **how)
 
 

@@ -1,8 +1,8 @@
 """InstructBLIP's eleven groups of tasks in the embedded world, each in several wordings.
 
 "InstructBLIP" (2305.06500) §2.1, §2.2, Fig. 2, App. C: 26 data sets become instructions, ten to fifteen templates a task. The
-wordings here are our own, as the world is; what they take over is the forms (a cue, an opening, a request, a labelled question,
-a limit on length) and the rule that whoever expects a short answer says so.
+wordings here are our own, as the world is. They take over its forms (a cue, an opening, a request, a labelled question, a limit on
+length). There are 13 for captions, 10 for questions, and 6 for the asking of questions, as in the paper's table.
 
     group            asked                                                        answer
     captions         a short description:                                         a small blue square in the top right.
