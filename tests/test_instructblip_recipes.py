@@ -138,3 +138,18 @@ def test_vicuna_runs_stage_2_first_and_gets_its_text_half_from_stage_1(theirs, m
     for name, tensor in tuned.items():
         assert torch.equal(tensor, first[name] if of_stage_1(name) else finished[name]), name
     assert any(map(of_stage_1, tuned))
+
+
+# --- fine-tuning ---
+
+def test_fine_tuned_on_one_set_it_goes_on_from_the_whole_model():
+    """§3.5: what learns is what learned before, 188M of it; the eyes stay frozen at 224 pixels."""
+    tuned = [recipes.get(name) for name in recipes.names() if name.startswith("instructblip/") and recipes.get(name).stage().name == "one-set"]
+    assert len(tuned) == 1 + 2 * 3
+    for recipe in tuned:
+        stage, base = recipe.stage(), recipes.get(dict(recipe.stage().init)[""])
+        assert stage.init == (("", base.name),) and stage.trains == base.stage().trains and recipe.image_size == base.image_size
+        (name,) = stage.data
+        assert name in base.stage().data and stage.mixed == "samples"
+        if "tiny" not in base.name:
+            assert stage.steps * stage.batch_size == pytest.approx(5_000 * HELD_IN[name], rel=0.01), "five epochs"
