@@ -138,9 +138,10 @@ def test_held_out_sets_are_in_nothing_that_is_learned(mix):
 
 
 def test_a_picture_with_its_caption_counts_once(tmp_path):
-    """However many sets are made of one file; a text for each of them there is all the same."""
+    """However many sets are made of one file, by whatever path; a text for each of them there is all the same."""
     things(tmp_path, "a", 20)
-    file = mixture(tmp_path, one={"data": "a", "group": "captioning"}, two={"data": "a", "group": "knowledge QA", **QUESTION})
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    file = mixture(tmp_path, one={"data": "a", "group": "captioning"}, two={"data": "b", "group": "knowledge QA", **QUESTION})
     source = read(file)
     assert [source.size(view, "train") for view in ("pairs", "captions", "texts", "instructions")] == [18, 18, 36, 36]
     told = source.sample("texts", "train", 20)
@@ -156,6 +157,71 @@ def test_what_one_set_holds_out_no_other_learns(tmp_path):
     source = read(mixture(tmp_path, **sets))
     learned = [source.sample("captions", "train", i).caption for i in range(source.size("captions", "train"))]
     assert sorted(learned) == sorted(f"{name} {i}" for name in "ab" for i in range(12, 40))
+
+
+def on_disk(folder, name, rows):
+    write(folder / name / "rows.jsonl", "\n".join(map(json.dumps, rows)))
+
+
+def learned(source):
+    return sorted({record.id.split()[-1] for records in source.held_in.values() for record, _ in records.entries("instructions", "train")}, key=int)
+
+
+@pytest.mark.parametrize("way", ["copied", "by another path", "by a link", "as a clip's frame", "through a moved record"])
+def test_a_held_out_picture_is_known_again(tmp_path, monkeypatch, way):
+    """The pictures 0 and 1 are asked by one set; the lines 1 and 2 of the other show them, and are moved to be asked too.
+
+    A copy is known by its content, which is looked into only where pictures are kept in memory.
+    """
+    monkeypatch.setattr("nanovlm.data.records.KEPT_PICTURES", 100 if way == "copied" else 0)
+    draw(tmp_path, *(f"a/{i}.png" for i in range(12)))
+    shown, named = [f"{i}.png" for i in range(12)], [f"../a/{i}.png" for i in range(12)]
+    if way == "copied":
+        draw(tmp_path, *(f"b/{i}.png" for i in range(12)))
+        for name in shown:
+            (tmp_path / "b" / name).write_bytes((tmp_path / "a" / name).read_bytes())
+        named = shown
+    if way == "by a link":
+        (tmp_path / "b").symlink_to(tmp_path / "a")
+    rows = [{"image": name, "caption": "hat"} for name in named]
+    if way == "as a clip's frame":
+        rows[:2] = [{"frames": [named[2], named[i]], "question": "What?", "answer": "hat"} for i in range(2)]
+    if way == "through a moved record":
+        turns = [{"from": "human", "value": "<image><image>?"}, {"from": "gpt", "value": "yes"}]
+        rows[:2] = [{"image": [named[1], named[0]], "conversations": turns}, {"image": named[1], "caption": "hat"}]
+    on_disk(tmp_path, "b", [row | {"split": "val" if i == 11 else "train"} for i, row in enumerate(rows)])
+    asked = [{"image": shown[i], "caption": "hat"} for i in range(1 if way.startswith("through") else 2)]
+    write(tmp_path / "a" / "asked.jsonl", "\n".join(map(json.dumps, asked)))
+    sets = {"asked": {"data": "a/asked.jsonl", "group": "captioning", "held_out": True}, "b": {"data": "b/rows.jsonl", "group": "captioning"}}
+    source = read(mixture(tmp_path, **sets))
+    wanted = range(4, 12) if way == "as a clip's frame" else range(3, 12)  # the clips show picture 2, which line 3 shows too
+    assert learned(source) == [str(line) for line in wanted]
+    (_, held_in) = source.exams(("tasks",))
+    assert held_in.name == "held_in/b" and {int(sample.id.split()[-1]) for sample in held_in.samples} == {*range(1, 13)} - {*wanted}
+
+
+def test_all_of_a_held_out_set_is_asked(tmp_path):
+    """Or what it calls "val"; one record is enough."""
+    things(tmp_path, "learned", 20)
+    splits = {"none": [""] * 12, "one": [""], "val": ["val"] * 3, "train": ["train"] * 3, "both": ["train"] * 5 + ["val"] * 2}
+    for name, given in splits.items():
+        draw(tmp_path, *(f"{name}/{i}.png" for i in range(len(given))))
+        on_disk(tmp_path, name, [{"image": f"{i}.png", "caption": f"{name} {i}"} | ({"split": split} if split else {}) for i, split in enumerate(given)])
+    held_out = {name: {"data": name, "group": "captioning", "held_out": True} for name in splits}
+    path = mixture(tmp_path, learned={"data": "learned", "group": "captioning"}, **held_out)
+    source = read(path)
+    assert {exam.name: len(exam.samples) for exam in source.exams(("tasks",))} == {
+        "held_in/learned": 2, "held_out/none": 12, "held_out/one": 1, "held_out/val": 3, "held_out/train": 3, "held_out/both": 2}
+    assert [sample.caption for sample in source.exams(("tasks",))[-1].samples] == ["both 5", "both 6"]
+    assert not any("0 training" in note for note in source.notes({})) and main([str(path), "--model", "instructblip"]) == 0
+
+
+def test_where_everything_is_held_out_nothing_is_left_to_learn(tmp_path):
+    things(tmp_path, "a", 20)
+    rows = [{"image": f"a/{i}.png", "caption": "hat"} for i in range(20)]
+    write(tmp_path / "all.jsonl", "\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match='set a: nothing is left to learn from, .* mark with "split": "val" which of their records are to be asked'):
+        read(mixture(tmp_path, a={"data": "a", "group": "captioning"}, b={"data": "all.jsonl", "group": "captioning", "held_out": True}))
 
 
 def test_lists_of_answers_are_all_right(tmp_path):

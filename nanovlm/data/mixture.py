@@ -10,7 +10,8 @@
 
     data               any file or folder that formats.py reads, relative to the mixture's folder
     group              one of the eleven, which tells how a record is asked (templates.py); the paper's 26 sets have theirs (datasets.py)
-    held_out           it is not learned from, only asked; not given: as the paper has it, sets of one's own are learned from
+    held_out           it is not learned from, only asked: all of its records, or where "split" is "val" in some, these alone;
+                       not given: as the paper has it, sets of one's own are learned from
     factor             by hand, on top of the weight that its size gives
     question, answer   a question about every record, and the record's field that answers it: a text, or a list of all that is right
     templates          wordings in the place of the group's
@@ -166,19 +167,27 @@ def _read_words(folder: Path, where: str, name: str | None) -> dict[str, list[st
 class Mixed:
     """A source of several sets, with the interface of Records; what one set holds out, no other learns from."""
 
-
     def __init__(self, plan: Plan, sets: dict[str, Records]):
         """sets: of each entry of the plan, by name."""
         self.name, self.sampling, self.labels = plan.name, plan.sampling, ()
         self.sets, self.entries = sets, {entry.name: entry for entry in plan.entries if entry.name in sets}
         self.factors = {name: entry.factor for name, entry in self.entries.items()}
         self.held_in = {name: sets[name] for name, entry in self.entries.items() if not entry.held_out}
-        asked = {picture for records in sets.values() for record, _ in records.entries("instructions", "val") for picture in record.images}
-        for name, records in self.held_in.items():
-            records.hold_out(asked)
-            if not records.size("instructions", "train"):
-                raise UserError(f"{plan.name}, set {name}: nothing is left to learn from, as other sets hold all of its pictures out.")
+        self._hold_out()
         self._found: dict[tuple[str, str], list[tuple[str, int]]] = {}
+
+    def _hold_out(self) -> None:
+        """Again and again, for a record that is moved to the held-out side may show other pictures too."""
+        known, asked = set(), set().union(*(records.held_pictures() for records in self.sets.values()))
+        while asked != known:
+            known = asked
+            for records in self.held_in.values():
+                records.hold_out(known)
+            asked = known.union(*(records.held_pictures() for records in self.held_in.values()))
+        for name, records in self.held_in.items():
+            if not records.size("instructions", "train"):
+                raise UserError(f'{self.name}, set {name}: nothing is left to learn from, as its pictures are all held out, by other sets '
+                                'too; give those other pictures, or mark with "split": "val" which of their records are to be asked.')
 
     @property
     def skipped(self) -> list[tuple[str, str]]:
@@ -203,10 +212,11 @@ class Mixed:
     def _captioned(self, view: str, split: str) -> list[tuple[str, int]]:
         found, met = [], set()
         for name, records in self.held_in.items():
-            for i, (record, caption) in enumerate(records.entries(view, split)):
+            entries = records.entries(view, split)
+            for i, ((record, caption), known) in enumerate(zip(entries, records.known_by([record for record, _ in entries]))):
                 own = bool(record.references) or not record.turns
-                if own and (record.images, caption) not in met:
-                    met.add((record.images, caption))
+                if own and (frozenset(known), caption) not in met:
+                    met.add((frozenset(known), caption))
                     found.append((name, i))
         return found
 
