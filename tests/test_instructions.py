@@ -98,6 +98,11 @@ def test_who_may_answer_at_length_is_not_told_to_be_brief():
     assert 4 <= len(long) < 10 and not any(BRIEF.search(question) for question in long)
 
 
+def test_where_all_templates_are_brief_they_stay():
+    assert set(asked(Task("image QA", ("{question} Be brief.", "{question} Briefly:")), turns=QUESTIONS, form="")) == {
+        "<image>\nWhat says the sign? Be brief.", "<image>\nWhat says the sign? Briefly:"}
+
+
 def test_context_history_and_options_stand_where_they_belong():
     fields = {"context": "A map.", "history": "sunny? yes.", "options": "(a) red (b) blue", "question": "Which?"}
     assert filled("Q: {question} A:", fields) == "Context: A map. Dialogue so far: sunny? yes. Q: Which? Options: (a) red (b) blue. A:"
@@ -375,15 +380,41 @@ GOOD = {"data": "a", "group": "captioning"}
     ({"sets": {"a": {"data": "a", "group": "image QA", "question": "?", "answer": "colour"}}}, "field \"colour\" is missing or empty, which answers"),
     ({"sets": {"a": GOOD | {"answer": "kind"}}}, "field \"answer\" names what answers a question, and there is no field \"question\""),
     ({"sets": {"a": GOOD | {"ocr": "gone.json"}}}, "set a: field \"ocr\" names gone.json, which cannot be read as"),
+    ({"sets": {"a": GOOD | {"ocr": "words.json"}}}, "set a: field \"ocr\" names words.json, where \"ocr_tokens\" of 7 is no list of texts"),
+    ({"sets": {"a": GOOD | {"ocr": "others.json"}}}, "set a: the table that field \"ocr\" names has words for none of its records"),
+    ({"sets": {"a/b": GOOD}}, "set a/b: a set's name must not be empty, nor hold \"/\""),
+    ({"sets": {" ": GOOD}}, "a set's name must not be empty"),
+    ({"sets": {"a": GOOD}, "smapling": "sqrt"}, "there is no field \"smapling\"; the fields are mixture, sampling"),
+    ({"sets": {"a": GOOD | {"factor": True}}}, "set a: field \"factor\" is True, which is not what stands there"),
+    ({"sets": {"a": {"data": "a", "group": "image QA", "question": "?"}}}, "set a: field \"question\" asks about every record; name in field \"answer\""),
+    ({"sets": {"a": GOOD | {"templates": []}}}, "set a: field \"templates\" must be a list of texts, none of them empty"),
+    ({"sets": {"a": GOOD | {"templates": ["See:", 5]}}}, "set a: field \"templates\" must be a list of texts, none of them empty"),
+    ({"sets": {"a": {"data": "a", "group": LLAVA, "templates": ["See:"]}}}, "set a: the group LLaVA is asked as it is written, without templates"),
+    ({"sets": {"a": GOOD | {"templates": ["<image> See:"]}}}, "set a: the template \"<image> See:\" must not hold \"<image>\""),
+    *(({"sets": {"a": {"data": "a", "group": group, **extra, "templates": [template]}}},
+       f"set a: the template .* must hold, of {{question}} and {{answer}}, {wanted}, as its group is {group}")
+      for group, extra, template, wanted in (
+        ("captioning", {}, "{question}", "neither"), ("captioning", {}, "Say {answer}", "neither"), ("image QA", QUESTION, "What is it?", "{question}"),
+        ("image QA", QUESTION, "{question} {answer}", "{question}"), (ASKING, QUESTION, "Ask: {question}", "{answer}"),
+        (ASKING, QUESTION, "{question} {answer}", "{answer}"), (ASKING, QUESTION, "Ask.", "{answer}"))),
 ])
 def test_bad_input_is_one_sentence(tmp_path, table, said):
     things(tmp_path, "a", 12)
     write(tmp_path / "empty.jsonl", "")
+    write(tmp_path / "words.json", {"data": [{"image_id": 7, "ocr_tokens": "stop"}]})
+    write(tmp_path / "others.json", {"data": [{"image_id": 7, "ocr_tokens": ["stop"]}]})
     write(tmp_path / "one.jsonl", "\n".join(json.dumps({"image": f"a/{i}.png", "caption": "hat", "label": "hat"}) for i in range(12)))
     sets = table.pop("sets")
     with pytest.raises(UserError, match=said) as error:
         read(mixture(tmp_path, table, **sets))
     assert "mix" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("text", "name"), [
+    ('{"mixture": {"a": {"data": "a"}, "b": {"data": "b"}, "a": {"data": "c"}}}', "a"), ('{"mixture": {"a": {"data": "a", "data": "c"}}}', "data")])
+def test_no_name_may_stand_twice(tmp_path, text, name):
+    with pytest.raises(UserError, match=f'mix.json: the name "{name}" stands twice in one place'):
+        read(write(tmp_path / "mix.json", text))
 
 
 def test_instructions_that_lose_their_beginning_are_counted(tmp_path):
