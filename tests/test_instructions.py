@@ -22,7 +22,7 @@ from nanovlm.recipes.instructblip import SAMPLING as POWERS
 from nanovlm.recipes.instructblip import balanced
 from nanovlm.recipes.stage import resolve
 from nanovlm.runs.setting import Job, Setting, leave_out_unfit, make_tokenizer, shares
-from nanovlm.training.batches import Balanced, Epochs, MicroBatches, Mixture
+from nanovlm.training.batches import Balanced, Epochs, MicroBatches, Mixture, make_collate
 
 RECIPE = resolve(recipes.get("instructblip/tiny"), real=True)
 KINDS = ("animals", "food", "tools")
@@ -419,13 +419,16 @@ def test_no_name_may_stand_twice(tmp_path, text, name):
 
 def test_instructions_that_lose_their_beginning_are_counted(tmp_path):
     things(tmp_path, "a", 12)
-    rows = [{"image": f"a/{i}.png", "question": "What?", "answer": "this", "context": "Long " * (400 if i < 3 else 1), "split": "train" if i else "val"}
-            for i in range(12)]
+    rows = [{"image": f"a/{i}.png", "question": "What?", "answer": "this", "context": "Long " * (400 if i < 3 else 70 if i < 7 else 1),
+             "split": "train" if i else "val"} for i in range(12)]
     write(tmp_path / "b.jsonl", "\n".join(map(json.dumps, rows)))
     source = read(mixture(tmp_path, b={"data": "b.jsonl", "group": "knowledge QA"}))
     setting = Setting(RECIPE, 0, torch.device("cpu"), source, make_tokenizer(RECIPE, source, 0))
     leave_out_unfit([Job(RECIPE, RECIPE.stages[-1])], setting)
-    assert setting.notes == ["3 instructions of stage tune can be longer than the 128 tokens that there is room for, and then lose their beginning."]
+    collate = make_collate(RECIPE, RECIPE.stages[-1], setting.tokenizer, RECIPE.build(RECIPE.stages[-1]).reads)
+    assert 70 < len(collate.encode(source.sample("instructions", "train", 5))[0]) < 128, "of which the language model loses nothing"
+    assert setting.notes == ["7 instructions of stage tune can be longer than the tokens that there is room for (128 in the language model, "
+                             "64 in the Q-Former), and then lose their beginning."]
     assert source.size("instructions", "train") == 11
 
 
