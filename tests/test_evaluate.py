@@ -1,6 +1,7 @@
 """What is shown of a model while it learns: a held-out question, the truth, its answer, whatever kind of model it is."""
 
 from dataclasses import replace
+from itertools import chain, product
 from random import Random
 
 import pytest
@@ -229,6 +230,14 @@ def test_where_most_questions_are_about_one_picture_the_others_come_more_often()
     shown = [0] * 15 + [1] * 3 + [2] * 2
     found = [sample.images[0] for sample in permuted([Sample(str(i), (value,)) for i, value in enumerate(shown)])]
     assert all(a != b for a, b in zip(shown, found)) and {*found} == {0, 1, 2}
+
+
+def test_every_short_list_is_exchanged_as_far_as_can_be():
+    """All lists of up to six from three pictures: nobody keeps his own, and nothing comes more often unless more than half are equal."""
+    for shown in chain(*(product(range(3), repeat=n) for n in range(2, 7))):
+        found = [sample.images[0] for sample in permuted([Sample(str(i), (value,)) for i, value in enumerate(shown)])]
+        assert len({*shown}) == 1 or all(a != b for a, b in zip(shown, found)), shown
+        assert sorted(found) == sorted(shown) or 2 * max(map(shown.count, shown)) > len(shown), shown
 
 
 def test_different_pictures_are_exchanged_as_they_have_always_been():
