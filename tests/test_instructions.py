@@ -427,8 +427,8 @@ def test_instructions_that_lose_their_beginning_are_counted(tmp_path):
     leave_out_unfit([Job(RECIPE, RECIPE.stages[-1])], setting)
     collate = make_collate(RECIPE, RECIPE.stages[-1], setting.tokenizer, RECIPE.build(RECIPE.stages[-1]).reads)
     assert 70 < len(collate.encode(source.sample("instructions", "train", 5))[0]) < 128, "of which the language model loses nothing"
-    assert setting.notes == ["7 instructions of stage tune can be longer than the tokens that there is room for (128 in the language model, "
-                             "64 in the Q-Former), and then lose their beginning."]
+    assert setting.notes == [("7 instructions of stage tune can be longer than the tokens that there is room for (128 in the language model, "
+                              "64 in the Q-Former), and then lose their beginning.")]
     assert source.size("instructions", "train") == 11
 
 
