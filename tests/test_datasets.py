@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from data_files import draw, write
@@ -9,7 +10,10 @@ from data_files import draw, write
 from nanovlm.data.datasets import HELD_OUT_GROUPS, SETS
 from nanovlm.data.formats import read, scan_entry
 from nanovlm.data.mixture import plan
+from nanovlm.data.places import Places
+from nanovlm.data.rows import as_sample
 from nanovlm.data.templates import GROUPS
+from nanovlm.errors import UserError
 from nanovlm.recipes.instructblip import HELD_IN
 
 
@@ -135,3 +139,19 @@ def test_a_record_that_is_not_as_published_is_one_sentence(tmp_path):
         'a.json record 0: field "correct_choice_idx" is missing',
         "a.json record 1: it is not as this data set is published (list index out of range)",
         'a.json record 2: the record is no JSON object; write {"image": ..., "caption": ...}']
+
+
+@pytest.mark.parametrize(("more", "said"), [
+    ({"answer": {"text": "stop"}}, 'field "answer" must be a list of texts'), ({"answer": [["stop"]]}, 'field "answer" must be a list of texts'),
+    ({"answer": None}, 'field "answer" must be a list of texts'), ({"answer": " "}, 'field "answer" is missing or empty'),
+    ({"candidates": "stop"}, 'field "candidates" must be a list of texts'), ({"options": "stop"}, 'field "options" must be a list of texts'),
+    ({"candidates": ["stop", " "]}, "one of the answers to choose from is empty"), ({"options": ["stop", ""]}, "one of the answers to choose from is empty"),
+    ({"options": {"a": "stop"}}, 'field "options" must be a list of texts'), ({"ocr": 5}, 'field "ocr" must be a list of texts'),
+    ({"history": ["sunny?", "yes"]}, 'field "history" must be a text'), ({"context": 5}, 'field "context" must be a text')])
+def test_a_question_that_cannot_be_asked_is_one_sentence(more, said):
+    row = {"question": "What says the sign?", "answer": "stop"}
+    places = Places(Path(__file__).parent)
+    with pytest.raises(UserError, match=said):
+        as_sample("a", {**row, **more}, places)
+    sample, _, _ = as_sample("a", {**row, "answer": 0, "candidates": [0, 1], "ocr": ["stop", 4]}, places)
+    assert sample.turns[0].answer == "0" and sample.turns[0].options == ("0", "1") and dict(sample.task.fields) == {"ocr": "stop, 4"}

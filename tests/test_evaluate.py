@@ -1,10 +1,12 @@
 """What is shown of a model while it learns: a held-out question, the truth, its answer, whatever kind of model it is."""
 
 from dataclasses import replace
+from itertools import chain, product
 from random import Random
 
 import pytest
 import torch
+from PIL import Image
 from tools import bite
 
 from nanovlm import recipes
@@ -16,7 +18,7 @@ from nanovlm.data.source import Exam
 from nanovlm.data.transforms import Transform
 from nanovlm.errors import UserError
 from nanovlm.evaluate import judges, retrieval
-from nanovlm.evaluate.pupil import BATCH, Pupil
+from nanovlm.evaluate.pupil import BATCH, Pupil, permuted
 from nanovlm.evaluate.retrieval import retrieve
 from nanovlm.metrics import recall_at_k
 from nanovlm.tokenizer import Tokenizer
@@ -210,6 +212,45 @@ def test_the_most_likely_of_several_answers_is_chosen(tokenizer):
             losses.append(model.losses(batch)["lm"][0].item())
         assert choice == classes[losses.index(min(losses))]
     assert len(set(chosen)) > 1
+
+
+# ---- exchanged pictures
+
+
+def shade(value: int) -> Image.Image:
+    return Image.new("L", (4, 4), value)
+
+
+@pytest.mark.parametrize(("shown", "left"), [
+    ([i // 10 for i in range(20)], 0),  # two pictures, ten questions each
+    ([i % 7 for i in range(100)], 0), ([0] * 10 + list(range(1, 11)), 0), ([0, 0, 1, 1, 2], 0), ([5] * 6, 6)])
+def test_the_control_shows_another_picture(shown, left):
+    """Each is shown as often as before; decoded anew for each question, equal pictures are different objects."""
+    for kind in (shade, lambda value: (shade(value), shade(9))):
+        samples = [Sample(str(i), (kind(value),)) for i, value in enumerate(shown)]
+        found = [sample.images[0] for sample in permuted(samples)]
+        assert sorted(map(id, found)) == sorted(id(sample.images[0]) for sample in samples)
+        assert sum(image == sample.images[0] for image, sample in zip(found, samples)) == left
+        assert list(map(id, found)) == [id(sample.images[0]) for sample in permuted(samples)], "the same again"
+
+
+def test_where_most_questions_are_about_one_picture_the_others_come_more_often():
+    shown = [0] * 15 + [1] * 3 + [2] * 2
+    found = [sample.images[0] for sample in permuted([Sample(str(i), (value,)) for i, value in enumerate(shown)])]
+    assert all(a != b for a, b in zip(shown, found)) and {*found} == {0, 1, 2}
+
+
+def test_every_short_list_is_exchanged_as_far_as_can_be():
+    """All lists of up to six from three pictures: nobody keeps his own, and nothing comes more often unless more than half are equal."""
+    for shown in chain(*(product(range(3), repeat=n) for n in range(2, 7))):
+        found = [sample.images[0] for sample in permuted([Sample(str(i), (value,)) for i, value in enumerate(shown)])]
+        assert len({*shown}) == 1 or all(a != b for a, b in zip(shown, found)), shown
+        assert sorted(found) == sorted(shown) or 2 * max(map(shown.count, shown)) > len(shown), shown
+
+
+def test_different_pictures_are_exchanged_as_they_have_always_been():
+    """Stored figures are of this order."""
+    assert [sample.images[0] for sample in permuted([Sample(str(i), (i,)) for i in range(12)])] == [11, 9, 3, 7, 0, 10, 1, 4, 5, 8, 2, 6]
 
 
 # ---- judges

@@ -1,7 +1,7 @@
 """InstructBLIP's model and batches: who is told the instruction, what reaches the language model, where labels begin, clips, ranking."""
 
 from dataclasses import replace
-from itertools import pairwise
+from itertools import combinations, pairwise
 from random import Random
 
 import numpy as np
@@ -195,6 +195,14 @@ def test_pictures_and_clips_of_one_batch_are_what_each_is_alone(tokenizer, kind)
     close(total / count, sum(each for each, _ in sums) / sum(n for _, n in sums))
     said = model.generate(batch, 5, [])
     assert said.tolist() == [model.generate(maker.ask([sample]), 5, [])[0].tolist() for sample in samples]
+
+
+def test_all_frames_of_a_clip_are_cropped_and_flipped_alike(tokenizer):
+    """Frames that are equal stay equal, while each time the clip is met it is another cut of them."""
+    augmented = replace(collate(tokenizer, sharp()), transform=Transform(48, augment=True))
+    cuts = [augmented.films([(picture(3),) * 4], Random(seed))["images"][0] for seed in range(4)]
+    assert all(torch.equal(frame, cut[0]) for cut in cuts for frame in cut)
+    assert not any(torch.equal(a, b) for a, b in combinations(cuts, 2))
 
 
 def test_all_frames_are_looked_at_and_their_order_counts(tokenizer):

@@ -22,7 +22,7 @@ from nanovlm.recipes.instructblip import SAMPLING as POWERS
 from nanovlm.recipes.instructblip import balanced
 from nanovlm.recipes.stage import resolve
 from nanovlm.runs.setting import Job, Setting, leave_out_unfit, make_tokenizer, shares
-from nanovlm.training.batches import Balanced, Epochs, MicroBatches, Mixture
+from nanovlm.training.batches import Balanced, Epochs, MicroBatches, Mixture, make_collate
 
 RECIPE = resolve(recipes.get("instructblip/tiny"), real=True)
 KINDS = ("animals", "food", "tools")
@@ -98,6 +98,11 @@ def test_who_may_answer_at_length_is_not_told_to_be_brief():
     assert 4 <= len(long) < 10 and not any(BRIEF.search(question) for question in long)
 
 
+def test_where_all_templates_are_brief_they_stay():
+    assert set(asked(Task("image QA", ("{question} Be brief.", "{question} Briefly:")), turns=QUESTIONS, form="")) == {
+        "<image>\nWhat says the sign? Be brief.", "<image>\nWhat says the sign? Briefly:"}
+
+
 def test_context_history_and_options_stand_where_they_belong():
     fields = {"context": "A map.", "history": "sunny? yes.", "options": "(a) red (b) blue", "question": "Which?"}
     assert filled("Q: {question} A:", fields) == "Context: A map. Dialogue so far: sunny? yes. Q: Which? Options: (a) red (b) blue. A:"
@@ -138,9 +143,10 @@ def test_held_out_sets_are_in_nothing_that_is_learned(mix):
 
 
 def test_a_picture_with_its_caption_counts_once(tmp_path):
-    """However many sets are made of one file; a text for each of them there is all the same."""
+    """However many sets are made of one file, by whatever path; a text for each of them there is all the same."""
     things(tmp_path, "a", 20)
-    file = mixture(tmp_path, one={"data": "a", "group": "captioning"}, two={"data": "a", "group": "knowledge QA", **QUESTION})
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    file = mixture(tmp_path, one={"data": "a", "group": "captioning"}, two={"data": "b", "group": "knowledge QA", **QUESTION})
     source = read(file)
     assert [source.size(view, "train") for view in ("pairs", "captions", "texts", "instructions")] == [18, 18, 36, 36]
     told = source.sample("texts", "train", 20)
@@ -156,6 +162,71 @@ def test_what_one_set_holds_out_no_other_learns(tmp_path):
     source = read(mixture(tmp_path, **sets))
     learned = [source.sample("captions", "train", i).caption for i in range(source.size("captions", "train"))]
     assert sorted(learned) == sorted(f"{name} {i}" for name in "ab" for i in range(12, 40))
+
+
+def on_disk(folder, name, rows):
+    write(folder / name / "rows.jsonl", "\n".join(map(json.dumps, rows)))
+
+
+def learned(source):
+    return sorted({record.id.split()[-1] for records in source.held_in.values() for record, _ in records.entries("instructions", "train")}, key=int)
+
+
+@pytest.mark.parametrize("way", ["copied", "by another path", "by a link", "as a clip's frame", "through a moved record"])
+def test_a_held_out_picture_is_known_again(tmp_path, monkeypatch, way):
+    """The pictures 0 and 1 are asked by one set; the lines 1 and 2 of the other show them, and are moved to be asked too.
+
+    A copy is known by its content, which is looked into only where pictures are kept in memory.
+    """
+    monkeypatch.setattr("nanovlm.data.records.KEPT_PICTURES", 100 if way == "copied" else 0)
+    draw(tmp_path, *(f"a/{i}.png" for i in range(12)))
+    shown, named = [f"{i}.png" for i in range(12)], [f"../a/{i}.png" for i in range(12)]
+    if way == "copied":
+        draw(tmp_path, *(f"b/{i}.png" for i in range(12)))
+        for name in shown:
+            (tmp_path / "b" / name).write_bytes((tmp_path / "a" / name).read_bytes())
+        named = shown
+    if way == "by a link":
+        (tmp_path / "b").symlink_to(tmp_path / "a")
+    rows = [{"image": name, "caption": "hat"} for name in named]
+    if way == "as a clip's frame":
+        rows[:2] = [{"frames": [named[2], named[i]], "question": "What?", "answer": "hat"} for i in range(2)]
+    if way == "through a moved record":
+        turns = [{"from": "human", "value": "<image><image>?"}, {"from": "gpt", "value": "yes"}]
+        rows[:2] = [{"image": [named[1], named[0]], "conversations": turns}, {"image": named[1], "caption": "hat"}]
+    on_disk(tmp_path, "b", [row | {"split": "val" if i == 11 else "train"} for i, row in enumerate(rows)])
+    asked = [{"image": shown[i], "caption": "hat"} for i in range(1 if way.startswith("through") else 2)]
+    write(tmp_path / "a" / "asked.jsonl", "\n".join(map(json.dumps, asked)))
+    sets = {"asked": {"data": "a/asked.jsonl", "group": "captioning", "held_out": True}, "b": {"data": "b/rows.jsonl", "group": "captioning"}}
+    source = read(mixture(tmp_path, **sets))
+    wanted = range(4, 12) if way == "as a clip's frame" else range(3, 12)  # the clips show picture 2, which line 3 shows too
+    assert learned(source) == [str(line) for line in wanted]
+    (_, held_in) = source.exams(("tasks",))
+    assert held_in.name == "held_in/b" and {int(sample.id.split()[-1]) for sample in held_in.samples} == {*range(1, 13)} - {*wanted}
+
+
+def test_all_of_a_held_out_set_is_asked(tmp_path):
+    """Or what it calls "val"; one record is enough."""
+    things(tmp_path, "learned", 20)
+    splits = {"none": [""] * 12, "one": [""], "val": ["val"] * 3, "train": ["train"] * 3, "both": ["train"] * 5 + ["val"] * 2}
+    for name, given in splits.items():
+        draw(tmp_path, *(f"{name}/{i}.png" for i in range(len(given))))
+        on_disk(tmp_path, name, [{"image": f"{i}.png", "caption": f"{name} {i}"} | ({"split": split} if split else {}) for i, split in enumerate(given)])
+    held_out = {name: {"data": name, "group": "captioning", "held_out": True} for name in splits}
+    path = mixture(tmp_path, learned={"data": "learned", "group": "captioning"}, **held_out)
+    source = read(path)
+    assert {exam.name: len(exam.samples) for exam in source.exams(("tasks",))} == {
+        "held_in/learned": 2, "held_out/none": 12, "held_out/one": 1, "held_out/val": 3, "held_out/train": 3, "held_out/both": 2}
+    assert [sample.caption for sample in source.exams(("tasks",))[-1].samples] == ["both 5", "both 6"]
+    assert not any("0 training" in note for note in source.notes({})) and main([str(path), "--model", "instructblip"]) == 0
+
+
+def test_where_everything_is_held_out_nothing_is_left_to_learn(tmp_path):
+    things(tmp_path, "a", 20)
+    rows = [{"image": f"a/{i}.png", "caption": "hat"} for i in range(20)]
+    write(tmp_path / "all.jsonl", "\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match='set a: nothing is left to learn from, .* mark with "split": "val" which of their records are to be asked'):
+        read(mixture(tmp_path, a={"data": "a", "group": "captioning"}, b={"data": "all.jsonl", "group": "captioning", "held_out": True}))
 
 
 def test_lists_of_answers_are_all_right(tmp_path):
@@ -309,10 +380,29 @@ GOOD = {"data": "a", "group": "captioning"}
     ({"sets": {"a": {"data": "a", "group": "image QA", "question": "?", "answer": "colour"}}}, "field \"colour\" is missing or empty, which answers"),
     ({"sets": {"a": GOOD | {"answer": "kind"}}}, "field \"answer\" names what answers a question, and there is no field \"question\""),
     ({"sets": {"a": GOOD | {"ocr": "gone.json"}}}, "set a: field \"ocr\" names gone.json, which cannot be read as"),
+    ({"sets": {"a": GOOD | {"ocr": "words.json"}}}, "set a: field \"ocr\" names words.json, where \"ocr_tokens\" of 7 is no list of texts"),
+    ({"sets": {"a": GOOD | {"ocr": "others.json"}}}, "set a: the table that field \"ocr\" names has words for none of its records"),
+    ({"sets": {"a/b": GOOD}}, "set a/b: a set's name must not be empty, nor hold \"/\""),
+    ({"sets": {" ": GOOD}}, "a set's name must not be empty"),
+    ({"sets": {"a": GOOD}, "smapling": "sqrt"}, "there is no field \"smapling\"; the fields are mixture, sampling"),
+    ({"sets": {"a": GOOD | {"factor": True}}}, "set a: field \"factor\" is True, which is not what stands there"),
+    ({"sets": {"a": {"data": "a", "group": "image QA", "question": "?"}}}, "set a: field \"question\" asks about every record; name in field \"answer\""),
+    ({"sets": {"a": GOOD | {"templates": []}}}, "set a: field \"templates\" must be a list of texts, none of them empty"),
+    ({"sets": {"a": GOOD | {"templates": ["See:", 5]}}}, "set a: field \"templates\" must be a list of texts, none of them empty"),
+    ({"sets": {"a": {"data": "a", "group": LLAVA, "templates": ["See:"]}}}, "set a: the group LLaVA is asked as it is written, without templates"),
+    ({"sets": {"a": GOOD | {"templates": ["<image> See:"]}}}, "set a: the template \"<image> See:\" must not hold \"<image>\""),
+    *(({"sets": {"a": {"data": "a", "group": group, **extra, "templates": [template]}}},
+       f"set a: the template .* must hold, of {{question}} and {{answer}}, {wanted}, as its group is {group}")
+      for group, extra, template, wanted in (
+        ("captioning", {}, "{question}", "neither"), ("captioning", {}, "Say {answer}", "neither"), ("image QA", QUESTION, "What is it?", "{question}"),
+        ("image QA", QUESTION, "{question} {answer}", "{question}"), (ASKING, QUESTION, "Ask: {question}", "{answer}"),
+        (ASKING, QUESTION, "{question} {answer}", "{answer}"), (ASKING, QUESTION, "Ask.", "{answer}"))),
 ])
 def test_bad_input_is_one_sentence(tmp_path, table, said):
     things(tmp_path, "a", 12)
     write(tmp_path / "empty.jsonl", "")
+    write(tmp_path / "words.json", {"data": [{"image_id": 7, "ocr_tokens": "stop"}]})
+    write(tmp_path / "others.json", {"data": [{"image_id": 7, "ocr_tokens": ["stop"]}]})
     write(tmp_path / "one.jsonl", "\n".join(json.dumps({"image": f"a/{i}.png", "caption": "hat", "label": "hat"}) for i in range(12)))
     sets = table.pop("sets")
     with pytest.raises(UserError, match=said) as error:
@@ -320,15 +410,25 @@ def test_bad_input_is_one_sentence(tmp_path, table, said):
     assert "mix" in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("text", "name"), [
+    ('{"mixture": {"a": {"data": "a"}, "b": {"data": "b"}, "a": {"data": "c"}}}', "a"), ('{"mixture": {"a": {"data": "a", "data": "c"}}}', "data")])
+def test_no_name_may_stand_twice(tmp_path, text, name):
+    with pytest.raises(UserError, match=f'mix.json: the name "{name}" stands twice in one place'):
+        read(write(tmp_path / "mix.json", text))
+
+
 def test_instructions_that_lose_their_beginning_are_counted(tmp_path):
     things(tmp_path, "a", 12)
-    rows = [{"image": f"a/{i}.png", "question": "What?", "answer": "this", "context": "Long " * (400 if i < 3 else 1), "split": "train" if i else "val"}
-            for i in range(12)]
+    rows = [{"image": f"a/{i}.png", "question": "What?", "answer": "this", "context": "Long " * (400 if i < 3 else 70 if i < 7 else 1),
+             "split": "train" if i else "val"} for i in range(12)]
     write(tmp_path / "b.jsonl", "\n".join(map(json.dumps, rows)))
     source = read(mixture(tmp_path, b={"data": "b.jsonl", "group": "knowledge QA"}))
     setting = Setting(RECIPE, 0, torch.device("cpu"), source, make_tokenizer(RECIPE, source, 0))
     leave_out_unfit([Job(RECIPE, RECIPE.stages[-1])], setting)
-    assert setting.notes == ["3 instructions of stage tune can be longer than the 128 tokens that there is room for, and then lose their beginning."]
+    collate = make_collate(RECIPE, RECIPE.stages[-1], setting.tokenizer, RECIPE.build(RECIPE.stages[-1]).reads)
+    assert 70 < len(collate.encode(source.sample("instructions", "train", 5))[0]) < 128, "of which the language model loses nothing"
+    assert setting.notes == [("7 instructions of stage tune can be longer than the tokens that there is room for (128 in the language model, "
+                              "64 in the Q-Former), and then lose their beginning.")]
     assert source.size("instructions", "train") == 11
 
 

@@ -7,7 +7,7 @@ from data_files import draw, everything, llava_set, write
 from PIL import Image
 
 from nanovlm.contract import Reads
-from nanovlm.data import records
+from nanovlm.data import clips, records
 from nanovlm.data.collate import Collate
 from nanovlm.data.formats import read
 from nanovlm.data.prompts import SHORT
@@ -41,12 +41,27 @@ def test_records_that_share_a_picture_stay_on_one_side(tmp_path):
     assert (source.size("conversations", "train"), source.size("conversations", "val")) == (72, 8)
 
 
+@pytest.mark.parametrize("kept", [100, 0])
+def test_clips_that_share_a_frame_stay_on_one_side(tmp_path, monkeypatch, kept):
+    """Each picture is a frame of two clips, and stands alone under another path."""
+    monkeypatch.setattr(records, "KEPT_PICTURES", kept)
+    draw(tmp_path, *(f"{i}.png" for i in range(20)))
+    (tmp_path / "again").symlink_to(tmp_path)
+    asked = {"question": "What?", "answer": "hat"}
+    rows = [{"frames": [f"{i}.png", f"{i + 1}.png"], **asked} for start in range(0, 20, 4) for i in range(start, start + 3)]
+    rows += [{"image": f"again/{i}.png", **asked} for i in range(20)]
+    source = read(write(tmp_path / "rows.json", rows))
+    sides = [{path.name for record, _ in source.entries("pages", split) for entry in record.images for path in clips.files(entry)}
+             for split in ("train", "val")]
+    assert not sides[0] & sides[1] and list(map(len, sides)) == [16, 4], "five groups of four pictures and seven records each"
+
+
 def test_the_split_does_not_depend_on_the_order_of_the_lines(tmp_path):
     draw(tmp_path, *(f"{i}.png" for i in range(30)))
     rows = [Sample(f"record {i}", (tmp_path / f"{i}.png",), f"caption {i}") for i in range(30)]
     held_out = []
     for order in (rows, rows[::-1]):
-        sides = records.split_records("x", order, [""] * 30, {})
+        sides = records.split_records("x", order, [""] * 30, [set(sample.images) for sample in order])
         held_out.append({sample.id for sample, side in zip(order, sides) if side == "val"})
     assert held_out[0] == held_out[1] and len(held_out[0]) == 3
 

@@ -72,7 +72,7 @@ def report_mixture(path: str, whole: Plan, recipe: Recipe) -> int:
             found = scan_entry(path, entry)
             own, samples, splits = look_at(found)
             problems += [f"set {entry.name}: {problem}" for problem in own]
-            sets[entry.name] = records_of(found.name, samples, splits, recipe)
+            sets[entry.name] = records_of(found.name, samples, splits, recipe, entry.held_out)
         except UserError as error:
             problems.append(str(error))
         print()
@@ -89,8 +89,8 @@ def report_mixture(path: str, whole: Plan, recipe: Recipe) -> int:
     return conclude(problems)
 
 
-def records_of(name: str, samples: Sequence[Sample], splits: Sequence[str], recipe: Recipe) -> Records:
-    return Records(name, samples, splits, on_missing="skip", cache_side=recipes.shorter_side(recipe.name) * 4 // 3)
+def records_of(name: str, samples: Sequence[Sample], splits: Sequence[str], recipe: Recipe, held_out: bool = False) -> Records:
+    return Records(name, samples, splits, on_missing="skip", cache_side=recipes.shorter_side(recipe.name) * 4 // 3, held_out=held_out)
 
 
 def look_at(found: Found) -> tuple[list[str], list[Sample], list[str]]:

@@ -111,8 +111,10 @@ class Collate:
         return None
 
     def loses_beginning(self, sample: Sample) -> bool:
-        """Whether it is asked in more tokens than the format has room for (Format.asked), so that its beginning is cut off."""
+        """Whether it is asked in more tokens than the language model (Format.asked) or the bridge (Reads.question) reads, the last ones."""
         layout = find_format(self.layout(sample))
+        if self.reads.question and len(self.tokenizer.encode(_asked(sample))) > self.reads.question - 2:  # "<s>" and "</s>" are two
+            return True
         if not layout.asked:
             return False
         whole, cut = (encode(sample.turns, self.tokenizer, one, name=sample.id)[0] for one in (replace(layout, asked=0), layout))
@@ -177,8 +179,7 @@ class Collate:
             return {}
         rows = []
         for sample in samples:
-            asked = " ".join(turn.question.replace(IMAGE, "").strip() for turn in sample.turns)
-            rows.append([self.tokenizer.bos_id, *self.tokenizer.encode(asked)[2 - self.reads.question:], self.tokenizer.eos_id])
+            rows.append([self.tokenizer.bos_id, *self.tokenizer.encode(_asked(sample))[2 - self.reads.question:], self.tokenizer.eos_id])
         return {f"qformer_{name}": tensor for name, tensor in _pad_right(rows, self.tokenizer.pad_id).items()}
 
     # ---- pages
@@ -289,6 +290,10 @@ class Collate:
         rows = [[self.tokenizer.bos_id, *self.tokenizer.encode(text)] for text in texts]
         last = (self.max_length or PAIR_LENGTH) - 1
         return _pad_right([ids[:last] + [self.tokenizer.eos_id] for ids in rows], self.tokenizer.pad_id)
+
+
+def _asked(sample: Sample) -> str:
+    return " ".join(turn.question.replace(IMAGE, "").strip() for turn in sample.turns)
 
 
 def _given(turn: Turn, labels: Sequence[int], rng: Random) -> int:

@@ -118,7 +118,8 @@ def records_of(found: Found, path: str | Path, on_missing: str, cache_side: int)
         more = f" ({len(stop) - 1} more: python -m nanovlm.data.check {path} lists them)" if len(stop) > 1 else ""
         raise UserError(f"{path}: {stop[0]}{more}.")
     skipped = [(problem.record, problem.reason) for problem in found.problems]
-    return Records(found.name, found.samples, found.splits, skipped, on_missing, cache_side, found.left_out)
+    held_out = found.entry is not None and found.entry.held_out
+    return Records(found.name, found.samples, found.splits, skipped, on_missing, cache_side, found.left_out, held_out)
 
 
 def scan_entry(path: str | Path, entry: Entry) -> Found:

@@ -10,7 +10,8 @@
 
     data               any file or folder that formats.py reads, relative to the mixture's folder
     group              one of the eleven, which tells how a record is asked (templates.py); the paper's 26 sets have theirs (datasets.py)
-    held_out           it is not learned from, only asked; not given: as the paper has it, sets of one's own are learned from
+    held_out           it is not learned from, only asked: all of its records, or where "split" is "val" in some, these alone;
+                       not given: as the paper has it, sets of one's own are learned from
     factor             by hand, on top of the weight that its size gives
     question, answer   a question about every record, and the record's field that answers it: a text, or a list of all that is right
     templates          wordings in the place of the group's
@@ -21,6 +22,7 @@
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,11 +31,12 @@ from nanovlm.data.datasets import SETS, rows_of
 from nanovlm.data.records import SPLITS, TASKS, Records
 from nanovlm.data.sample import Sample
 from nanovlm.data.source import Exam, task_exam
-from nanovlm.data.templates import CAPTIONING, GROUPS, LLAVA, filled, names
+from nanovlm.data.templates import CAPTIONING, GROUPS, LLAVA, check_template, filled
 from nanovlm.errors import UserError
 
 SAMPLING = ("proportional", "sqrt", "uniform")
-KEYS = {"data": str, "group": str, "held_out": bool, "factor": (int, float), "question": str, "answer": str, "templates": list, "ocr": str}
+KEYS = {"data": (str,), "group": (str,), "held_out": (bool,), "factor": (int, float), "question": (str,), "answer": (str,), "templates": (list,),
+        "ocr": (str,)}
 LARGEST = 1 << 20  # bytes of a mixture file; larger tables are not read twice
 CLASSES = "What is it?"  # of a set of classes the question, where it gives none
 
@@ -66,7 +69,7 @@ class Entry:
     def _asked(self, row: dict) -> dict:
         rest = {key: value for key, value in row.items() if key != "conversations"}
         if self.answer:
-            if not row.get(self.answer):
+            if row.get(self.answer) in (None, "", []):
                 raise UserError(f'field "{self.answer}" is missing or empty, which answers "{self.question}" in the set {self.name}')
             return rest | {"question": self.question, "answer": row[self.answer]}
         if self.group in (*CAPTIONING, LLAVA) or {"question", "conversations"} & set(row):
@@ -79,6 +82,8 @@ class Entry:
     def finished(self, samples: Iterable[Sample]) -> list[Sample]:
         """Its samples, told how they are asked; where it is ranked and they bring none, all answers of the set are to choose from."""
         samples = [replace(sample, task=replace(sample.task, group=self.group, templates=self.templates)) for sample in samples]
+        if self.ocr and not any("ocr" in dict(sample.task.fields) for sample in samples):
+            raise UserError('the table that field "ocr" names has words for none of its records; a record\'s "image_id" must stand in it')
         for sample in samples if self.templates else ():
             known = dict(sample.task.fields) | ({"question": "?", "answer": "."} if sample.turns else {})
             for template in self.templates:
@@ -108,12 +113,22 @@ def plan(path: str | Path) -> Plan | None:
     path = Path(path)
     if path.suffix.lower() != ".json" or not path.is_file() or path.stat().st_size > LARGEST:
         return None
+    twice: list[str] = []
+
+    def once(pairs: list[tuple[str, object]]) -> dict:
+        twice.extend(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
+        return dict(pairs)
+
     try:
-        table = json.loads(path.read_text(encoding="utf-8-sig"))
+        table = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=once)
     except (OSError, ValueError):
         return None  # whoever reads tables complains
     if not isinstance(table, dict) or "mixture" not in table:
         return None
+    if twice:
+        raise UserError(f'{path}: the name "{twice[0]}" stands twice in one place, and only one of the two would be read; rename or remove one.')
+    if unknown := [name for name in table if name not in ("mixture", "sampling")]:
+        raise UserError(f'{path}: there is no field "{unknown[0]}"; the fields are mixture, sampling.')
     sets, sampling = table["mixture"], table.get("sampling", "sqrt")
     if not isinstance(sets, dict) or not sets:
         raise UserError(f'{path}: field "mixture" holds no data set; write {{"mixture": {{"COCO Caption": {{"data": "coco/captions.json"}}}}}}.')
@@ -127,12 +142,14 @@ def plan(path: str | Path) -> Plan | None:
 
 def _entry(file: Path, name: str, said: object) -> Entry:
     where, known = f"{file}, set {name}", SETS.get(name)
+    if "/" in name or not name.strip():
+        raise UserError(f'{where}: a set\'s name must not be empty, nor hold "/", which divides the names of figures; rename it.')
     if not isinstance(said, dict) or not isinstance(said.get("data"), str):
         raise UserError(f'{where}: field "data" is missing; write {{"data": "folder or file"}}.')
     for key, value in said.items():
         if key not in KEYS:
             raise UserError(f'{where}: there is no field "{key}"; the fields are {", ".join(KEYS)}.')
-        if not isinstance(value, KEYS[key]):
+        if type(value) not in KEYS[key]:  # to isinstance, true is a number
             raise UserError(f'{where}: field "{key}" is {value!r}, which is not what stands there; see nanovlm/data/mixture.py.')
     if known is None and "group" not in said:
         raise UserError(f'{where}: it is none of the paper\'s data sets ({", ".join(SETS)}), so its "group" is needed: one of {", ".join(GROUPS)}.')
@@ -143,13 +160,25 @@ def _entry(file: Path, name: str, said: object) -> Entry:
         raise UserError(f'{where}: field "factor" is {factor!r}; it must be a number above 0.')
     if "answer" in said and "question" not in said:
         raise UserError(f'{where}: field "answer" names what answers a question, and there is no field "question".')
-    try:
-        for template in said.get("templates", ()):
-            names(str(template))
-    except UserError as error:
-        raise UserError(f"{where}: {error}.") from error
+    if said.get("question") and not said.get("answer") and group != "classification":
+        raise UserError(f'{where}: field "question" asks about every record; name in field "answer" what answers it.')
+    _check_templates(where, group, said.get("templates"))
     return Entry(name, file.parent / said["data"], group, said.get("held_out", known is not None and known.held_out), factor,
                  said.get("question", ""), said.get("answer", ""), tuple(said.get("templates", ())), _read_words(file.parent, where, said.get("ocr")))
+
+
+def _check_templates(where: str, group: str, templates: list | None) -> None:
+    if templates is None:
+        return
+    if not templates or not all(isinstance(template, str) and template.strip() for template in templates):
+        raise UserError(f'{where}: field "templates" must be a list of texts, none of them empty.')
+    if group == LLAVA:
+        raise UserError(f'{where}: the group {LLAVA} is asked as it is written, without templates; remove field "templates".')
+    try:
+        for template in templates:
+            check_template(template, group)
+    except UserError as error:
+        raise UserError(f"{where}: {error}.") from error
 
 
 def _read_words(folder: Path, where: str, name: str | None) -> dict[str, list[str]]:
@@ -158,14 +187,17 @@ def _read_words(folder: Path, where: str, name: str | None) -> dict[str, list[st
         return {}
     try:
         table = json.loads((folder / name).read_text(encoding="utf-8-sig"))
-        return {str(one["image_id"]): one["ocr_tokens"] for one in table["data"]}
+        found = {str(one["image_id"]): one["ocr_tokens"] for one in table["data"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f'{where}: field "ocr" names {name}, which cannot be read as {{"data": [{{"image_id", "ocr_tokens"}}]}} ({error}).') from error
+    for picture, words in found.items():
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            raise UserError(f'{where}: field "ocr" names {name}, where "ocr_tokens" of {picture} is no list of texts.')
+    return found
 
 
 class Mixed:
     """A source of several sets, with the interface of Records; what one set holds out, no other learns from."""
-
 
     def __init__(self, plan: Plan, sets: dict[str, Records]):
         """sets: of each entry of the plan, by name."""
@@ -173,12 +205,21 @@ class Mixed:
         self.sets, self.entries = sets, {entry.name: entry for entry in plan.entries if entry.name in sets}
         self.factors = {name: entry.factor for name, entry in self.entries.items()}
         self.held_in = {name: sets[name] for name, entry in self.entries.items() if not entry.held_out}
-        asked = {picture for records in sets.values() for record, _ in records.entries("instructions", "val") for picture in record.images}
-        for name, records in self.held_in.items():
-            records.hold_out(asked)
-            if not records.size("instructions", "train"):
-                raise UserError(f"{plan.name}, set {name}: nothing is left to learn from, as other sets hold all of its pictures out.")
+        self._hold_out()
         self._found: dict[tuple[str, str], list[tuple[str, int]]] = {}
+
+    def _hold_out(self) -> None:
+        """Again and again, for a record that is moved to the held-out side may show other pictures too."""
+        known, asked = set(), set().union(*(records.held_pictures() for records in self.sets.values()))
+        while asked != known:
+            known = asked
+            for records in self.held_in.values():
+                records.hold_out(known)
+            asked = known.union(*(records.held_pictures() for records in self.held_in.values()))
+        for name, records in self.held_in.items():
+            if not records.size("instructions", "train"):
+                raise UserError(f'{self.name}, set {name}: nothing is left to learn from, as its pictures are all held out, by other sets '
+                                'too; give those other pictures, or mark with "split": "val" which of their records are to be asked.')
 
     @property
     def skipped(self) -> list[tuple[str, str]]:
@@ -203,10 +244,11 @@ class Mixed:
     def _captioned(self, view: str, split: str) -> list[tuple[str, int]]:
         found, met = [], set()
         for name, records in self.held_in.items():
-            for i, (record, caption) in enumerate(records.entries(view, split)):
+            entries = records.entries(view, split)
+            for i, ((record, caption), known) in enumerate(zip(entries, records.known_by([record for record, _ in entries]))):
                 own = bool(record.references) or not record.turns
-                if own and (record.images, caption) not in met:
-                    met.add((record.images, caption))
+                if own and (frozenset(known), caption) not in met:
+                    met.add((frozenset(known), caption))
                     found.append((name, i))
         return found
 

@@ -5,7 +5,7 @@ The interface is that of the embedded world (source.py), so the loop does not kn
 
     records ─► train │ val ─► entries of each view ─► sample(view, split, index)      views.py; a stage says which it reads: Stage.real
                            └─ leave_out: what a stage cannot read, too long for instance, before it trains
-       └─ no "split" given: a tenth is held out, chosen by a hash; records that share a picture stay on one side
+       └─ no "split" given: a tenth is held out, chosen by a hash; records that share a picture or a frame stay on one side
 
 Pictures of a small set are decoded once, made small and kept; those of a large set are decoded whenever asked for.
 """
@@ -35,11 +35,11 @@ ENOUGH_TRAIN, ENOUGH_VAL = 500, 200  # below, a figure says more about luck than
 class Records:
     def __init__(
         self, name: str, samples: Sequence[Sample], splits: Sequence[str], skipped: Sequence[tuple[str, str]] = (),
-        on_missing: str = "error", cache_side: int = 64, left_out: Sequence[str] = (),
+        on_missing: str = "error", cache_side: int = 64, left_out: Sequence[str] = (), held_out: bool = False,
     ):
         """samples: with paths for images. splits: "train", "val" or "" for each. skipped: what was left out before.
 
-        left_out: pictures that were not fit for their pages, and why.
+        left_out: pictures that were not fit for their pages, and why. held_out: nothing is learned from it, see split_records.
         """
         self.name = name
         self.skipped = list(skipped)
@@ -53,13 +53,13 @@ class Records:
         self.in_memory = many <= KEPT_PICTURES and many * 3 * cache_side**2 <= KEPT_BYTES
         if self.in_memory:
             samples, splits = self._decode_all(paths, samples, splits)
-        if len(samples) < 2:
-            raise UserError(f"{name}: it has {len(samples)} usable records; at least two are needed, "
-                            "one to train on and one held out.")
-        sides = split_records(name, samples, splits, {} if "val" in splits else self._same_picture())
+        if len(samples) < (1 if held_out else 2):
+            wanted = "one is needed, to be asked" if held_out else "two are needed, one to train on and one held out"
+            raise UserError(f"{name}: it has {len(samples)} usable records; at least {wanted}.")
+        sides = split_records(name, samples, splits, [] if held_out or "val" in splits else self.known_by(samples), held_out)
         self._records = {split: [s for s, side in zip(samples, sides) if side == split] for split in SPLITS}
         self.labels = _classes(samples)
-        self.few = len(self._records["train"]) < ENOUGH_TRAIN or len(self._records["val"]) < ENOUGH_VAL
+        self.few = len(self._records["train"]) < ENOUGH_TRAIN and not held_out or len(self._records["val"]) < ENOUGH_VAL
         self._entries = {(view, split): self._list_entries(view, split) for view in REAL for split in SPLITS}
 
     # ---- the interface that Scenes has too
@@ -107,11 +107,26 @@ class Records:
         """(record, caption) of each sample, by index; the record has paths for images."""
         return self._entries[view, split]
 
+    def known_by(self, records: Sequence[Sample]) -> list[set]:
+        """By what the pictures of each record, and the frames of its clips, are known again: their files, whatever the path to them,
+        and where they are in memory also their content, which a copy in another folder has too.
+        """
+        known = {}
+        for entry in dict.fromkeys(entry for record in records for entry in record.images):
+            content = [blake2b(frame.tobytes(), digest_size=8).digest() for frame in files(self._pictures.get(entry, ()))]
+            known[entry] = {path.resolve() for path in files(entry)}.union(content)
+        return [set().union(*(known[entry] for entry in record.images)) for record in records]
+
+    def held_pictures(self) -> set:
+        """By what the pictures of the held-out side are known (known_by)."""
+        return set().union(*self.known_by(self._records["val"]))
+
     def hold_out(self, pictures: set) -> None:
-        """Records that show one of these pictures are held out too, as another set of a mixture holds it out."""
-        shows = [not pictures.isdisjoint(record.images) for record in self._records["train"]]
-        self._records["val"] += [record for record, found in zip(self._records["train"], shows) if found]
-        self._records["train"] = [record for record, found in zip(self._records["train"], shows) if not found]
+        """Records that show one of these pictures (known_by) are held out too, as another set of a mixture holds it out."""
+        train = self._records["train"]
+        shown = [not pictures.isdisjoint(known) for known in self.known_by(train)]
+        self._records["val"] += [record for record, found in zip(train, shown) if found]
+        self._records["train"] = [record for record, found in zip(train, shown) if not found]
         self._entries = {(view, split): self._list_entries(view, split) for view, split in self._entries}
 
     def leave_out(self, view: str, why: Callable[[Sample], str | None], splits: Sequence[str] = SPLITS) -> None:
@@ -200,8 +215,8 @@ class Records:
         if self.left_out:
             said.append(f"{len(self.left_out)} pictures were taken out of their pages; the first is {self.left_out[0]}.")
         if self.few:
-            what = "pictures" if self.size("captions", "train") else "records"
-            said.append(f"{train} training and {val} held-out {what} are too few to judge by: the figures above may be luck.")
+            what = "pictures" if self.size("captions", "train" if train else "val") else "records"
+            said.append(f"{f'{train} training and ' if train else ''}{val} held-out {what} are too few to judge by: the figures above may be luck.")
         exact = figures.get("caption_exact")
         if exact and not self.labels:
             said.append(f"{train} pictures teach naming only so far: {exact['value']:.1%} of the held-out captions are exactly "
@@ -232,11 +247,6 @@ class Records:
 
     def _note_skipped(self, records: Sequence[tuple[str, str]]) -> None:
         self.skipped = list(dict.fromkeys([*self.skipped, *records]))  # each once, however often it is met
-
-    def _same_picture(self) -> dict[object, str]:
-        """A name for the content of each picture in memory: copies of one picture under two names count as one."""
-        return {path: blake2b(b"".join(one.tobytes() for one in files(picture)), digest_size=8).hexdigest()
-                for path, picture in self._pictures.items()}
 
     # ---- views
 
@@ -273,15 +283,20 @@ def _classes(samples: Sequence[Sample]) -> tuple[str, ...]:
 
 
 def split_records(
-    name: str, samples: Sequence[Sample], given: Sequence[str], same_picture: dict[object, str]
+    name: str, samples: Sequence[Sample], given: Sequence[str], known: Sequence[set], held_out: bool = False
 ) -> list[str]:
-    """"train" or "val" for each record: as given, or a tenth held out (at least one record with a picture)."""
+    """"train" or "val" for each record: as given, or a tenth held out (at least one record with a picture). known: see Records.known_by.
+
+    Of a set that is held out as a whole all are "val", unless it says of some that they are: then those alone are asked.
+    """
+    if held_out and "val" not in given:
+        return ["val"] * len(samples)
     if "val" in given:
-        if all(split == "val" for split in given):
+        if all(split == "val" for split in given) and not held_out:
             raise UserError(f'{name}: field "split" is "val" in every record; some must be "train".')
         return ["val" if split == "val" else "train" for split in given]
     sides = ["train"] * len(samples)
-    groups = _groups(samples, same_picture)
+    groups = _groups(known)
     for has_picture in (True, False):
         # A hash of the records' names: the choice depends on neither the order nor the machine.
         some = [group for group in groups if bool(samples[group[0]].images) == has_picture]
@@ -308,9 +323,9 @@ def content(record: Sample) -> bytes:
     return blake2b(record.images[0].read_bytes(), digest_size=16).digest()
 
 
-def _groups(samples: Sequence[Sample], same_picture: dict[object, str]) -> list[list[int]]:
+def _groups(known: Sequence[set]) -> list[list[int]]:
     """Numbers of the records that are linked by a picture, directly or through others (union-find)."""
-    leader = list(range(len(samples)))
+    leader = list(range(len(known)))
 
     def find(i: int) -> int:
         while leader[i] != i:
@@ -319,10 +334,10 @@ def _groups(samples: Sequence[Sample], same_picture: dict[object, str]) -> list[
         return i
 
     first_with: dict[object, int] = {}
-    for i, sample in enumerate(samples):
-        for path in sample.images:
-            leader[find(i)] = find(first_with.setdefault(same_picture.get(path, path), i))
+    for i, pictures in enumerate(known):
+        for picture in pictures:
+            leader[find(i)] = find(first_with.setdefault(picture, i))
     groups: dict[int, list[int]] = {}
-    for i in range(len(samples)):
+    for i in range(len(known)):
         groups.setdefault(find(i), []).append(i)
     return list(groups.values())

@@ -101,10 +101,13 @@ def _question(record: str, row: dict) -> Sample:
     images, question = _shown(row), row["question"]
     if not isinstance(question, str) or not question.strip():
         raise UserError('field "question" is empty or no text')
-    answers = tuple(map(str, row["answer"] if isinstance(row.get("answer"), list) else [row.get("answer") or ""]))
+    given = row.get("answer", "")
+    answers = _texts("answer", given if isinstance(given, list) else [given])
     if not answers or not all(answer.strip() for answer in answers):
         raise UserError('field "answer" is missing or empty; write a text, or a list of all that is right')
-    options = tuple(map(str, row.get("candidates") or row.get("options") or ()))
+    options = _texts("candidates", row.get("candidates")) or _texts("options", row.get("options"))
+    if not all(option.strip() for option in options):
+        raise UserError("one of the answers to choose from is empty; write or remove it")
     if options and not set(answers) & set(options):
         raise UserError(f'field "answer" is {answers[0]!r}, which is none of the answers to choose from')
     captions = _captions(row["caption"]) if row.get("caption") else ()
@@ -115,8 +118,20 @@ def _question(record: str, row: dict) -> Sample:
 
 def _fields(row: dict) -> tuple[tuple[str, str], ...]:
     """What else a template may say of the record, as it says it."""
-    said = {"context": row.get("context"), "history": row.get("history"), "ocr": listed(row.get("ocr") or ()), "options": lettered(row.get("options") or ())}
-    return tuple((name, unmarked(str(text))) for name, text in said.items() if text)
+    for name in ("context", "history"):
+        if not isinstance(row.get(name) or "", str):
+            raise UserError(f'field "{name}" must be a text')
+    words = row.get("ocr")
+    said = {"context": row.get("context"), "history": row.get("history"), "options": lettered(_texts("options", row.get("options"))),
+            "ocr": listed(words if isinstance(words, str) else _texts("ocr", words))}
+    return tuple((name, unmarked(text)) for name, text in said.items() if text)
+
+
+def _texts(name: str, value: object) -> tuple[str, ...]:
+    """A list of texts, or of numbers; () where there is none."""
+    if not isinstance(value or [], list) or not all(isinstance(one, (str, int, float)) for one in value or ()):
+        raise UserError(f'field "{name}" must be a list of texts')
+    return tuple(map(str, value or ()))
 
 
 def _turns(messages: object) -> tuple[Turn, ...]:

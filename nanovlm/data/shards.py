@@ -11,7 +11,7 @@ dot are one record. A picture is a place in the shard, so nothing is unpacked an
 import json
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 
@@ -39,6 +39,9 @@ class Packed:
 
     def open(self, mode: str = "rb") -> BytesIO:
         return BytesIO(self.read_bytes())
+
+    def resolve(self) -> "Packed":
+        return replace(self, shard=self.shard.resolve())
 
     @property
     def suffix(self) -> str:

@@ -95,10 +95,10 @@ def instruction(record: Sample, rng: Random) -> tuple[tuple[Turn, ...], tuple[st
         turn = rng.choice(record.turns)
         right, kind, options = record.task.answers or (turn.answer,), turn.kind, turn.options
         fields |= {"question": turn.question.replace(IMAGE, "").strip(), "answer": rng.choice(right)}
-        templates = templates if record.form == "short" else [one for one in templates if not BRIEF.search(one)]
+        if record.form != "short":
+            templates = [one for one in templates if not BRIEF.search(one)] or templates  # a person's may all be brief
     if group == ASKING:
         right, options = (fields["question"],), ()
-        fields.pop("options", None)
     answer = fields["answer"] if "answer" in fields and group != ASKING else rng.choice(right)
     asked = filled(rng.choice(templates), fields)
     shown = IMAGE * sum(turn.question.count(IMAGE) for turn in record.turns) if record.turns else IMAGE
@@ -116,6 +116,16 @@ def filled(template: str, fields: dict[str, str]) -> str:
         fields = fields | {"question": f"{fields['question']} Options: {fields['options']}."}
     before = "".join(cue.format(fields[name]) for name, cue in BEFORE.items() if name in fields and name not in named)
     return before + template.format_map(fields)
+
+
+def check_template(template: str, group: str) -> None:
+    """A template holds what its group asks, and not what would give the answer away."""
+    asked = set() if group in CAPTIONING else {"answer"} if group == ASKING else {"question"}
+    if {"question", "answer"} & set(names(template)) != asked:
+        wanted = "".join(f"{{{name}}}" for name in asked) or "neither"
+        raise UserError(f'the template "{template}" must hold, of {{question}} and {{answer}}, {wanted}, as its group is {group}')
+    if IMAGE in template:
+        raise UserError(f'the template "{template}" must not hold "{IMAGE}": the picture stands before it in any case')
 
 
 def names(template: str) -> list[str]:

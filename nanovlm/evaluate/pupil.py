@@ -6,6 +6,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from hashlib import blake2b
 from random import Random
 
 import torch
@@ -166,7 +167,7 @@ def truth(sample: Sample, answer: str) -> str:
 
 
 def permuted(samples: Sequence[Sample]) -> list[Sample]:
-    """The same questions with pictures, or what is told in their places, that belong to other samples of the list."""
+    """The same questions with other pictures, or what is told in their places, of the list: not their own, nor one that equals it."""
     images = _moved([image for s in samples for image in s.images])
     told = _moved([text for s in samples for text in s.told])
     return [replace(s, images=tuple(next(images) for _ in s.images), told=tuple(next(told) for _ in s.told)) for s in samples]
@@ -176,7 +177,33 @@ def _moved(things: list) -> Iterator:
     order = list(range(len(things)))
     Random(0).shuffle(order)
     after = dict(zip(order, order[1:] + order[:1]))  # round in a circle: nothing stays in its place
-    return iter([things[after[i]] for i in range(len(things))])
+    return iter([things[i] for i in _to_others(list(map(_content, things)), [after[i] for i in range(len(things))])])
+
+
+def _to_others(had: list, gets: list[int]) -> list[int]:
+    """The places from which each takes its thing, exchanged where it would get what equals its own, as two questions about one picture do.
+
+    Each thing is taken once. Only where more than half of them are equal that cannot be, and the others are taken several times.
+    """
+    n = len(had)
+    for i in range(n):
+        if had[gets[i]] == had[i]:
+            other = next((j % n for j in range(i + 1, i + n) if had[i] not in (had[j % n], had[gets[j % n]])), None)
+            if other is None:
+                break
+            gets[i], gets[other] = gets[other], gets[i]
+    stuck = [i for i in range(n) if had[gets[i]] == had[i]]  # all of them with the same thing
+    others = [i for i in range(n) if had[i] != had[stuck[0]]] if stuck else []
+    for count, i in enumerate(stuck if others else ()):
+        gets[i] = others[count % len(others)]
+    return gets
+
+
+def _content(thing: object) -> object:
+    """What equal pictures, clips or texts share."""
+    if isinstance(thing, tuple):
+        return tuple(map(_content, thing))
+    return (thing.size, blake2b(thing.tobytes()).digest()) if isinstance(thing, Image.Image) else thing
 
 
 def chunks(samples: Sequence[Sample]) -> Iterator[Sequence[Sample]]:

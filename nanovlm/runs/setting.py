@@ -151,8 +151,10 @@ def leave_out_unfit(jobs: Sequence[Job], setting: Setting) -> None:
         if job.stage.evaluate:
             setting.source.leave_out(real_view(job.stage.evaluate), why, ("val",))
         if cut:
-            setting.notes.append(f"{len(cut)} instructions of stage {job.stage.name} can be longer than the {find_format(job.stage.format).asked} "
-                                 "tokens that there is room for, and then lose their beginning.")
+            limits = {"language model": find_format(job.stage.format).asked, "Q-Former": reads.question}
+            room = ", ".join(f"{limit} in the {reader}" for reader, limit in limits.items() if limit)
+            setting.notes.append(f"{len(cut)} instructions of stage {job.stage.name} can be longer than the tokens that there is room for "
+                                 f"({room}), and then lose their beginning.")
 
 
 def problem(collate: Collate, cut: set[tuple[str, str]], sample: Sample) -> str | None:
