@@ -9,7 +9,7 @@
                      │                     self-attention: all tokens see all tokens       ▼
                      └► "<s> what colour is the star?" ─► embeddings (B, T, D_lm) ─► [(B, Q, D_lm) ; (B, T, D_lm)] ─► frozen LM ─► "red"
 
-The instruction goes in twice, each time in the reader's own tokens. Sixteen or thirty-two queries cannot carry a whole picture.
+The instruction goes in twice, each time in the reader's own tokens. A few queries cannot carry all that a photograph shows.
 Queries that know the question can carry what answers it. With `asks` off they do not read the instruction and bring back the same
 for every question: the paper's ablation (Table 2).
 
