@@ -109,11 +109,14 @@ class Records:
 
     def known_by(self, records: Sequence[Sample]) -> list[set]:
         """By what the pictures of each record, and the frames of its clips, are known again: their files, whatever the path to them,
-        and where they are in memory also their content, which a copy in another folder has too.
+        and where they are in memory also their content, which a copy in another folder has too. In clips a frame of one colour tells
+        nothing: many begin with a black one.
         """
         known = {}
         for entry in dict.fromkeys(entry for record in records for entry in record.images):
-            content = [blake2b(frame.tobytes(), digest_size=8).digest() for frame in files(self._pictures.get(entry, ()))]
+            shown = files(self._pictures.get(entry, ()))
+            telling = [frame for frame in shown if len(shown) == 1 or frame.getcolors(1) is None]
+            content = [blake2b(frame.tobytes(), digest_size=8).digest() for frame in telling]
             known[entry] = {path.resolve() for path in files(entry)}.union(content)
         return [set().union(*(known[entry] for entry in record.images)) for record in records]
 
