@@ -252,6 +252,13 @@ def test_blip2_talks_about_one_picture(untrained, photo, monkeypatch, capsys, na
     assert "one image stands before everything" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["blip2/tiny", "instructblip/tiny"])
+def test_a_question_without_a_picture_is_refused(untrained, capsys, name):
+    """In a sentence, also where the question reaches the picture's queries before the language model."""
+    assert main([untrained(name), "--ask", "what is it?"]) == 2
+    assert "One picture stands before each" in capsys.readouterr().err
+
+
 def test_a_language_model_talks_without_pictures(untrained, photo, capsys):
     path = untrained("lm/tiny")
     assert main([path, "--ask", "what is it?", "--max-new-tokens", "3"]) == 0
