@@ -175,11 +175,11 @@ class Collate:
         """
         if not self.reads.question:
             return {}
-        rows = []
+        rows, words = [], self.tokenizer.bridge
         for sample in samples:
             asked = " ".join(turn.question.replace(IMAGE, "").strip() for turn in sample.turns)
-            rows.append([self.tokenizer.bos_id, *self.tokenizer.encode(asked)[2 - self.reads.question:], self.tokenizer.eos_id])
-        return {f"qformer_{name}": tensor for name, tensor in _pad_right(rows, self.tokenizer.pad_id).items()}
+            rows.append([words.bos_id, *words.encode(asked)[2 - self.reads.question:], words.eos_id])
+        return {f"qformer_{name}": tensor for name, tensor in _pad_right(rows, words.pad_id).items()}
 
     # ---- pages
 
@@ -286,9 +286,10 @@ class Collate:
 
         A text that is too long loses its end but keeps "</s>", where CLIP reads the sentence off.
         """
-        rows = [[self.tokenizer.bos_id, *self.tokenizer.encode(text)] for text in texts]
+        words = self.tokenizer.bridge  # who compares texts with pictures is the bridge, or a model without another tokenizer
+        rows = [[words.bos_id, *words.encode(text)] for text in texts]
         last = (self.max_length or PAIR_LENGTH) - 1
-        return _pad_right([ids[:last] + [self.tokenizer.eos_id] for ids in rows], self.tokenizer.pad_id)
+        return _pad_right([ids[:last] + [words.eos_id] for ids in rows], words.pad_id)
 
 
 def _given(turn: Turn, labels: Sequence[int], rng: Random) -> int:
