@@ -18,10 +18,11 @@ code: −200). `bridge` is the tokenizer of a Q-Former that reads: BERT's, while
 **The blank before a text.** Files of SentencePiece put "▁" before each text that they are given. Conversations are encoded in pieces,
 so that no label can slip; a piece within a text must not get a blank of its own. So `encode` is told what stands before:
 
-    before     "USER: what? ASSISTANT:"  a text      " red"    → ▁red             never a further blank
-               <image>                   a mark      "\\nwhat"  → ▁ <0x0A> what    as LLaVA's code, which encodes what is between images apart
-               <s>, or nothing           the start   "USER:"   → ▁US ER :         a blank that opens the text is left out, as the file adds its own
-               </s> in the midst         a mark      "USER:"   → ▁US ER : or US ER :    as the file says: prepend_scheme "always" or "first"
+    before                       text
+    "what? ASSISTANT:"  a text   " red"    ▁red             never a further blank
+    <s>                 opens    "USER:"   ▁US ER :         a blank at the text's beginning is left out: OPT's captions begin with "a", not " a"
+    <image>             a mark   "\\nwhat"  ▁ <0x0A> what    as LLaVA's code, which encodes the texts between images one by one
+    </s> between turns  a mark   "USER:"   ▁US ER : or US ER :    as the file says: prepend_scheme "always" or "first"
 
 The ids are those that the published codes get for the whole text, but for an answer that ends in white space: there the whole text may
 have one token for that and the line end or blank that closes the answer ("blip2", "llama_2"). Ours are two, so that generation stops at
@@ -75,12 +76,12 @@ class PublishedTokenizer:
         self._inside = _backend({**texts, **{part: without_blank(texts[part]) for part in ("normalizer", "pre_tokenizer")}}, name)
         self._only_first = '"first"' in json.dumps(parts["pre_tokenizer"])
         marks = KINDS[kind]
-        for mark in marks[:2]:
+        for mark in marks[:2] if kind == "vicuna" else marks:  # whose <pad> is a word that InstructBLIP adds
             if mark and self._file.token_to_id(mark) is None:
                 raise UserError(f"{name} has no token {mark!r}, which {kind} needs: is it the tokenizer of another model?")
         self.bos_id, self.eos_id = (self._file.token_to_id(mark) if mark else None for mark in marks[:2])
         pad = self._file.token_to_id(marks.pad)
-        self.pad_id = len(self) if pad is None else pad  # InstructBLIP adds a word to Vicuna's
+        self.pad_id = len(self) if pad is None else pad
         known = {token.content: i for i, token in self._file.get_added_tokens_decoder().items() if token.special}
         ours = {"<s>": self.bos_id, "</s>": self.eos_id, "<pad>": self.pad_id, "<image>": image_id}
         self._ids = known | {mark: i for mark, i in ours.items() if i is not None}
@@ -102,11 +103,14 @@ class PublishedTokenizer:
 
     def _encode_text(self, text: str, before: str | int | None) -> list[int]:
         utf8(text)  # the package's own message for half a character names no text
-        opens = before == self.bos_id or (self.bos_id is None and before == self.eos_id)  # behind T5's "</s>" the decoder's text begins
-        within = isinstance(before, str) or (self._only_first and not opens and before not in (None, self.image_id))
-        if opens and before is not None:
-            text = text.removeprefix(" ")
-        return (self._inside if within else self._whole).encode(text, add_special_tokens=False).ids
+        words = self._whole
+        if isinstance(before, str):
+            words = self._inside
+        elif before == self.bos_id or self.bos_id is None:  # behind T5's "</s>" the decoder's text begins
+            text = text if before is None else text.removeprefix(" ")
+        elif self._only_first and before not in (None, self.image_id):
+            words = self._inside
+        return words.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int], specials: bool = False) -> str:
         """The text of `ids`; marks are dropped unless specials=True. The blank that the file puts before a text is taken off again."""
