@@ -30,12 +30,12 @@ from nanovlm.data.sample import IMAGE, Sample, Turn
 from nanovlm.data.transforms import load_image
 from nanovlm.errors import UserError
 from nanovlm.evaluate.pupil import Pupil
+from nanovlm.published_tokenizer import restored
 from nanovlm.recipes.stage import resolve
 from nanovlm.runs import checkpoint, shipped
 from nanovlm.runs.folder import is_run
 from nanovlm.runs.run import model_of, shortened
 from nanovlm.runs.setting import Job, world_of
-from nanovlm.tokenizer import Tokenizer
 from nanovlm.training import distributed
 
 ROOM = 128  # tokens of an answer, where none is given
@@ -130,7 +130,7 @@ def load_run(path: str | Path, device: torch.device | str = "cpu") -> Pupil:
         raise UserError(f"{path} is not finished (it has no {weights.name}): go on with train_tiny.py --recipe {recipe.name} "
                         f"--out {path} --resume.")
     model = model_of(Job(recipe, stage), checkpoint.load(weights))
-    tokenizer = Tokenizer.from_dict(checkpoint.load(path / "last.pt")["tokenizer"])
+    tokenizer = restored(checkpoint.load(path / "last.pt")["tokenizer"])
     return Pupil(model.to(device), recipe, stage, tokenizer, device)
 
 

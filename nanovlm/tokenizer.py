@@ -75,14 +75,17 @@ class Tokenizer:
         counts = Counter()
         for text in texts:
             counts.update(SPLIT.findall(text))
-        words = [[byte + len(specials) for byte in _utf8(piece)] for piece in counts]
+        words = [[byte + len(specials) for byte in utf8(piece)] for piece in counts]
         merges = _learn_merges(words, list(counts.values()), vocab_size - smallest, first_id=smallest)
         return cls(merges, specials)
 
     # ---- text to ids and back
 
-    def encode(self, text: str, specials: bool = False) -> list[int]:
-        """The ids of `text`. Only with specials=True does "<image>" in it mean the special token."""
+    def encode(self, text: str, specials: bool = False, before: str | int | None = None) -> list[int]:
+        """The ids of `text`. Only with specials=True does "<image>" in it mean the special token.
+
+        before: what it stands behind, which plays no part here; see published_tokenizer.py.
+        """
         if not specials or self._special_split is None:
             return self._encode_ordinary(text)
         ids = []
@@ -116,7 +119,7 @@ class Tokenizer:
 
     def _encode_piece(self, piece: str) -> list[int]:
         """Apply the merges in the order in which they were learned, which is the order of their ids."""
-        ids = [byte + len(self.specials) for byte in _utf8(piece)]
+        ids = [byte + len(self.specials) for byte in utf8(piece)]
         while len(ids) > 1:
             best = min(pairwise(ids), key=lambda pair: self._merged.get(pair, len(self)))
             if best not in self._merged:
@@ -133,6 +136,11 @@ class Tokenizer:
         if special not in self._special_ids:
             raise UserError(f"This tokenizer has no special token {special!r}; it has {', '.join(self.specials)}.")
         return self._special_ids[special]
+
+    @property
+    def bridge(self) -> "Tokenizer":
+        """Of a Q-Former that reads: ours reads the language model's words."""
+        return self
 
     @property
     def pad_id(self) -> int:
@@ -162,7 +170,7 @@ class Tokenizer:
         return cls(merges, specials)
 
 
-def _utf8(piece: str) -> bytes:
+def utf8(piece: str) -> bytes:
     try:
         return piece.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -29,12 +29,12 @@ from source import (
 
 SIX = {"numpy": "numpy", "torch": "torch", "tqdm": "tqdm", "pillow": "PIL", "matplotlib": "matplotlib",
        "pytest": "pytest"}
-OPTIONAL = {"safetensors"}  # imported inside the function that needs it, never at the top of a module
+OPTIONAL = {"safetensors", "tokenizers"}  # imported inside the function that needs it, never at the top of a module
 
 # The house: floor → the modules of nanovlm on it. Imports go down only; a wing imports what WINGS says, and floor 0.
 FLOORS = {
-    0: ["errors", "files", "contract", "attention", "feedforward", "masks", "tokenizer", "lm_loss", "generation", "tiling", "metrics",
-        "plots"],
+    0: ["errors", "files", "contract", "attention", "feedforward", "masks", "tokenizer", "published_tokenizer", "lm_loss", "generation", "tiling",
+        "metrics", "plots"],
     1: ["vit", "nfnet", "bert", "qformer", "perceiver_resampler", "gated_xattn", "projector", "decoder", "t5",
         "contrastive", "matching", "momentum"],
     2: ["papers"],
@@ -49,7 +49,7 @@ PAPERS = ["clip", "language_model", "masked_language_model", "blip", "blip_downs
 # lines of code, so that no wing eats what another saves; the design wants data 1,000, training 450 and runs 480.
 # The world has grown by InstructBLIP's eleven groups of tasks, Flamingo's pages and clips and BLIP's noisy web, training by what it draws
 # from, by mixed losses and adaptive clipping, runs by what is shipped, evaluate by few-shot exams.
-BUDGET = {"world": 1_420, "data": 2_210, "making": 725, "training": 550, "runs": 1_020, "evaluate": 375, "hub": 685}
+BUDGET = {"world": 1_420, "data": 2_225, "making": 725, "training": 550, "runs": 1_030, "evaluate": 375, "hub": 685}
 
 
 def allowed(importer: Sequence[str], imported: Sequence[str]) -> bool:
@@ -213,7 +213,7 @@ def lines_of(path: Path) -> int:
 def test_the_package_can_be_read_in_a_weekend():
     lines = sum(map(lines_of, MODULES))
     print(f"nanovlm: {lines} lines of code in {len(MODULES)} files")
-    assert lines <= 10_360  # the design hopes for 7,000 with all six papers; data, runs and hub are a third of it
+    assert lines <= 10_490  # the design hopes for 7,000 with all six papers; data, runs and hub are a third of it
 
 
 @pytest.mark.parametrize("part", BUDGET)

@@ -14,6 +14,7 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from hashlib import blake2b
 from io import BytesIO
 
@@ -32,8 +33,10 @@ from nanovlm.data.sample import Sample
 from nanovlm.data.transforms import load_image
 from nanovlm.errors import UserError
 from nanovlm.lm_loss import IGNORE
+from nanovlm.published_tokenizer import PublishedTokenizer
 from nanovlm.recipes.stage import Recipe, resolve
 from nanovlm.runs.setting import Job, Setting, leave_out_unfit, make_tokenizer, plan, shares
+from nanovlm.tokenizer import Tokenizer
 from nanovlm.training.batches import MicroBatches, make_collate
 
 LISTED, SHOWN, BAR = 20, 3, 40  # problems listed, samples shown of a stage, characters of the longest bar
@@ -185,9 +188,18 @@ def printable(text: str, plain: str) -> str:
 
 # ---- as a run would read it
 
+def words_of(recipe: Recipe, records: Records | Mixed) -> Tokenizer | PublishedTokenizer:
+    """The run's tokenizer; data may be looked at before published weights are there."""
+    try:
+        return make_tokenizer(recipe, records, seed=0)
+    except UserError as error:
+        print(f"\nnote: {error} Here tokens are counted by a tokenizer that is learned from these data.")
+        return make_tokenizer(replace(recipe, words={}), records, seed=0)
+
+
 def go_through_stages(records: Records | Mixed, recipe: Recipe) -> list[str]:
     """What each stage has to train on, and its first samples; returns what no stage could read."""
-    setting = Setting(recipe, 0, torch.device("cpu"), records, make_tokenizer(recipe, records, seed=0))
+    setting = Setting(recipe, 0, torch.device("cpu"), records, words_of(recipe, records))
     problems, shown = [], []
     print(f"\nthe stages of {recipe.name}")
     for job in plan(Job(recipe, recipe.stages[-1]), setting):

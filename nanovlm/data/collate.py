@@ -113,7 +113,7 @@ class Collate:
     def loses_beginning(self, sample: Sample) -> bool:
         """Whether it is asked in more tokens than the language model (Format.asked) or the bridge (Reads.question) reads, the last ones."""
         layout = find_format(self.layout(sample))
-        if self.reads.question and len(self.tokenizer.encode(_asked(sample))) > self.reads.question - 2:  # "<s>" and "</s>" are two
+        if self.reads.question and len(self.tokenizer.bridge.encode(_asked(sample))) > self.reads.question - 2:  # "<s>" and "</s>" are two
             return True
         if not layout.asked:
             return False
@@ -177,10 +177,10 @@ class Collate:
         """
         if not self.reads.question:
             return {}
-        rows = []
+        rows, words = [], self.tokenizer.bridge
         for sample in samples:
-            rows.append([self.tokenizer.bos_id, *self.tokenizer.encode(_asked(sample))[2 - self.reads.question:], self.tokenizer.eos_id])
-        return {f"qformer_{name}": tensor for name, tensor in _pad_right(rows, self.tokenizer.pad_id).items()}
+            rows.append([words.bos_id, *words.encode(_asked(sample))[2 - self.reads.question:], words.eos_id])
+        return {f"qformer_{name}": tensor for name, tensor in _pad_right(rows, words.pad_id).items()}
 
     # ---- pages
 
@@ -287,9 +287,10 @@ class Collate:
 
         A text that is too long loses its end but keeps "</s>", where CLIP reads the sentence off.
         """
-        rows = [[self.tokenizer.bos_id, *self.tokenizer.encode(text)] for text in texts]
+        words = self.tokenizer.bridge  # who compares texts with pictures is the bridge, or a model without another tokenizer
+        rows = [[words.bos_id, *words.encode(text)] for text in texts]
         last = (self.max_length or PAIR_LENGTH) - 1
-        return _pad_right([ids[:last] + [self.tokenizer.eos_id] for ids in rows], self.tokenizer.pad_id)
+        return _pad_right([ids[:last] + [words.eos_id] for ids in rows], words.pad_id)
 
 
 def _asked(sample: Sample) -> str:

@@ -174,7 +174,8 @@ def prompt(
 
 def answer_ids(answer: str, tokenizer: Tokenizer, format: str | Format) -> list[int]:
     """An answer exactly as it is trained, with what closes it: what stands after `prompt`."""
-    return _encode_pieces(_answer_pieces(answer, tokenizer, find_format(format), "the answer"), tokenizer)[0]
+    layout = find_format(format)
+    return _encode_pieces(_answer_pieces(answer, tokenizer, layout, "the answer"), tokenizer, layout.lead or None)[0]
 
 
 def candidate_ids(answer: str, tokenizer: Tokenizer, format: str | Format) -> list[int]:
@@ -185,8 +186,9 @@ def candidate_ids(answer: str, tokenizer: Tokenizer, format: str | Format) -> li
 
 def stop_ids(format: str | Format, tokenizer: Tokenizer) -> list[int]:
     """The ids at which generation stops: "</s>" or "<EOC>" where the format has it, else the whole closing text."""
-    ids, _ = _encode_pieces(_template(find_format(format).close, tokenizer, trained=True), tokenizer)
-    return ids[-1:] if ids[-1] < len(tokenizer.specials) else ids
+    pieces = _template(find_format(format).close, tokenizer, trained=True)
+    ids, _ = _encode_pieces(pieces, tokenizer, before="an answer")
+    return ids if isinstance(pieces[-1][0], str) else ids[-1:]
 
 
 def two_sequences(ids: Sequence[int], labels: Sequence[int], given: int = 0) -> tuple[list[int], list[int]]:
@@ -278,8 +280,8 @@ def _split(text: str, marks: dict[str, int], trained: bool = False) -> list[Piec
     return [(marks.get(part, part), trained) for part in parts if part]
 
 
-def _encode_pieces(pieces: list[Piece], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    """Ids, and whether each is trained.
+def _encode_pieces(pieces: list[Piece], tokenizer: Tokenizer, before: str | int | None = None) -> tuple[list[int], list[bool]]:
+    """Ids, and whether each is trained. before: what stands before the first piece, a text or a mark.
 
     Neighbouring texts without loss are encoded as one: the blank that ends a template joins the word that follows it.
     """
@@ -292,9 +294,10 @@ def _encode_pieces(pieces: list[Piece], tokenizer: Tokenizer) -> tuple[list[int]
             joined.append((piece, trained))
     ids, mask = [], []
     for piece, trained in joined:
-        new = tokenizer.encode(piece, specials=False) if isinstance(piece, str) else [piece]
+        new = tokenizer.encode(piece, specials=False, before=before) if isinstance(piece, str) else [piece]
         ids += new
         mask += [trained] * len(new)
+        before = piece
     return ids, mask
 
 

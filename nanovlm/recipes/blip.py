@@ -86,7 +86,8 @@ BOOTSTRAPPED = {f"{name}, bootstrapped": texts for name, texts in NOISY.items()}
 
 def published(name: str, vision: ViTConfig, imagenet: str, batch_size: int, lr: float, captioner_lr: float, filter_lr: float) -> Recipe:
     """BLIP §4.1 and App. A; captioner and filter are what it fine-tunes on COCO for captioning and for retrieval."""
-    bert = "published-bert:google-bert/bert-base-uncased"
+    weights = "google-bert/bert-base-uncased"
+    bert = f"published-bert:{weights}"
     text = replace(BERT_BASE, vocab=BERT_BASE.vocab + 2, segments=0, image_width=vision.width)  # two more words, [DEC] and [ENC]
     epoch = round(PICTURES * 1e6 / batch_size)
     how = {"format": "blip", "real": "pairs", "weight_decay": 0.05, "augment": True, "fit": "stretch"}
@@ -96,7 +97,8 @@ def published(name: str, vision: ViTConfig, imagenet: str, batch_size: int, lr: 
                            ("word_head", bert)), **how)
     tune = {"batch_size": 256, "warmup": 0.0, **how}  # COCO's 566,747 texts, 5 epochs to caption and 6 to retrieve
     return Recipe(
-        name, BLIP, BLIPConfig(vision, text, momentum=MomentumConfig(ramp=2 * epoch)), image_size=224, vocab=text.vocab, checkpointing=True,
+        name, BLIP, BLIPConfig(vision, text, momentum=MomentumConfig(ramp=2 * epoch)), image_size=224, vocab=text.vocab,
+        words={"text": (weights, "bert")}, checkpointing=True,
         stages=(
             pretrain,
             Stage("captioner", WRITES, {"COCO": 567}, sizes=CAPTIONER, anew=True, init=(("", f"{name}@pretrain"),), steps=11_069, lr=captioner_lr,

@@ -47,6 +47,7 @@ BRIDGE_2 = ("vision_norm", "qformer", "projection")
 JUDGED = ("answers", "captions", "classes")
 BOTH_COLOURS = {"captions": 3, "unnamed captions": 1}
 COLLECTIONS = {"COCO": 0.6, "Visual Genome": 0.8, "CC3M": 3, "CC12M": 10, "SBU": 1, "LAION": 115}  # million pictures (§3.4)
+BERT_WORDS = ("google-bert/bert-base-uncased", "bert")  # the Q-Former's
 QFORMER_TEXT = replace(BERT_BASE, vocab=BERT_BASE.vocab + 1, segments=0)  # one more word, [DEC]
 
 
@@ -97,10 +98,10 @@ def published(name: str, eyes: tuple[ViTConfig, str, int], language: DecoderConf
               language_weights: str) -> Recipe:
     """BLIP-2 §3.4. OPT is told nothing before a caption, FlanT5 its beginning."""
     vision, vision_weights, batch_size = eyes
-    format, second_batch = ("flan_t5", 1_520) if isinstance(language, T5Config) else ("blip2", 1_920)
+    format, kind, second_batch = ("flan_t5", "t5", 1_520) if isinstance(language, T5Config) else ("blip2", "opt", 1_920)
     return Recipe(
         name, BLIP2, BLIP2Config(without_last_block(vision), QFormerConfig(QFORMER_TEXT, 32, vision.width), language),
-        image_size=224, vocab=language.vocab, checkpointing=True,
+        image_size=224, vocab=language.vocab, words={"text": (language_weights, kind), "bridge": BERT_WORDS}, checkpointing=True,
         stages=(
             Stage("stage1", BRIDGE_1, COLLECTIONS, real="pairs", builds=BLIP2Stage1, steps=250_000, batch_size=batch_size,
                   lr=1e-4, weight_decay=0.05, betas=(0.9, 0.98), warmup=2_000 / 250_000, augment=True, max_length=32,

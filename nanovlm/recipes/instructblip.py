@@ -99,17 +99,19 @@ def tune(format: str, batch_size: int, stage_2: str, **how) -> Stage:
 
 
 def on_flan_t5(size: str, language: T5Config, batch_size: int) -> Recipe:
-    return Recipe(f"instructblip/flan-t5-{size}", InstructBLIP, config(language), image_size=224, vocab=language.vocab, checkpointing=True,
-                  stages=(tune("instructblip-t5", batch_size, f"published:Salesforce/blip2-flan-t5-{size}"),))
+    words = {"text": (f"google/flan-t5-{size}", "t5"), "bridge": blip2.BERT_WORDS}
+    return Recipe(f"instructblip/flan-t5-{size}", InstructBLIP, config(language), image_size=224, vocab=language.vocab, words=words,
+                  checkpointing=True, stages=(tune("instructblip-t5", batch_size, f"published:Salesforce/blip2-flan-t5-{size}"),))
 
 
 def on_vicuna(size: str, language: DecoderConfig, batch_size: int) -> Recipe:
     """With one word more. There is no published BLIP-2 on Vicuna: the authors ran its stage 2 themselves (§2.6)."""
-    name, language = f"instructblip/vicuna-{size}", replace(language, vocab=language.vocab + 1)
+    name, language, weights = f"instructblip/vicuna-{size}", replace(language, vocab=language.vocab + 1), f"lmsys/vicuna-{size}-v1.1"
     second = replace(
         blip2.OPT_2.stage("stage2"), builds=BLIP2, sizes={"asks": False},
-        init=(*((part, STAGE_1) for part in ("vision", "vision_norm", "qformer")), ("language", f"published-words:lmsys/vicuna-{size}-v1.1")))
-    return Recipe(name, InstructBLIP, config(language), image_size=224, vocab=language.vocab, checkpointing=True,
+        init=(*((part, STAGE_1) for part in ("vision", "vision_norm", "qformer")), ("language", f"published-words:{weights}")))
+    words = {"text": (weights, "vicuna"), "bridge": blip2.BERT_WORDS}
+    return Recipe(name, InstructBLIP, config(language), image_size=224, vocab=language.vocab, words=words, checkpointing=True,
                   stages=(second, tune("instructblip", batch_size, f"{name}@stage2", anew=True)))
 
 

@@ -45,7 +45,7 @@ def published(name: str, language: DecoderConfig, weights: str) -> Recipe:
     """The paper's own two stages. differs: one unused id stands for <image>, as in the released code since v1.0.0."""
     return Recipe(
         name, LLaVA, LLaVAConfig(CLIP_L_14, language, image_token_id=language.vocab), image_size=224, vocab=language.vocab,
-        checkpointing=True,
+        words={"text": (weights, "llama")}, checkpointing=True,
         stages=(
             Stage("align", ("projector",), {"CC3M": 595}, real="captions", format="plain", steps=4_651, batch_size=128, lr=2e-3, max_length=2048,
                   init=(("vision", "published:openai/clip-vit-large-patch14"), ("language", f"published:{weights}"))),

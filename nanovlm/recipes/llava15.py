@@ -65,7 +65,7 @@ def published(name: str, language: DecoderConfig, weights: str, hd: bool = False
     config = LLaVAConfig(vision, replace(language, eps=1e-5), image_token_id=language.vocab, projector_layers=2,
                          tiling=hd_tiling(vision.image_size) if hd else None)
     return Recipe(
-        name, LLaVA, config, image_size=vision.image_size, vocab=language.vocab, checkpointing=True,
+        name, LLaVA, config, image_size=vision.image_size, vocab=language.vocab, words={"text": (weights, "llama")}, checkpointing=True,
         stages=(
             Stage("align", ("projector",), {"LCS": 558}, real="captions", sizes={"tiling": None}, format="plain", steps=2_181,
                   batch_size=256, lr=1e-3, max_length=2048, init=(("vision", f"published:{eyes}"), ("language", f"published:{weights}"))),

@@ -163,6 +163,9 @@ class Recipe:
     vocab: int
     makes: dict[str, CapFilt] = field(default_factory=dict)  # data sets that its own stages make, by name
     world: dict[str, object] = field(default_factory=dict)  # how the embedded world is drawn, where not as the encoder looks at it
+    # published tokenizers: of its "text", and of a "bridge" that reads other words, the folder below $NANOVLM_WEIGHTS and its kind, see
+    # published_tokenizer.py; {}: one is learned
+    words: dict[str, tuple[str, str]] = field(default_factory=dict)
     checkpointing: bool = False  # of the language model's activations: less memory, more compute
 
     def stage(self, name: str | None = None) -> Stage:

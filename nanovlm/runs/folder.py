@@ -15,6 +15,7 @@ from tempfile import TemporaryFile
 from nanovlm import recipes
 from nanovlm.errors import UserError
 from nanovlm.files import replacing
+from nanovlm.published_tokenizer import PublishedTokenizer, restored
 from nanovlm.runs import checkpoint
 from nanovlm.runs.cache import Cache
 from nanovlm.runs.checkpoint import saving
@@ -43,8 +44,8 @@ class RunFolder:
             self.state = checkpoint.load(self.path / "last.pt")
             self.records, self.before = self.state["records"], self.state["seconds"]
 
-    def tokenizer(self) -> Tokenizer | None:
-        return Tokenizer.from_dict(self.state["tokenizer"]) if self.state else None
+    def tokenizer(self) -> Tokenizer | PublishedTokenizer | None:
+        return restored(self.state["tokenizer"]) if self.state else None
 
     def begin(self, setting: Setting, cache: Cache, config: dict) -> None:
         """Put down, or compare, what was asked for; a run that was stopped before its first checkpoint begins at the beginning."""

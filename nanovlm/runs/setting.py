@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from nanovlm import recipes
+from nanovlm import published_tokenizer, recipes
 from nanovlm.data import formats
 from nanovlm.data.collate import Collate
 from nanovlm.data.conversation import find_format, template_texts
@@ -19,11 +19,12 @@ from nanovlm.data.records import real_view
 from nanovlm.data.sample import Sample
 from nanovlm.data.source import Source
 from nanovlm.making.bootstrap import Bootstrapped
+from nanovlm.published_tokenizer import PublishedTokenizer
 from nanovlm.recipes.instructblip import balanced
 from nanovlm.recipes.stage import CapFilt, Diet, Recipe, Stage, resolve
 from nanovlm.tokenizer import Tokenizer
 from nanovlm.training.batches import Balanced, Epochs, Gathered, InTurn, Mixture, Samples, make_collate
-from nanovlm.training.weights import needed_stages
+from nanovlm.training.weights import needed_stages, published_folder
 from nanovlm.world.datasets import Scenes
 
 
@@ -51,7 +52,7 @@ class Setting:
     seed: int
     device: torch.device
     source: Source  # a person's own data, or the world
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | PublishedTokenizer
     steps: float | None = None
     from_scratch: bool = False  # no shipped weights
     work: list[Job] = field(default_factory=list)  # what this run has to train, in order
@@ -107,12 +108,26 @@ def world_of(recipe: Recipe, seed: int) -> Scenes:
     return Scenes(seed, **{"size": recipe.image_size, **recipe.world})
 
 
-def make_tokenizer(recipe: Recipe, source: Source, seed: int) -> Tokenizer:
-    """Of the data; a person's few texts are joined by the embedded world's, which the language model reads as well."""
+def make_tokenizer(recipe: Recipe, source: Source, seed: int) -> Tokenizer | PublishedTokenizer:
+    """Of the data; a person's few texts are joined by the embedded world's, which the language model reads as well. A recipe of
+    published weights has theirs.
+    """
+    if recipe.words:
+        return published_words(recipe)
     texts = list(source.texts())
     if not isinstance(source, Scenes):
         texts += world_of(recipe, seed).texts()
     return Tokenizer.train(texts + 1000 * [*template_texts(), *PROMPTS], recipe.vocab)
+
+
+def published_words(recipe: Recipe) -> PublishedTokenizer:
+    """The recipe's published tokenizer, and in it that of a bridge that reads other words."""
+    bridge = None
+    if "bridge" in recipe.words:
+        name, kind = recipe.words["bridge"]
+        bridge = published_tokenizer.read(published_folder("the bridge's words", name), kind, recipe.config.qformer.text.vocab)
+    name, kind = recipe.words["text"]
+    return published_tokenizer.read(published_folder("the words", name), kind, recipe.vocab, bridge)
 
 
 def needs(job: Job, setting: Setting) -> list[Job]:

@@ -48,8 +48,8 @@ def path(recipe: str, stage: str) -> Path:
 
 
 def find_tokenizer(recipe: Recipe, source: Source, seed: int, real: bool = False) -> Tokenizer:
-    """The shipped one goes with the shipped backbones; real: none of these is wanted."""
-    known = None if real else tokenizer()
+    """The shipped one goes with the shipped backbones; real: none of these is wanted, nor of published weights."""
+    known = None if real or recipe.words else tokenizer()
     return known if known and len(known) <= recipe.vocab else make_tokenizer(recipe, source, seed)
 
 

@@ -16,6 +16,7 @@ from nanovlm.data.records import Records
 from nanovlm.data.sample import Sample
 from nanovlm.errors import UserError
 from nanovlm.evaluate.pupil import Pupil
+from nanovlm.published_tokenizer import restored
 from nanovlm.recipes.stage import CapFilt, Recipe, as_config, resolve
 from nanovlm.runs import checkpoint
 from nanovlm.runs.cache import Cache
@@ -24,7 +25,6 @@ from nanovlm.runs.folder import RunFolder, is_run
 from nanovlm.runs.progress import say
 from nanovlm.runs.run import Options, shortened, versions, weights_after
 from nanovlm.runs.setting import Job, Setting, leave_out_unfit
-from nanovlm.tokenizer import Tokenizer
 from nanovlm.training import distributed
 from nanovlm.training.weights import needed_stages
 
@@ -71,7 +71,7 @@ def prepare(path: Path, whole: Recipe, made: CapFilt, human: Records, why: Calla
         human.leave_out(whole.stage(name).real, why, ("train",))
     recipe = to_tune(whole, made, human, options.steps)
     keep = RunFolder(recipe.name, options.out, options.resume, options.overwrite, what=CLEANED)
-    tokenizer = Tokenizer.from_dict(checkpoint.load(path / "last.pt")["tokenizer"])
+    tokenizer = restored(checkpoint.load(path / "last.pt")["tokenizer"])
     setting = Setting(recipe, options.seed, distributed.choose_device(options.device), human, tokenizer)
     leave_out_unfit([Job(recipe, stage) for stage in recipe.stages], setting)
     return setting, keep

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from nanovlm import recipes
+from nanovlm import published_tokenizer, recipes
 from nanovlm.decoder import Decoder
 from nanovlm.errors import UserError
 from nanovlm.recipes.stage import Recipe, Stage, within
@@ -90,9 +90,11 @@ def published_folder(module: str, name: str) -> Path:
 
 
 def find_published(recipe: Recipe, last: str) -> None:
-    """All published weights that the recipe takes up to its stage `last` are there, or a UserError: asked before anything is
-    allocated, of the recipes too that its stages go on from.
+    """All published weights that the recipe takes up to its stage `last` are there, and its tokenizers, or a UserError: asked before
+    anything is allocated, of the recipes too that its stages go on from.
     """
+    for part, (name, _) in recipe.words.items():
+        published_tokenizer.find(published_folder(f"the tokenizer of {recipe.name} ({part})", name))
     for stage in recipe.stages[:recipe.stages.index(recipe.stage(last)) + 1]:
         for module, origin in stage.init:
             if origin.startswith(PUBLISHED):
