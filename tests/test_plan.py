@@ -18,7 +18,18 @@ from nanovlm import recipes
 from nanovlm.decoder import VICUNA_7B, Block
 from nanovlm.plan import __main__ as command
 from nanovlm.plan.simulate import look
-from nanovlm.plan.stages import FREE, GIB, Machine, checkpointed, gathered_bytes, make_batch, parts_of, plan, static_bytes, words_of
+from nanovlm.plan.stages import (
+    FREE,
+    GIB,
+    Machine,
+    checkpointed,
+    gathered_bytes,
+    make_batch,
+    parts_of,
+    plan,
+    static_bytes,
+    words_of,
+)
 from nanovlm.training.loop import freeze
 
 aten = torch.ops.aten

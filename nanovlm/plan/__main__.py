@@ -24,17 +24,16 @@ def describe(found: Plan) -> str:
     parts = ", ".join(f"{part} {count / 1e6:,.1f} M (learn {learned / 1e6:,.1f} M)" for part, (count, learned) in found.parts.items() if count)
     kinds = ", ".join(f"{kind} {size / GIB:.2f}" for kind, size in found.bytes.items())
     verdict = "fits" if found.fits else "DOES NOT FIT, even at the smallest micro-batch: more GPUs, more memory or a smaller batch"
-    return "\n".join((
-        f"{recipe.name}, stage {stage.name}: {stage.steps:,} steps of {stage.batch_size:,} = {machine.gpus} GPUs × {found.micro} × "
-        f"{found.accumulate} accumulated",
-        f"  parameters      {parts}",
-        f"  GiB, sharded    {kinds}",
-        f"                  largest rank's peak {found.needed / GIB:.1f} of {machine.memory:g}: {verdict}",
-        f"  activations     kept {found.look.kept / GIB:.2f} of {found.look.peak / GIB:.2f}, logits of a chunk in fp32 {found.look.logits / GIB:.2f};"
-        f" {f'without checkpointing {plain.peak / GIB:.2f}' if recipe.checkpointing else 'this recipe has no checkpointing'}",
-        f"  GiB, DDP        {found.whole / GIB:.1f} on each GPU before the first activation",
-        f"  time            {found.flops:.3e} FLOPs a step; at {machine.mfu:.0%} of {PEAK / 1e12:g} TFLOP/s {found.hours:,.1f} hours, "
-        f"{found.hours * machine.gpus:,.0f} GPU-hours"))
+    saved = f"without checkpointing {plain.peak / GIB:.2f}" if recipe.checkpointing else "this recipe has no checkpointing"
+    cost = f"{found.hours:,.1f} hours, {found.hours * machine.gpus:,.0f} GPU-hours"
+    shape = f"{machine.gpus} GPUs × {found.micro} × {found.accumulate} accumulated"
+    return f"""{recipe.name}, stage {stage.name}: {stage.steps:,} steps of {stage.batch_size:,} = {shape}
+  parameters      {parts}
+  GiB, sharded    {kinds}
+                  largest rank's peak {found.needed / GIB:.1f} of {machine.memory:g}: {verdict}
+  activations     kept {found.look.kept / GIB:.2f} of {found.look.peak / GIB:.2f}, logits of a chunk in fp32 {found.look.logits / GIB:.2f}; {saved}
+  GiB, DDP        {found.whole / GIB:.1f} on each GPU before the first activation
+  time            {found.flops:.3e} FLOPs a step; at {machine.mfu:.0%} of {PEAK / 1e12:g} TFLOP/s {cost}"""
 
 
 HEAD = (f"{'recipe':<30}{'stage':<11}{'parameters':>11}{'learn':>10}{'batch':>7}{'micro':>7}{'acc.':>6}{'GiB':>7}{'DDP':>8}{'FLOPs/step':>12}"
@@ -60,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         machine, chosen = checked(options)
         if options.all:
             print(HEAD)
-        for recipe, stage in ((recipe, stage) for recipe in chosen for stage in recipe.stages):
+        for recipe, stage in [(one, stage) for one in chosen for stage in one.stages]:
             try:
                 found = plan(recipe, stage, machine, options.words)
                 print(row(found) if options.all else describe(found), flush=True)
