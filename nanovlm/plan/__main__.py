@@ -36,14 +36,14 @@ def describe(found: Plan) -> str:
   time            {found.flops:.3e} FLOPs a step; at {machine.mfu:.0%} of {PEAK / 1e12:g} TFLOP/s {cost}"""
 
 
-HEAD = (f"{'recipe':<30}{'stage':<11}{'parameters':>11}{'learn':>10}{'batch':>7}{'micro':>7}{'acc.':>6}{'GiB':>7}{'DDP':>8}{'FLOPs/step':>12}"
+HEAD = (f"{'recipe':<32}{'stage':<11}{'parameters':>11}{'learn':>10}{'batch':>7}{'micro':>7}{'acc.':>6}{'GiB':>7}{'DDP':>8}{'FLOPs/step':>12}"
         f"{'hours':>9}{'GPU-hours':>11}")
 
 
 def row(found: Plan) -> str:
     """One line of the table; DDP: GiB on each GPU without activations."""
     count, learned = map(sum, zip(*found.parts.values()))
-    return (f"{found.recipe.name:<30}{found.stage.name:<11}{count / 1e6:>9,.0f} M{learned / 1e6:>8,.1f} M{found.stage.batch_size:>7,}{found.micro:>7}"
+    return (f"{found.recipe.name:<32}{found.stage.name:<11}{count / 1e6:>9,.0f} M{learned / 1e6:>8,.1f} M{found.stage.batch_size:>7,}{found.micro:>7}"
             f"{found.accumulate:>6}{found.needed / GIB:>7.1f}{found.whole / GIB:>8.1f}{found.flops:>12.2e}{found.hours:>9,.1f}"
             f"{found.hours * found.machine.gpus:>11,.0f}{'' if found.fits else '  does not fit'}")
 
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             except UserError as error:
                 if not options.all:
                     raise
-                print(f"{recipe.name:<30}{error}", flush=True)  # the others may have a plan
+                print(f"{recipe.name:<32}{error}", flush=True)  # the others may have a plan
         return 0
     except UserError as error:
         print(error, file=sys.stderr)
