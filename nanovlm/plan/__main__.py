@@ -2,7 +2,8 @@
 
     python -m nanovlm.plan --recipe llava15/7b --gpus 8 --memory 80          python -m nanovlm.plan --all
 
-No GPU is used, and nothing of a model's size is allocated. The formulas stand in stages.py, what is measured in simulate.py.
+The plan is that of training sharded over the GPUs, as PyTorch's FSDP2 does it. Our own loop does not shard yet: it keeps a whole copy on each
+GPU (the row DDP). No GPU is used here, and nothing of a model's size is allocated. The formulas stand in stages.py, what is measured in simulate.py.
 """
 
 import argparse
