@@ -111,7 +111,8 @@ def test_the_commands_in_the_readme_exist():
             at = words.index("-m") + 1 if "-m" in words else next(i for i, w in enumerate(words) if w.endswith(".py"))
             if words[at] in sys.stdlib_module_names:  # python -m venv
                 continue
-            source = ROOT / (words[at].replace(".", "/") + ".py" if "-m" in words else words[at])
+            module = ROOT / words[at].replace(".", "/")
+            source = (module / "__main__.py" if module.is_dir() else module.with_suffix(".py")) if "-m" in words else ROOT / words[at]
             assert source.is_file(), f"{said}: there is no {relative(source)}"
             text = "".join(read(path) for path in closure(source))
             unknown = [w for w in words[at + 1:] if w.startswith("--") and f'"{w.split("=")[0]}"' not in text]
