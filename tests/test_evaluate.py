@@ -13,7 +13,7 @@ from nanovlm import recipes
 from nanovlm.contract import Reads
 from nanovlm.data.collate import Collate
 from nanovlm.data.conversation import answer_ids, template_texts
-from nanovlm.data.sample import Sample, Turn
+from nanovlm.data.sample import Sample, Turn, choosing
 from nanovlm.data.source import Exam
 from nanovlm.data.transforms import Transform
 from nanovlm.errors import UserError
@@ -204,7 +204,7 @@ def test_the_most_likely_of_several_answers_is_chosen(tokenizer):
     pupil = Pupil(model, recipe, recipe.stages[-1], tokenizer, "cpu")
     samples = [Sample(str(i), SOURCE.held_out("captions", i).images, turns=(Turn(f"<image>\nwhat{' else' * (i % 3)}?", "?"),))
                for i in range(BATCH + 4)]
-    chosen = pupil.answer(samples, among=classes)
+    chosen = pupil.answer([choosing(sample, tuple(classes)) for sample in samples], ranked=True)
     for sample, choice in [*zip(samples, chosen)][::13]:
         losses = []
         for answer in classes:
@@ -262,7 +262,7 @@ class Parrot:
     def __init__(self, right: list[str], wrong: list[str]):
         self.answers = {False: right, True: wrong}
 
-    def answer(self, samples, room, among, ranked=False):
+    def answer(self, samples, room, ranked=False):
         return self.answers[[s.images[0] for s in samples] != sorted(s.images[0] for s in samples)]
 
 
@@ -305,8 +305,8 @@ def test_the_mean_over_all_questions_leaves_out_those_without_a_picture():
     class Pupil(Parrot):
         stage = recipes.get("llava/tiny").stages[1]
 
-        def answer(self, samples, room, among, ranked=False):
-            return ["yes"] * 3 if not samples[0].images else super().answer(samples, room, among)
+        def answer(self, samples, room, ranked=False):
+            return ["yes"] * 3 if not samples[0].images else super().answer(samples, room)
 
     figures = judges.evaluate(Pupil(["two", "red"], ["red", "two"]), Source())
     assert figures["vqa_accuracy"] == {"value": 1, "n": 2, "chance": 0.5, "shuffled": 0}

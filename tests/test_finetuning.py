@@ -247,7 +247,7 @@ def test_in_training_and_in_an_exam_only_a_model_that_asks_is_told(asks):
     batch = make_collate(recipe, replace(recipe.stages[0], augment=False), tokenizer, model.reads)(samples, None)
     pupil = Pupil(model, recipe, recipe.stages[0], tokenizer, "cpu")
     pupil.answer(samples)
-    pupil.answer(samples, among=["red"])
+    pupil.best(samples, ["red"])
     want = Collate(tokenizer, "blip2", Transform(48), Reads(question=64)).questions(samples)
     assert len(model.heard) == 2
     for told in (batch, *model.heard):

@@ -261,7 +261,7 @@ def test_a_stage_is_judged_by_the_exams_that_it_names():
     assert [exam.name for exam in found] == [*KINDS, ""]
     assert [exam.judges for exam in found] == [("answer",)] * len(KINDS) + [("exact", "cider")]
     for kind, exam in zip((*KINDS, "caption"), found):
-        assert exam.samples == source.exam(3, [kind]) and exam.among == ()
+        assert exam.samples == source.exam(3, [kind]) and not exam.ranked
     [two] = source.exams(("two",), 3)
     assert (two.name, two.judges, two.samples) == ("", ("exact", "cider"), source.exam(3, ["caption of two"]))
     assert [exam.samples[0].turns[0].question.endswith(SHORT) for exam in source.exams(("mixture",), 1)[:3]] == [True] * 3

@@ -30,8 +30,6 @@ from nanovlm.data.benchmarks import Row
 from nanovlm.data.templates import ASKING, LLAVA
 from nanovlm.errors import UserError
 
-HELD_OUT_GROUPS = ("visual reasoning", "video QA", "dialogue", "classification")
-
 
 def aokvqa(raw: dict) -> list[dict]:
     return [_picture(f"{raw['image_id']:012}.jpg", raw) | _chosen(raw, raw["correct_choice_idx"])]

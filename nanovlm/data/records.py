@@ -20,7 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from nanovlm.data.clips import Picture, files, load
-from nanovlm.data.sample import IMAGE, REAL, Sample
+from nanovlm.data.sample import IMAGE, REAL, Sample, choosing
 from nanovlm.data.source import ASKED_IN, Exam, caption_exam, exam_of, exam_view, task_exam
 from nanovlm.data.templates import instruction
 from nanovlm.data.views import PAGES, QUESTIONS, Longest, as_view, ever_shorter, seen_in
@@ -210,7 +210,7 @@ class Records:
         if captioned and {"captions", "two"} & set(names):
             found.append(caption_exam(captioned))
         if captioned and "classes" in names and self.labels:
-            found.append(Exam("class", captioned, ("class",), among=self.labels))
+            found.append(Exam("class", [choosing(sample, self.labels) for sample in captioned], ("class",), ranked=True))
         return found
 
     def notes(self, figures: dict[str, dict[str, float]]) -> list[str]:

@@ -67,6 +67,12 @@ class Sample:
         return self.references or (self.caption,)
 
 
+def choosing(sample: Sample, options: tuple[str, ...]) -> Sample:
+    """Its last turn with these answers to choose from."""
+    *before, last = sample.turns
+    return replace(sample, turns=(*before, replace(last, options=options)))
+
+
 # ---- controls for pages of examples (Flamingo): do their pictures count, or are the words enough?
 
 BLANK = Image.new("RGB", (48, 48), (123, 117, 104))  # the mean colour of CLIP's training pictures: zeros, once it is normalised

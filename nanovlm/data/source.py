@@ -27,7 +27,6 @@ class Exam:
     name: str  # stands in the figure's name, vqa_accuracy/colour; "" where there is one figure only
     samples: Sequence[Sample]
     judges: tuple[str, ...] = ("answer",)  # see evaluate/judges.py
-    among: tuple[str, ...] = ()  # the answers to choose from; () means that any may be given
     ranked: bool = False  # a turn that has `options` is answered with the likeliest of them
     room: int = 64  # tokens of an answer
 

@@ -59,7 +59,7 @@ JUDGES = {
 
 def marks(pupil: Pupil, exam: Exam) -> dict[str, list[Mark]]:
     """Each judge's marks, one for every sample."""
-    said, blind = (pupil.answer(samples, exam.room, exam.among, exam.ranked) for samples in (exam.samples, permuted(exam.samples)))
+    said, blind = (pupil.answer(samples, exam.room, exam.ranked) for samples in (exam.samples, permuted(exam.samples)))
     found = {}
     for name in exam.judges:
         judge = JUDGES[name]
@@ -102,7 +102,7 @@ def evaluate(pupil: Pupil, source: Source) -> dict[str, dict[str, float]]:
     for exam in source.exams(names):
         for judge, of_judge in marks(pupil, exam).items():
             figures[name_of(judge, exam)] = mean(of_judge)
-            if JUDGES[judge].figure == "vqa_accuracy" and not exam.among:
+            if JUDGES[judge].figure == "vqa_accuracy" and judge != "class":
                 # without a picture there is nothing to exchange: such questions have a row of their own only
                 looked[exam.name.rpartition("/")[0]] += [mark for mark, sample in zip(of_judge, exam.samples) if sample.images]
     return figures | {"/".join(filter(None, ("vqa_accuracy", part))): mean(of_part) for part, of_part in looked.items() if of_part}

@@ -39,14 +39,12 @@ class Pupil:
         """What the model is given: the turns up to the last answer, and the pictures."""
         return to_device(self.collate.ask(samples), self.device)
 
-    def answer(self, samples: Sequence[Sample], room: int = Exam.room, among: Sequence[str] = (), ranked: bool = False, **how) -> list[str]:
-        """Answers to the last question of each sample, its turns before given: greedy unless `how` says more to generation.generate,
-        or the most likely of `among`, or, `ranked`, of the options that its turn has.
+    def answer(self, samples: Sequence[Sample], room: int = Exam.room, ranked: bool = False, **how) -> list[str]:
+        """Answers to the last question of each sample, its turns before given: greedy unless `how` says more to generation.generate;
+        `ranked`: the likeliest of the options that its turn has, if it has any.
         """
         if not samples:
             return []
-        if among:
-            return self.best(samples, among)
         if ranked:
             return self.each_ranked(samples, room, **how)
         stop = self.stop(samples)
@@ -54,13 +52,14 @@ class Pupil:
                 for ids in self.model.generate(self.read(chunk), room, stop, **how).tolist()]
 
     def each_ranked(self, samples: Sequence[Sample], room: int, **how) -> list[str]:
-        """As `answer`, samples of equal options together."""
+        """The likeliest option of each, samples of equal options together; those without any are answered freely."""
         rows: dict[tuple[str, ...], list[int]] = {}
         for i, sample in enumerate(samples):
             rows.setdefault(tuple(sorted(sample.turns[-1].options)), []).append(i)
         said: dict[int, str] = {}
         for options, places in rows.items():
-            said |= zip(places, self.answer([samples[i] for i in places], room, options, **how))
+            alike = [samples[i] for i in places]
+            said |= zip(places, self.best(alike, options) if options else self.answer(alike, room, **how))
         return [said[i] for i in range(len(samples))]
 
     def best(self, samples: Sequence[Sample], among: Sequence[str], mean: bool = False) -> list[str]:

@@ -64,8 +64,9 @@ class InstructBLIP(nn.Module):
 
         maps, looks: attention weights, see QFormer.forward.
         """
-        F = images.shape[1] if images.ndim == 5 else 1
-        image_tokens = self.encode_image(images.flatten(0, 1) if images.ndim == 5 else images)  # (B · F, 1 + N, D_v)
+        clips = images if images.ndim == 5 else images[:, None]  # (B, F, 3, h, w): a picture is a clip of one frame
+        F = clips.shape[1]
+        image_tokens = self.encode_image(clips.flatten(0, 1))  # (B · F, 1 + N, D_v)
         asked = [None if t is None else t.repeat_interleave(F, dim=0) for t in (qformer_input_ids, qformer_attention_mask)]
         found = self.qformer.bring_back(image_tokens, *asked, maps=maps, looks=looks)  # (B · F, Q, D)
         return found.unflatten(0, (-1, F)).flatten(1, 2)  # (B, F · Q, D)

@@ -10,7 +10,7 @@ What runs is the paper's own `losses`, so nothing here knows a paper. Two things
 - Attention by the fused kernel that training uses on a GPU. On the meta device PyTorch would take the path that keeps all (T, S) weights.
 
 Memory is counted as PyTorch's own tracker does: a storage counts from the operation that makes it until nobody holds it. Parameters
-and buffers do not count here, see plan.py. The gradient of a parameter counts until it is whole: then FSDP2 would take it away.
+and buffers do not count here, see stages.py. The gradient of a parameter counts until it is whole: then FSDP2 would take it away.
 FLOPs: those of matrix products, convolutions and attention (torch.utils.flop_counter), 2 for a multiplication and an addition.
 """
 

@@ -32,12 +32,11 @@ from torch import Tensor, nn
 
 from nanovlm import recipes
 from nanovlm.contract import Batch
-from nanovlm.decoder import Decoder
 from nanovlm.errors import UserError
 from nanovlm.plan.simulate import Look, look
 from nanovlm.recipes.stage import Recipe, Stage
-from nanovlm.t5 import T5
 from nanovlm.training.loop import freeze
+from nanovlm.training.weights import checkpointed
 
 GIB = 2 ** 30
 FREE = 0.1  # of the memory
@@ -83,13 +82,6 @@ def meta_model(recipe: Recipe, stage: Stage) -> nn.Module:
     model = recipes.build(recipe.name, stage=stage.name).to(torch.bfloat16)
     freeze(model, stage.trains)
     return checkpointed(model, recipe.checkpointing)
-
-
-def checkpointed(model: nn.Module, wanted: bool) -> nn.Module:
-    for part in model.modules():
-        if type(part) in (Decoder, T5):
-            part.checkpointing = wanted
-    return model
 
 
 def parts_of(model: nn.Module) -> dict[str, tuple[int, int]]:

@@ -29,6 +29,7 @@ from nanovlm.data.source import Source
 from nanovlm.errors import UserError
 from nanovlm.evaluate.pupil import Pupil
 from nanovlm.files import replacing
+from nanovlm.published_tokenizer import PublishedTokenizer
 from nanovlm.recipes.stage import Recipe, Stage, as_config, resolve, within
 from nanovlm.runs import checkpoint
 from nanovlm.runs.setting import make_tokenizer, world_of
@@ -47,7 +48,7 @@ def path(recipe: str, stage: str) -> Path:
     return folder() / f"{recipe.replace('/', '-')}@{stage}.npz"
 
 
-def find_tokenizer(recipe: Recipe, source: Source, seed: int, real: bool = False) -> Tokenizer:
+def find_tokenizer(recipe: Recipe, source: Source, seed: int, real: bool = False) -> Tokenizer | PublishedTokenizer:
     """The shipped one goes with the shipped backbones; real: none of these is wanted, nor of published weights."""
     known = None if real or recipe.words else tokenizer()
     return known if known and len(known) <= recipe.vocab else make_tokenizer(recipe, source, seed)

@@ -37,9 +37,7 @@ def initial_model(recipe: Recipe, stage: Stage, seed: int, finished: dict[str, S
     """The model as the stage finds it; `finished` holds stage name → its weights."""
     seed_all(seed, recipe.name, stage.name)
     model = recipe.build(stage)
-    for part in model.modules():
-        if isinstance(part, (Decoder, T5)):
-            part.checkpointing = recipe.checkpointing
+    checkpointed(model, recipe.checkpointing)
     before = recipe.stages[:recipe.stages.index(stage)]
     if before and not stage.anew:
         take_over(model, finished[before[-1].name])
@@ -52,6 +50,14 @@ def initial_model(recipe: Recipe, stage: Stage, seed: int, finished: dict[str, S
             lacking -= load_part(model, module, finished[source], part)
     if lacking:
         raise ValueError(f"Stage {stage.name}: nothing that init names has {', '.join(sorted(lacking)[:4])}.")
+    return model
+
+
+def checkpointed(model: nn.Module, wanted: bool) -> nn.Module:
+    """Whether its language model keeps activations, or makes them again on the way back."""
+    for part in model.modules():
+        if isinstance(part, (Decoder, T5)):
+            part.checkpointing = wanted
     return model
 
 
