@@ -18,7 +18,7 @@ Models know nothing of this. DDP (distributed.py) serves whatever fits whole on 
 
 import pickle
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -63,12 +63,12 @@ def units(model: nn.Module) -> list[nn.Module]:
     return list(dict.fromkeys(reversed(found)))  # modules() meets a list before those inside it
 
 
-def replace(model: nn.Module, change: object) -> None:
+def replace(model: nn.Module, change: Callable[[nn.Parameter], Tensor]) -> None:
     """Each parameter exchanged for what `change` makes of it, one after the other: no second copy of the whole."""
     for part in model.modules():
         for name, p in list(part.named_parameters(recurse=False)):
-            if (new := change(p.detach())) is not p and (new.dtype, new.shape) != (p.dtype, p.shape):
-                setattr(part, name, nn.Parameter(new, p.requires_grad))
+            if (new := change(p)) is not p:
+                setattr(part, name, nn.Parameter(new.detach(), p.requires_grad))
 
 
 def is_sharded(model: nn.Module) -> bool:
