@@ -94,6 +94,23 @@ def test_an_index_that_would_run_code_is_refused(tmp_path, saved):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_each_rank_goes_on_with_its_own_random_numbers(monkeypatch, ranks):
+    """Saved by two; a third rank has none of its own, so all begin with new ones."""
+    states = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        states.append({"torch": torch.get_rng_state(), "cuda": []})
+    monkeypatch.setattr(distributed, "world", lambda: ranks)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    stage, model = fakes.stage(), fakes.FakeVLM()
+    freeze(model, stage.trains)
+    half = {"model": model.state_dict(), "optimiser": make_optimiser(model, stage).state_dict(), "random": states, "step": 7}
+    learner.Learner(Job(fakes.recipe(), stage), model, make_optimiser(model, stage), None).go_on(None, half, 0)
+    own = torch.equal(torch.get_rng_state(), states[1]["torch"])
+    assert own == (ranks == 2) and not torch.equal(torch.get_rng_state(), states[0]["torch"])
+
+
 # ---- whole runs, as torchrun starts them
 
 def torchrun(ranks: int, out: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
