@@ -115,7 +115,7 @@ def load(folder: Path, model: nn.Module, optimiser: torch.optim.AdamW) -> None:
     """Put in place what `save` has written, on this or another number of ranks."""
     for p in model.parameters():
         if p.requires_grad:
-            optimiser.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            optimiser.state[p] = {"step": torch.zeros((), device=own_rows(p).device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     try:
         dcp.load(dict(kept(model, optimiser)), storage_reader=Reader(str(folder)))
     except (OSError, KeyError, dcp.CheckpointException) as error:
