@@ -10,7 +10,6 @@ from test_invariants import CASES, CPU, build_flamingo
 from test_two_processes import OTHERS, share, trained
 from tools import bite, close, together
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from nanovlm.decoder import Decoder
 from nanovlm.recipes.stage import Recipe, Stage
