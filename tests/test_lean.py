@@ -1,6 +1,7 @@
 """A model that will be shared out is built without a whole copy of what files have, and read without one."""
 
 import json
+import struct
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 import torch
 from test_instructblip_recipes import shrunk, theirs  # noqa: F401
 from tools import together
+from torch import nn
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from nanovlm import recipes
 from nanovlm.decoder import Decoder, llama
@@ -140,3 +143,34 @@ def test_a_rank_needs_its_share_and_one_tensor(tmp_path):
         assert 350 * MB < found["size"] < 450 * MB
         assert found["loading"] < found["size"] / 2 + found["tensor"] + 16 * MB, found
         assert found["resuming"] < found["size"] + found["tensor"] + 16 * MB, found  # the moments' share is new, the weights' was there
+
+
+def stand_in(folder: Path, published: nn.Module) -> None:
+    """A published folder with zeros for weights, none of which takes room on the disk: a file may have holes."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({**published.config.to_dict(), "architectures": [type(published).__name__]}))
+    head, at = {}, 0
+    for name, tensor in published.state_dict().items():
+        head[name] = {"dtype": "F16", "shape": list(tensor.shape), "data_offsets": [at, at + 2 * tensor.numel()]}
+        at += 2 * tensor.numel()
+    text = json.dumps(head).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + at)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells what a process has for itself")
+def test_seven_billion_parameters_begin_in_200_mb(tmp_path, monkeypatch):
+    """LLaVA-1.5 7B, first stage: CLIP and Vicuna stay on the disk, the projector's 21 million are drawn."""
+    vicuna = LlamaConfig(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+                         max_position_embeddings=2048, rms_norm_eps=1e-5)
+    clip = CLIPVisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14)
+    with torch.device("meta"):
+        stand_in(tmp_path / "lmsys/vicuna-7b-v1.5", LlamaForCausalLM(vicuna))
+        stand_in(tmp_path / "openai/clip-vit-large-patch14-336", CLIPVisionModel(clip))
+    monkeypatch.setenv("NANOVLM_WEIGHTS", str(tmp_path))
+    recipe = recipes.get("llava15/7b")
+    with Peak() as peak:
+        model = initial_model(recipe, recipe.stage("align"), 0, {}, lean=True)
+    assert sum(p.numel() for p in model.parameters()) == 7_062_902_784
+    assert peak.bytes < 200 * MB
