@@ -50,10 +50,10 @@ def facts_of(row: dict, key: bytes, where: str = "") -> tuple:
     else:
         kind, texts, names = CAPTIONED, row["caption"], shown(row)
         texts = texts if isinstance(texts, list) else [texts]
-    marks = sum(text.count(IMAGE) for text in texts[::2]) if "conversations" in row and kind == TURNS else len(names)
+    marks = " ".join(texts[::2]).count(IMAGE) if "conversations" in row and kind == TURNS else len(names)
     if marks != len(names) or kind == CAPTIONED and len(names) != 1:
         raise KeyError("image")
-    words = sum(len(text.split()) for text in texts)
+    words = len(" ".join(texts).split())
     lots = [lot(f"{where}{name}".encode()) for name in names] or [lot(key)]
     return (words if names else -words, len(names), len(texts) if kind == CAPTIONED else 1, kind, GIVEN[row.get("split") or ""],
             min(lots), max(lots))
@@ -66,7 +66,7 @@ def lot(name: bytes) -> int:
 def entries(facts: np.ndarray, view: str) -> np.ndarray:
     """How often a training epoch of this view meets each record: what `met_as` (views.py) says of records, said of their facts."""
     kind = facts["kind"]
-    times = np.where((kind == CAPTIONED) & (view != "instructions"), facts["captions"], 1)
+    times = np.where((kind == CAPTIONED) & (view != "instructions"), facts["captions"].astype(np.int64), 1)
     if view in ("pairs", "captions"):
         return np.where((facts["images"] == 1) & (kind != BLANK), times, 0)
     hidden = (kind == BLANK) | ((kind == PAGE) & (view in ("conversations", "prompted", "instructions")))

@@ -1,17 +1,18 @@
 """Lines: a .jsonl whose records stay on the disk. Each is parsed when it is asked for, by the reader of all other tables (rows.py).
 
-    mix.jsonl  {"image": …}⏎{"image": …}⏎ …      mapped into memory: the system reads the pages that are asked for, and may drop them
-               ▲           ▲                     starts[i], starts[i + 1]: the bytes of line i + 1
-               └ index.py ─┘
+    mix.jsonl  {"image": …}⏎{"image": …}⏎ …
+               ▲           ▲
+               └ index.py ─┘  starts[i], starts[i + 1]: the bytes of line i + 1, read by `seek`
+
+The index is mapped into memory, the lines are not: a process would count all that it has read of them as its own, and would be killed by
+the system where the file is cut meanwhile.
 
 A LLaVA-style .json is one array of records, and has to be read from its beginning; `to_lines` makes lines of it, record by record.
 """
 
 import json
-import mmap
 import re
 from collections.abc import Iterator
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -47,15 +48,12 @@ class Lines:
     def __reduce__(self) -> tuple:
         return Lines, (self.path,)  # another process maps the file itself
 
-    @cached_property
-    def _bytes(self) -> mmap.mmap:
-        with self.path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
     def row(self, i: int) -> tuple[str, object]:
         """(record, row), as formats.py has them."""
-        name, line = f"{self.path.name} line {i + 1}", self._bytes[self.starts[i]:self.starts[i + 1]]
-        return name, parsed(line.removeprefix(MARK))
+        with self.path.open("rb") as file:  # a handle of its own: a file's place would be shared by all worker processes
+            file.seek(self.starts[i])
+            line = file.read(self.starts[i + 1] - self.starts[i])
+        return f"{self.path.name} line {i + 1}", parsed(line.removeprefix(MARK))
 
     def _make(self) -> tuple[np.ndarray, np.ndarray]:
         ends: list[np.ndarray] = [np.zeros(1, np.int64)]

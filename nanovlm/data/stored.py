@@ -15,6 +15,7 @@ Any process reads any shard, so no rank and no worker can be without one; a set 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from hashlib import blake2b
+from pathlib import Path
 from random import Random
 from typing import Protocol
 
@@ -29,7 +30,7 @@ from nanovlm.data.records import SPLITS, Records, texts_of
 from nanovlm.data.rows import as_sample
 from nanovlm.data.sample import REAL, Sample
 from nanovlm.data.source import Exam
-from nanovlm.data.views import as_view, ever_shorter, met_as, seen_in
+from nanovlm.data.views import Longest, as_view, ever_shorter, met_as, seen_in
 from nanovlm.errors import UserError
 
 HELD = 1000  # records that are kept to be asked; a tenth of a large set is more than any exam needs
@@ -43,6 +44,7 @@ KEPT = 64  # numberings of shards in memory
 class Part(Protocol):
     """A file of records: Lines, Tar."""
 
+    path: Path
     about: np.ndarray  # see index.py
     facts: np.ndarray
     lone: Sequence[str]
@@ -83,7 +85,7 @@ class Stored:
         before = np.cumsum(about[by_lot, 3]) - about[by_lot, 3]
         return {part for part, held in zip(by_lot[:len(by_lot) // 10], before) if held < HELD}
 
-    def _side(self, part: int, split: str) -> np.ndarray:
+    def _on(self, part: int, split: str) -> np.ndarray:
         """Which records of a part are on this side."""
         facts = self.parts[part].facts
         if self._given:
@@ -98,19 +100,17 @@ class Stored:
     def _many(self, part: int, view: str, at: int) -> int:
         if part in self._whole:
             return 0
-        return int(self.parts[part].about[at] if self._given or self._whole else index.entries(self.parts[part].facts, view)[self._side(part, "train")].sum())
+        return int(self.parts[part].about[at] if self._given or self._whole else index.entries(self.parts[part].facts, view)[self._on(part, "train")].sum())
 
     def _hold_out(self) -> Records:
         """Up to HELD records of the held-out side, spread evenly, as a source of questions."""
-        numbers = [np.flatnonzero(self._side(part, "val") & (self.parts[part].facts["kind"] != index.BLANK)) for part in range(len(self.parts))]
+        numbers = [np.flatnonzero(self._on(part, "val") & (self.parts[part].facts["kind"] != index.BLANK)) for part in range(len(self.parts))]
         ends = np.cumsum([len(of_part) for of_part in numbers])
         samples, several = [], min(HELD, int(ends[-1]))
         for place in (i * int(ends[-1]) // several for i in range(several)):
             part = int(np.searchsorted(ends, place, side="right"))
-            try:
-                samples.append(self._record(part, int(numbers[part][place - ends[part]])))  # counted from the part's end
-            except Missing as error:
-                self._stand_aside(error)
+            record = self._record(part, int(numbers[part][place - ends[part]]))  # counted from the part's end
+            samples += [record] if record else []
         if not samples:
             raise UserError(f'{self.name}: no record can be held out; mark some with "split": "val", or give records with other pictures.')
         if not self._ends["texts"][-1]:
@@ -132,36 +132,36 @@ class Stored:
         """The training records of a part, and where the samples of each end."""
         if (part, view) not in self._numbered:
             facts = self.parts[part].facts
-            records = np.flatnonzero(self._side(part, "train"))
+            records = np.flatnonzero(self._on(part, "train"))
             self._numbered = dict([*self._numbered.items()][1 - KEPT:])
             self._numbered[part, view] = records.astype(np.uint32), np.cumsum(index.entries(facts, view)[records])
         return self._numbered[part, view]
 
-    def _record(self, part: int, i: int) -> Sample:
+    def _record(self, part: int, i: int) -> Sample | None:
+        """With paths for images; None where its picture is missing and it stands aside."""
         name, row = self.parts[part].row(i)
         try:
             return as_sample(name, row, self.parts[part].places)[0]
+        except Missing as error:
+            return self._stand_aside(name, error)
         except UserError as error:
-            raise type(error)(f"{self.name}: {name}: {error}") from error
+            raise UserError(f"{self.name}: {name}: {error}; python -m nanovlm.data.check lists all such records.") from error
 
-    def _stand_aside(self, error: UserError) -> None:
+    def _stand_aside(self, record: str, error: UserError) -> None:
         """A picture that is missing or broken: the end, or a note."""
         if not self._skip:
-            raise error
-        record, _, reason = str(error).removeprefix(f"{self.name}: ").partition(": ")
-        self._aside[record] = reason
+            raise UserError(f"{self.name}: {record}: {str(error).rstrip('.')}.") from error
+        self._aside[record] = str(error)
 
     def _told(self, view: str, number: int, rng: Random, see: Callable[[object], object]) -> Sample | None:
         """The sample as the view shows it, if it can be used; see: from the path of a picture to the picture."""
         part, i, which = self._place(view, number)
-        try:
-            record = self._record(part, i)
-        except Missing as error:
-            return self._stand_aside(error)
+        if (record := self._record(part, i)) is None:
+            return None
         try:
             images = () if view == "texts" else tuple(seen_in(view, see(path)) for path in record.images)
         except UserError as error:
-            return self._stand_aside(UserError(f"{self.name}: {record.id}: {error}"))
+            return self._stand_aside(record.id, error)
         reason = "a page that has lost its only picture"
         for caption in met_as(record, view, "train")[which:which + 1]:
             for shorter in ever_shorter(caption) if view == "texts" else (caption,):
@@ -181,16 +181,23 @@ class Stored:
 
     def texts(self) -> list[str]:
         """Of up to READ training records, spread evenly."""
-        return texts_of(self._some("texts"))
+        return texts_of(self.some_records(READ))
 
-    def _some(self, view: str) -> Iterator[Sample]:
+    def some_records(self, most: int) -> Iterator[Sample]:
+        """Training records, with paths for images."""
+        for place in dict.fromkeys(self._place("texts", number)[:2] for number in self._some("texts", most)):
+            if (record := self._record(*place)) is not None:
+                yield record
+
+    def _some(self, view: str, most: int = READ) -> Iterator[int]:
+        """Numbers of training samples, spread evenly."""
         size = self.size(view, "train")
-        several = min(READ, size)
-        for place in dict.fromkeys(self._place(view, i * size // several)[:2] for i in range(several)):
-            try:
-                yield self._record(*place)
-            except Missing as error:
-                self._stand_aside(error)
+        return (i * size // min(most, size) for i in range(min(most, size)))
+
+    @property
+    def identity(self) -> list[tuple]:
+        """By what the set is known again: its files, their sizes and when they were changed."""
+        return [(part.path.name, *part.about.tolist()) for part in self.parts]
 
     def size(self, view: str, split: str) -> int:
         return int(self._ends[view][-1]) if view in self._ends and split == "train" else self.held.size(view, split)
@@ -212,33 +219,28 @@ class Stored:
 
     def captions(self, view: str) -> Iterator[tuple[int, str]]:
         """(index, caption) of up to READ training samples, spread evenly."""
-        size = self.size(view, "train")
-        for number in sorted({i * size // READ for i in range(READ)}):
+        for number in self._some(view):
             part, i, which = self._place(view, number)
-            try:
-                yield number, met_as(self._record(part, i), view, "train")[which]
-            except Missing as error:
-                self._stand_aside(error)
+            if (record := self._record(part, i)) is not None:
+                yield from ((number, caption) for caption in met_as(record, view, "train")[which:which + 1])
 
     def lengths(self, view: str) -> np.ndarray:
         """Words of each training sample, below zero where there is no picture."""
-        found = []
-        for part in range(len(self.parts)):
-            records, ends = self._number(part, view) if part not in self._whole else (np.empty(0, int), np.empty(0, int))
+        found = [np.empty(0, np.int32)]
+        for part in set(range(len(self.parts))) - self._whole:
+            records, ends = self._number(part, view)
             found.append(np.repeat(self.parts[part].facts["words"][records], np.diff(ends, prepend=0)))
         return np.concatenate(found)
 
     def leave_out(self, view: str, why: Callable[[Sample], str | None], splits: Sequence[str] = SPLITS) -> None:
         """Records that `why` has a reason against stand aside when they are met; a few are tried now."""
         self.held.leave_out(view, why, [split for split in splits if split == "val"])
-        size = self.size(view, "train")
-        if "train" not in splits or not size:
+        if "train" not in splits or not self.size(view, "train"):
             return
         self._whys.setdefault(view, []).append(why)
-        several = min(TRIED, size)
-        if not any(self._told(view, i * size // several, Random(i), lambda path: self._blank) for i in range(several)):
+        if not sum(self._told(view, number, Longest(), lambda path: self._blank) is not None for number in self._some(view, TRIED)):
             record, reason = list(self._aside.items())[-1]
-            raise UserError(f"{self.name}: none of {several} records can be used (view {view}); {record}: {reason}")
+            raise UserError(f"{self.name}: none of the records that were tried can be used (view {view}); {record}: {reason}")
 
     def look(self, diet: dict[str, float], real: str, n: int) -> list[Sample]:
         return self.held.look(diet, real, n)

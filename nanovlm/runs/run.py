@@ -18,13 +18,14 @@ from torch import nn
 
 import nanovlm
 from nanovlm import recipes
+from nanovlm.data import formats
 from nanovlm.evaluate.judges import evaluate
 from nanovlm.evaluate.pupil import Pupil, Rows
 from nanovlm.recipes.stage import as_config, resolve
 from nanovlm.runs import checkpoint, shipped
 from nanovlm.runs.cache import Cache
 from nanovlm.runs.capfilt import made_for
-from nanovlm.runs.folder import OURS, RunFolder, write_json
+from nanovlm.runs.folder import OURS, RunFolder, on_first, write_json
 from nanovlm.runs.progress import minutes, report, say
 from nanovlm.runs.setting import Job, Setting, leave_out_unfit, needs, plan, read_source
 from nanovlm.runs.shipped import find_tokenizer
@@ -67,6 +68,7 @@ def run(recipe_name: str, options: Options = Options()) -> dict:
 def _run(recipe_name: str, options: Options, device: torch.device) -> dict:
     recipe = resolve(recipes.get(recipe_name), options.data is not None, options.steps)
     find_published(recipe, recipe.stages[-1].name)
+    on_first(lambda: options.data and len(formats.parts_of(options.data)))  # one rank makes the indexes of a large set, all read them
     source = read_source(recipe, options.data, options.on_missing, options.seed)
     keep = RunFolder(recipe.name, options.out, options.resume, options.overwrite, quick=options.steps is not None)
     tokenizer = keep.tokenizer() or find_tokenizer(recipe, source, options.seed, options.from_scratch or options.data is not None)
