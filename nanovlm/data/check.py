@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         recipe = resolve(recipes.get(options.model if "/" in options.model else f"{options.model}/tiny"), real=True)
         if parts := parts_of(options.path):
-            return report_stored(read(options.path, "skip", side_of(recipe)), parts, recipe)
+            return report_stored(options.path, parts, recipe)
         whole = plan_of(options.path)
         return report(scan(options.path), recipe) if whole is None else report_mixture(options.path, whole, recipe)
     except UserError as error:
@@ -80,14 +80,19 @@ def report(found: Found, recipe: Recipe) -> int:
     return conclude(problems)
 
 
-def report_stored(records: Stored, parts: Sequence[Part], recipe: Recipe) -> int:
-    samples = list(records.some_records(OPENED))
-    copies, wrong_names, unreadable = look_at_pictures(samples)
-    print(f"{records.name}: {len(parts):,} files with {sum(len(part.facts) for part in parts):,} records that stay on the disk; "
-          f"of {len(samples):,} of them the pictures are opened")
-    describe(samples, copies)
-    problems = [problem for part in parts for problem in unread(part)] + wrong_names
-    return conclude(problems + [f"{record}: {reason}" for record, reason in unreadable.items()] + go_through_stages(records, recipe))
+def report_stored(path: str, parts: Sequence[Part], recipe: Recipe) -> int:
+    problems = [problem for part in parts for problem in unread(part)]
+    try:
+        records = read(path, "skip", side_of(recipe))
+        samples = list(records.some_records(OPENED))
+        print(f"{records.name}: {len(parts):,} files with {sum(np.count_nonzero(part.facts['kind']) for part in parts):,} records that stay on the "
+              f"disk; of {len(samples):,} of them the pictures are opened")
+        copies, wrong_names, unreadable = look_at_pictures(samples)
+        describe(samples, copies)
+        problems += wrong_names + [f"{record}: {reason}" for record, reason in unreadable.items()] + go_through_stages(records, recipe)
+    except UserError as error:
+        problems.append(str(error))
+    return conclude(list(dict.fromkeys(problems)))  # what is missing is found by each reader
 
 
 def unread(part: Part) -> Iterator[str]:

@@ -116,7 +116,7 @@ def _fresh(file: Path) -> bool:
     try:
         with open(path_of(file), "rb") as stored:
             return np.load(stored, allow_pickle=False)[:3].tolist() == stamp(file)
-    except (FileNotFoundError, ValueError, EOFError):  # none, or torn
+    except (OSError, ValueError, EOFError):  # none, or torn
         return False
 
 

@@ -189,7 +189,7 @@ class Stored:
             if (record := self._record(*place)) is not None:
                 yield record
 
-    def _some(self, view: str, most: int = READ) -> Iterator[int]:
+    def _some(self, view: str, most: int) -> Iterator[int]:
         """Numbers of training samples, spread evenly."""
         size = self.size(view, "train")
         return (i * size // min(most, size) for i in range(min(most, size)))
@@ -219,7 +219,7 @@ class Stored:
 
     def captions(self, view: str) -> Iterator[tuple[int, str]]:
         """(index, caption) of up to READ training samples, spread evenly."""
-        for number in self._some(view):
+        for number in self._some(view, READ):
             part, i, which = self._place(view, number)
             if (record := self._record(part, i)) is not None:
                 yield from ((number, caption) for caption in met_as(record, view, "train")[which:which + 1])
