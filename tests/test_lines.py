@@ -327,14 +327,14 @@ def test_check_reads_every_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(formats, "MANY_LINES", 10)
     made = [{"image": f"{i}.png", "caption": f"a thing {i}", "split": "val" if i % 9 == 0 else "train"} for i in range(80)]
     file = table(tmp_path, made, pictures=80)
-    assert check.main([str(file), "--model", "blip2"]) == 0
+    assert check.main([str(file), "--model", "clip/tiny"]) == 0
     printed = capsys.readouterr().out
     assert "set: 1 files with 80 records that stay on the disk" in printed and "problems: none" in printed
     (tmp_path / "7.png").unlink()
     made[30]["caption"] = " "
     table(tmp_path / "b", made, pictures=80)
     (tmp_path / "b/7.png").unlink()
-    assert check.main([str(tmp_path / "b/set.jsonl"), "--model", "blip2"]) == 1
+    assert check.main([str(tmp_path / "b/set.jsonl"), "--model", "clip/tiny"]) == 1
     printed = capsys.readouterr().out
     assert "set.jsonl line 15: field \"image\": the picture 7.png is missing" in printed and 'line 61: field "caption" is empty' in printed
 

@@ -208,7 +208,7 @@ class Stored:
             return self.held.sample(view, split, index)
         size = self.size(view, split)
         for step in range(min(size, IN_A_ROW)):
-            sample = self._told(view, (index + step) % size, Random(index), lambda path: load(path, self._side))
+            sample = self._told(view, (index + step) % size, Random(index), lambda path: load(path, self._side, rough=True))
             if sample is not None:
                 return sample
         record, reason = list(self._aside.items())[-1]
