@@ -256,6 +256,8 @@ class Stored:
 
     def notes(self, figures: dict[str, dict[str, float]]) -> list[str]:
         asked = self.held.size("texts", "val")
-        said = [f"{self.size('texts', 'train'):,} training texts stay on the disk. Their records were checked when they were met; a tokenizer of the "
-                f"run's own has learned from {READ:,} of them at most. {asked:,} held-out records are asked."]
-        return [*said, f"{asked} held-out records are too few to judge by: the figures above may be luck."] if self.few else said
+        few = " These are too few to judge by: the figures above may be luck." if self.few else ""
+        train = self.size("texts", "train")
+        said = (f"{train:,} training texts stay on the disk, and their records are checked when they are met. A tokenizer of the run's own "
+                f"has learned from {min(READ, train):,} of them. {asked:,} held-out records are asked.")
+        return [said + few]
