@@ -253,7 +253,7 @@ class Many:
         self.facts["images"] = self.facts["captions"] = 1
         self.facts["kind"], self.facts["low"] = index.CAPTIONED, np.arange(n) % 997 * (index.LOTS // 997)
         self.facts["high"] = self.facts["low"]
-        self.about = np.array([1, 0, 0, n, 0, *[n] * len(REAL)])
+        self.about = np.array([1, 0, 0, n, 0, 0, *[n] * len(REAL)])
         self.places = SimpleNamespace(find=Path)  # the view of texts opens none
 
     def row(self, i: int) -> tuple[str, dict]:

@@ -3,16 +3,18 @@
 A file of 665,000 conversations is 774 MiB; read as records it takes 3.5 GB in every process. Its index takes 18 bytes a record, is
 made once, by one pass over the file, and lies beside it, where every process maps it instead of reading it.
 
-    mix.jsonl             ─► mix.jsonl.index.npy     about │ facts of each record │ where each record lies, see lines.py and packed.py
+    mix.jsonl             ─► mix.jsonl.index.npy     about │ no records │ facts of each record │ where each lies, see lines.py, packed.py
     size, time of change  ◄─────────────────────────── of the file as it was then: if they differ, the index is made again
 
+about  size and time; numbers of records, of those to be held out, of what is no record; samples in each view, those held out not counted
 facts  words, below zero where there is no picture; pictures, captions; page, turns or line without a record; the split it was given;
        the lowest and the highest lot of its pictures. A lot is a hash of a picture's name: by it a picture is held out, and with it
        each record that shows it.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
 
@@ -32,6 +34,7 @@ VAL = GIVEN["val"]
 FACTS = np.dtype([("words", "i4"), ("images", "u2"), ("captions", "u2"), ("kind", "u1"), ("given", "u1"), ("low", "u4"), ("high", "u4")])
 LOTS = 1 << 32
 CHUNK = 1 << 16  # records that are turned into numbers at once
+LOADED = 16  # indexes of shards in memory, a megabyte each
 NOTHING = (0, 0, 0, BLANK, 0, 0, 0)
 
 
@@ -95,38 +98,55 @@ def stamp(file: Path) -> list[int]:
     return [FORM, status.st_size, status.st_mtime_ns]
 
 
-def open_index(file: Path, make: Callable[[], tuple[np.ndarray, ...]]) -> list[np.ndarray]:
-    """about, facts and places of the file, mapped; made first where there are none, or where the file is another by now."""
+def about_of(file: Path, make: Callable[[], tuple[Sequence[str], tuple[np.ndarray, ...]]]) -> np.ndarray:
+    """What the index says of the file as a whole. It is made first where there is none, or where the file is another by now.
+
+    make: what no record can be made of; and the arrays, facts first.
+    """
     if not _fresh(file):
         before = stamp(file)
-        facts, *places = make()
-        given = facts[facts["given"] != VAL]
-        about = [*before, len(facts), np.count_nonzero(facts["given"] == VAL), *(entries(given, view).sum() for view in REAL)]
+        lone, arrays = make()
+        given = arrays[0][arrays[0]["given"] != VAL]
+        about = [*before, len(arrays[0]), len(arrays[0]) - len(given), len(lone), *(entries(given, view).sum() for view in REAL)]
+        told = np.array([record.encode() for record in lone] or np.empty(0, "S1"))
         try:
             with replacing(path_of(file)) as beside, open(beside, "wb") as out:
-                for array in (np.array(about, np.int64), facts, *places):
+                for array in (np.array(about, np.int64), told, *arrays):
                     np.save(out, array)
         except OSError as error:
             raise UserError(f"{path_of(file)}: the index of {file.name} cannot be written ({error.strerror}); it must lie beside the file: "
                             "make the folder writable, or copy the file into another one.") from error
-    return list(_mapped(path_of(file)))
+    with open(path_of(file), "rb") as stored:
+        return np.load(stored, allow_pickle=False)
 
 
 def _fresh(file: Path) -> bool:
     try:
         with open(path_of(file), "rb") as stored:
-            return np.load(stored, allow_pickle=False)[:3].tolist() == stamp(file)
+            about = np.load(stored, allow_pickle=False)
+            return about[:3].tolist() == stamp(file) and os.stat(path_of(file)).st_size > stored.tell()
     except (OSError, ValueError, EOFError):  # none, or torn
         return False
 
 
-def _mapped(path: Path) -> Iterator[np.ndarray]:
-    """Each array of a file into which several were saved one after the other."""
+@lru_cache(LOADED)
+def loaded(file: Path, stamped: tuple[int, ...]) -> list[np.ndarray]:
+    """All arrays of the index. stamped: of the file that is meant, so that nothing old is taken from the cache."""
+    size, found = path_of(file).stat().st_size, []
+    with open(path_of(file), "rb") as stored:
+        while stored.tell() < size:
+            found.append(np.load(stored, allow_pickle=False))
+    return found
+
+
+def mapped(file: Path) -> Iterator[np.ndarray]:
+    """The same, but not read before somebody looks. A map holds a file open, of which a process may have about a thousand."""
+    path = path_of(file)
     size = path.stat().st_size
-    with open(path, "rb") as file:
-        while file.tell() < size:
-            npy.read_magic(file)
-            shape, _, dtype = npy.read_array_header_1_0(file)
+    with open(path, "rb") as stored:
+        while stored.tell() < size:
+            npy.read_magic(stored)
+            shape, _, dtype = npy.read_array_header_1_0(stored)
             length = int(np.prod(shape)) * dtype.itemsize
-            yield np.memmap(path, dtype, "r", file.tell(), shape) if length else np.empty(shape, dtype)
-            file.seek(length, os.SEEK_CUR)
+            yield np.memmap(path, dtype, "r", stored.tell(), shape) if length else np.empty(shape, dtype)
+            stored.seek(length, os.SEEK_CUR)

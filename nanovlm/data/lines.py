@@ -12,7 +12,7 @@ A LLaVA-style .json is one array of records, and has to be read from its beginni
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +43,8 @@ class Lines:
 
     def __init__(self, path: Path):
         self.path, self.places = path, Places(path.parent)
-        self.about, self.facts, self.starts = index.open_index(path, self._make)
+        self.about = index.about_of(path, self._make)
+        _, _, self.facts, self.starts = index.mapped(path)
 
     def __reduce__(self) -> tuple:
         return Lines, (self.path,)  # another process maps the file itself
@@ -55,10 +56,10 @@ class Lines:
             line = file.read(self.starts[i + 1] - self.starts[i])
         return f"{self.path.name} line {i + 1}", parsed(line.removeprefix(MARK))
 
-    def _make(self) -> tuple[np.ndarray, np.ndarray]:
+    def _make(self) -> tuple[Sequence[str], tuple[np.ndarray, ...]]:
         ends: list[np.ndarray] = [np.zeros(1, np.int64)]
         facts = index.gathered(self._count(ends))
-        return facts, np.concatenate(ends)
+        return self.lone, (facts, np.concatenate(ends))
 
     def _count(self, ends: list[np.ndarray]) -> Iterator[tuple]:
         """The facts of each line; where it ends is put into `ends`."""

@@ -44,20 +44,37 @@ class Tar:
 
     def __init__(self, path: Path):
         self.path = path
-        self.about, self.facts, names, places, self.parts, lone = index.open_index(path, self._make)
-        self.lone = [name.decode() for name in lone]  # what no record can be made of
-        self.places = Shard(path, Members(path, names, places))
+        self.about = index.about_of(path, self._make)
+
+    @property
+    def lone(self) -> list[str]:
+        """What no record can be made of."""
+        return [name.decode() for name in self._arrays[1]] if self.about[5] else []
+
+    @property
+    def facts(self) -> np.ndarray:
+        return self._arrays[2]
+
+    @property
+    def places(self) -> Shard:
+        return Shard(self.path, Members(self.path, *self._arrays[3:5]))
+
+    @property
+    def _arrays(self) -> list[np.ndarray]:
+        """Of the shards in use: there may be thousands."""
+        return index.loaded(self.path, tuple(self.about[:3].tolist()))
 
     def __reduce__(self) -> tuple:
-        return Tar, (self.path,)  # another process maps the index itself
+        return Tar, (self.path,)  # another process reads the index itself
 
     def row(self, i: int) -> tuple[str, object]:
         """(record, row), as formats.py has them."""
-        names = [self.places.members.names[part].decode() if part >= 0 else "" for part in self.parts[i]]
+        names, parts = self._arrays[3], self._arrays[5][i]
+        names = [names[part].decode() if part >= 0 else "" for part in parts]
         row = self.places.row(*names)
         return f"{self.path.name}/{names[0] or names[1]}", row
 
-    def _make(self) -> tuple[np.ndarray, ...]:
+    def _make(self) -> tuple[list[str], tuple[np.ndarray, ...]]:
         lone: list[str] = []
         with self._named(lone):
             shard = Shard(self.path)
@@ -69,7 +86,7 @@ class Tar:
             raise UserError(f"{self.path}: the shard holds no record; remove it.")
         names = np.array([member.name.encode() for member in members])
         places = np.array([(member.start, member.length) for member in members], np.int64)
-        return facts, names, places, np.array(parts, np.int32), np.array([record.encode() for record in lone] or np.empty(0, "S1"))
+        return lone, (facts, names, places, np.array(parts, np.int32))
 
     def _count(self, shard: Shard, number: dict[str, int], parts: list[tuple[int, ...]], lone: list[str]) -> Iterator[tuple]:
         """The facts of each record; what it is made of is put into `parts`, and what no record is made of into `lone`."""

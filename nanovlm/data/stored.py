@@ -66,7 +66,7 @@ class Stored:
                             "of its name: add it, or leave such files out with --on-missing skip.")
         self._whole = self._whole_parts(about)
         self._numbered: dict[tuple[int, str], tuple[np.ndarray, np.ndarray]] = {}
-        self._ends = {view: np.cumsum([self._many(part, view, at) for part in range(len(self.parts))]) for at, view in enumerate(REAL, start=5)}
+        self._ends = {view: np.cumsum([self._many(part, view, at) for part in range(len(self.parts))]) for at, view in enumerate(REAL, start=6)}
         self._blank = Image.new("RGB", (cache_side, cache_side))  # stands for a picture where only its place counts
         self._whys: dict[str, list[Callable[[Sample], str | None]]] = {}
         self.held = self._hold_out()
@@ -104,7 +104,7 @@ class Stored:
 
     def _hold_out(self) -> Records:
         """Up to HELD records of the held-out side, spread evenly, as a source of questions."""
-        numbers = [np.flatnonzero(self._on(part, "val") & (self.parts[part].facts["kind"] != index.BLANK)) for part in range(len(self.parts))]
+        numbers = [self._held_in(part) for part in range(len(self.parts))]
         ends = np.cumsum([len(of_part) for of_part in numbers])
         samples, several = [], min(HELD, int(ends[-1]))
         for place in (i * int(ends[-1]) // several for i in range(several)):
@@ -117,6 +117,12 @@ class Stored:
             raise UserError(f'{self.name}: all records are held out; some must have the "split" "train".')
         return Records(self.name, samples, ["val"] * len(samples), on_missing="skip" if self._skip else "error", cache_side=self._side,
                        held_out=True, keep=False)
+
+    def _held_in(self, part: int) -> np.ndarray:
+        """Records of a part that are held out; the index of one that has none stays where it is."""
+        if self._whole and part not in self._whole or self._given and not self.parts[part].about[4]:
+            return np.empty(0, int)
+        return np.flatnonzero(self._on(part, "val") & (self.parts[part].facts["kind"] != index.BLANK))
 
     # ---- one record
 
