@@ -2,11 +2,11 @@
 
     665,000 conversations      made up, as a LLaVA-style .json ─► data.check --lines ─► a run's start up to the first batch of its last stage,
                                in a process of its own: the first time, when the index is made, and the second time
-    emoji and recipes          as 18 tar shards ─► two processes (gloo) train each model; the same again, where both are killed (SIGKILL) behind
-                               the first checkpoint in the midst of the last stage, and resumed: losses of all steps, and weights, bit for bit
+    emoji and recipes          as 18 tar shards ─► two processes (gloo) train each model; the same again, where both are killed (SIGKILL) after
+                               a checkpoint in the middle of the last stage, and resumed: losses of all steps, and weights, bit for bit
 
-    python -m experiments.data_at_scale --start                            the first, in five minutes and 2 GB of temporary files
-    python -m experiments.data_at_scale --kill ../shared/data llava blip2 flamingo       the second, half an hour
+    python -m experiments.data_at_scale --start                            the first, with 2 GB of temporary files
+    python -m experiments.data_at_scale --kill ../shared/data llava blip2 flamingo       the second, five minutes a model
     python -m experiments.data_at_scale --table                            print what is stored
 """
 
@@ -138,7 +138,7 @@ def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def train(arguments: list[str]) -> int:
-    """train_tiny.py in one of several processes, with every step in metrics.jsonl and checkpoints often enough to be killed behind one."""
+    """train_tiny.py in one of several processes, with every step in metrics.jsonl and checkpoints often enough to be killed after one."""
     watch.LOG_STEPS, watch.SAVE_SECONDS, watch.FIRST_SAMPLE = 1, SAVED_EVERY, 1e9
     Path(f"{arguments[arguments.index('--out') + 1]}.pid{os.environ['RANK']}").write_text(str(os.getpid()))
     return train_tiny.main(arguments)
@@ -150,7 +150,7 @@ def command(model: str, data: Path, out: Path, *more: str) -> list[str]:
 
 
 def killed(model: str, data: Path, out: Path) -> str:
-    """Start a run and kill both of its processes behind a checkpoint in the midst of the last stage → where that was."""
+    """Start a run and kill both of its processes after a checkpoint in the middle of the last stage → where that was."""
     torchrun, last = subprocess.Popen(command(model, data, out)), recipes.get(f"{model}/tiny").stages[-1].name
     while True:
         assert torchrun.poll() is None, f"{model}: the run ended before it could be killed"
@@ -194,7 +194,7 @@ def table(result: dict) -> str:
     rows = ["| start on 665,000 conversations | seconds | of which reading | seconds of a core | peak memory of the process, MiB |", "| --- | --- | --- | --- | --- |"]
     for name, found in (("the first, which makes the index", runs["start"]["start 1"]), ("later ones", runs["start"]["start 2"])):
         rows.append(f"| {name} | {found['seconds']} | {found['reading']} | {found['core_seconds']} | {found['peak_mib']} |")
-    rows += ["", "| two processes on 18 shards | killed behind | steps | equal | weights equal |", "| --- | --- | --- | --- | --- |"]
+    rows += ["", "| two processes on 18 shards | killed after | steps | equal | weights equal |", "| --- | --- | --- | --- | --- |"]
     rows += [f"| {model} | {found['killed']} | {found['steps']} in {found['stages']} stages | {found['equal_steps']} | {'yes' if found['equal_weights'] else 'no'} |"
              for model, found in runs.items() if model != "start"]
     return "\n".join(rows)

@@ -144,12 +144,24 @@ def test_an_index_is_made_once_and_again_when_the_file_is_another(file, tmp_path
     assert Lines(mine).about[0] == 2, "a later version does not read the index of an earlier one"
 
 
-def test_an_index_that_cannot_be_written_is_one_sentence(file, tmp_path):
+def test_an_index_that_cannot_be_written_is_one_sentence(file, tmp_path, monkeypatch):
     mine = write(tmp_path / "set.jsonl", file.read_text("utf-8"))
     index.path_of(mine).mkdir()
     with pytest.raises(UserError, match=r"set.jsonl.index.npy: the index of set.jsonl cannot be written .*: make the folder writable"):
         Lines(mine)
-    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".tmp"] == []
+    index.path_of(mine).rmdir()
+    whole, saved = np.save, []
+
+    def full(file: object, array: np.ndarray) -> None:
+        saved.append(array)
+        if len(saved) == 3:
+            raise OSError(28, "No space left on device")
+        whole(file, array)
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(UserError, match="cannot be written .No space left on device"):
+        Lines(mine)
+    assert [path.name for path in tmp_path.iterdir()] == ["set.jsonl"], "nothing half-written stays"
 
 
 @pytest.mark.parametrize("line, said", [

@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from nanovlm.data.benchmarks import Noting, Row, answers_of, published_reader
 from nanovlm.data.datasets import raw_rows
-from nanovlm.data.lines import BUFFER, MARK, Lines, parsed
+from nanovlm.data.lines import BUFFER, Lines, parsed
 from nanovlm.data.mixture import Entry, Mixed, plan
 from nanovlm.data.packed import Tar
 from nanovlm.data.places import Missing, Places
@@ -142,7 +142,7 @@ def _stays(table: Path) -> bool:
     """Whether it is a table of lines with more than LARGE bytes or MANY_LINES records."""
     large = table.stat().st_size > LARGE
     with table.open("rb") as file:
-        begin = file.readline(LARGE).strip().removeprefix(MARK)
+        begin = file.readline(LARGE).strip().removeprefix(b"\xef\xbb\xbf")
         many = large or sum(block.count(b"\n") for block in iter(lambda: file.read(BUFFER), b"")) > MANY_LINES
     if large and begin.startswith(b"["):
         raise UserError(f"{table}: a list of {table.stat().st_size >> 20} MiB is too large to be read whole by every process; make lines of it, which "

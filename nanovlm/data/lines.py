@@ -24,7 +24,6 @@ from nanovlm.data.rows import as_sample
 from nanovlm.errors import UserError
 from nanovlm.files import replacing
 
-MARK = b"\xef\xbb\xbf"  # before the first line some editors write that it is UTF-8
 GAP = re.compile(r"[\s,]*")  # between two records of an array
 BUFFER = 1 << 20  # bytes of an array that are read at once
 
@@ -54,7 +53,7 @@ class Lines:
         with self.path.open("rb") as file:  # a handle of its own: a file's place would be shared by all worker processes
             file.seek(self.starts[i])
             line = file.read(self.starts[i + 1] - self.starts[i])
-        return f"{self.path.name} line {i + 1}", parsed(line.removeprefix(MARK))
+        return f"{self.path.name} line {i + 1}", parsed(line)
 
     def _make(self) -> tuple[Sequence[str], tuple[np.ndarray, ...]]:
         ends: list[np.ndarray] = [np.zeros(1, np.int64)]
@@ -67,7 +66,7 @@ class Lines:
         with self.path.open("rb") as file, tqdm(total=self.path.stat().st_size, desc=f"indexing {self.path.name}", unit="B", unit_scale=True,
                                                 leave=False, disable=None) as bar:
             for number, line in enumerate(file, start=1):
-                yield self._facts(number, line.removeprefix(MARK)) if line.strip() else index.NOTHING
+                yield self._facts(number, line) if line.strip() else index.NOTHING
                 at += len(line)
                 waiting.append(at)
                 if len(waiting) == index.CHUNK:
