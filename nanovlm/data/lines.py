@@ -80,7 +80,7 @@ class Lines:
         try:
             row = parsed(line)
             try:
-                return index.facts_of(row, line)
+                return index.facts_of(row, line.strip())
             except (TypeError, AttributeError, KeyError):  # the reader knows what is wrong with it
                 as_sample(record, row, Anywhere())
                 raise
