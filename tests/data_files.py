@@ -1,6 +1,8 @@
 """Small data sets on disk, for the tests of the readers."""
 
+import io
 import json
+import tarfile
 from pathlib import Path
 from zlib import crc32
 
@@ -20,6 +22,16 @@ def draw(folder: Path, *names: str) -> None:
 def write(file: Path, content: object) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return file
+
+
+def tar(file: Path, members: dict[str, bytes]) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(file, "w") as out:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            out.addfile(info, io.BytesIO(content))
     return file
 
 

@@ -1,6 +1,5 @@
 """Documents in their published layouts, in tables and in tar shards, and all that can be wrong with them."""
 
-import io
 import json
 import tarfile
 from dataclasses import replace
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_files import everything, write
+from data_files import everything, tar, write
 from PIL import Image
 
 from nanovlm import masks
@@ -206,16 +205,6 @@ def test_check_counts_documents_their_pictures_and_clips(tmp_path, capsys):
 
 
 # ---- shards
-
-
-def tar(file: Path, members: dict[str, bytes]) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(file, "w") as out:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            out.addfile(info, io.BytesIO(content))
-    return file
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from data_files import draw, write
 
 from nanovlm import recipes
 from nanovlm.data import formats
+from nanovlm.data.order import shuffled
 from nanovlm.data.records import Records
 from nanovlm.data.sample import Sample, Turn
 from nanovlm.recipes.stage import resolve
@@ -39,6 +40,9 @@ class Talks:
 
     def lengths(self, real: str) -> list[int]:
         return self.words
+
+    def order(self, real: str, key: str) -> torch.Tensor:
+        return shuffled(99, key)
 
     def sample(self, real: str, split: str, index: int) -> int:
         return index

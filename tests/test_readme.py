@@ -15,6 +15,7 @@ from experiments import (
     blip2_stage1,
     blip_capfilt,
     capfilt_emoji,
+    data_at_scale,
     flamingo_ablations,
     flamingo_emoji,
     flamingo_recipes,
@@ -150,7 +151,7 @@ def test_the_figures_are_the_stored_ones():
             made_by = {"backbones.json": backbones, "blip2_stage1.json": blip2_stage1, "llava_data_mix.json": llava_data_mix,
                        "llava15_ladder.json": llava15_ladder, "llava15_tiles.json": llava15_tiles, "capfilt_emoji.json": capfilt_emoji, "flamingo_emoji.json": flamingo_emoji,
                        "flamingo_ablations.json": flamingo_ablations, "instructblip_ablations.json": instructblip_ablations, "instructblip_mixture.json": instructblip_mixture,
-                       "flamingo_recipes.json": flamingo_recipes,
+                       "flamingo_recipes.json": flamingo_recipes, "data_at_scale.json": data_at_scale,
                        "blip_capfilt.json": blip_capfilt}.get(name, tiny_runs)
             assert made_by.table(result) in MEASURED, f"{name}: python -m {made_by.__name__} --table prints another"
         for case in result.get("cases", []):

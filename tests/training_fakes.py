@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from nanovlm import recipes
 from nanovlm.contract import Reads, alone
+from nanovlm.data.order import shuffled
 from nanovlm.data.sample import Sample, Turn
 from nanovlm.data.source import Exam
 from nanovlm.plots import save_samples
@@ -111,6 +112,9 @@ class FakeRecords:
 
     def lengths(self, real):
         return [1] * self.count
+
+    def order(self, real, key):
+        return shuffled(self.count, key)
 
     def sample(self, real, split, index):
         return fake_sample(f"{real}/{index}", Random(f"{self.seed}/{real}/{split}/{index}"), self.image_size, real == "texts")

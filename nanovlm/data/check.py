@@ -6,18 +6,21 @@ trained on is shown as it will be, token for token, with the trained part marked
     PATH ─► scan (formats.py) ─► records ─► every picture opened ─► every stage: each record encoded as it reads it ─► report
                  └─ problems ─────────────────── + ─────────────────────────── + ───────────────────────────────────────┘
 
-Tokenizer, stages, formats and limits are those of a run of `--model`, made by the same code.
+Of a set that stays on the disk (stored.py) every record is read, and the pictures of some are opened. A list of records that is too
+large to be read whole becomes lines by `--lines OUT.jsonl`. Tokenizer, stages, formats and limits are those of a run of `--model`, made by the same code.
 Exit codes: 0 fine; 1 problems were found, and are listed; 2 the path as a whole is unusable.
 """
 
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from io import BytesIO
+from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -25,11 +28,14 @@ from tqdm import tqdm
 from nanovlm import recipes
 from nanovlm.data.clips import files
 from nanovlm.data.collate import Collate
-from nanovlm.data.formats import Found, scan, scan_entry
+from nanovlm.data.formats import Found, parts_of, read, scan, scan_entry
+from nanovlm.data.lines import to_lines
 from nanovlm.data.mixture import Mixed, Plan
 from nanovlm.data.mixture import plan as plan_of
 from nanovlm.data.records import Records
+from nanovlm.data.rows import as_sample
 from nanovlm.data.sample import Sample
+from nanovlm.data.stored import Part, Stored
 from nanovlm.data.transforms import load_image
 from nanovlm.errors import UserError
 from nanovlm.lm_loss import IGNORE
@@ -39,7 +45,7 @@ from nanovlm.runs.setting import Job, Setting, leave_out_unfit, make_tokenizer, 
 from nanovlm.tokenizer import Tokenizer
 from nanovlm.training.batches import MicroBatches, make_collate
 
-LISTED, SHOWN, BAR = 20, 3, 40  # problems listed, samples shown of a stage, characters of the longest bar
+LISTED, SHOWN, BAR, OPENED = 20, 3, 40, 2000  # problems listed, samples shown of a stage, characters of the longest bar, pictures of a large set
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,10 +53,17 @@ def main(argv: Sequence[str] | None = None) -> int:
                                      epilog="example: python -m nanovlm.data.check my_pictures --model blip2")
     parser.add_argument("path", help="a folder of pictures with a .txt beside each, a .jsonl, a .json (COCO, LLaVA, documents), or .tar shards")
     parser.add_argument("--model", default="llava", help="whose stages are to read it (default: llava), or a recipe such as llava/7b")
+    parser.add_argument("--lines", metavar="OUT.jsonl", help="write the records of a large .json list there, each as a line of its own, which can "
+                        "stay on the disk; pictures are then looked for beside it")
     options = parser.parse_args(argv)
     sys.stdout.reconfigure(errors="backslashreplace")  # a console may know no Chinese
     try:
+        if options.lines:
+            print(f"{options.lines}: {to_lines(Path(options.path), Path(options.lines)):,} records; check them: python -m nanovlm.data.check {options.lines}")
+            return 0
         recipe = resolve(recipes.get(options.model if "/" in options.model else f"{options.model}/tiny"), real=True)
+        if parts := parts_of(options.path):
+            return report_stored(options.path, parts, recipe)
         whole = plan_of(options.path)
         return report(scan(options.path), recipe) if whole is None else report_mixture(options.path, whole, recipe)
     except UserError as error:
@@ -65,6 +78,31 @@ def report(found: Found, recipe: Recipe) -> int:
     except UserError as error:
         problems.append(str(error))
     return conclude(problems)
+
+
+def report_stored(path: str, parts: Sequence[Part], recipe: Recipe) -> int:
+    problems = [problem for part in parts for problem in unread(part)]
+    try:
+        records = read(path, "skip", side_of(recipe))
+        samples = list(records.some_records(OPENED))
+        print(f"{records.name}: {len(parts):,} files with {sum(np.count_nonzero(part.facts['kind']) for part in parts):,} records that stay on the "
+              f"disk; of {len(samples):,} of them the pictures are opened")
+        copies, wrong_names, unreadable = look_at_pictures(samples)
+        describe(samples, copies)
+        problems += wrong_names + [f"{record}: {reason}" for record, reason in unreadable.items()] + go_through_stages(records, recipe)
+    except UserError as error:
+        problems.append(str(error))
+    return conclude(list(dict.fromkeys(problems)))  # what is missing is found by each reader
+
+
+def unread(part: Part) -> Iterator[str]:
+    """What is wrong with the records of a file that stays on the disk."""
+    for i in tqdm(np.flatnonzero(part.facts["kind"]), desc=f"reading {part.path.name}", unit=" records", leave=False, disable=None):
+        record, row = part.row(i)
+        try:
+            as_sample(record, row, part.places)
+        except UserError as error:
+            yield f"{record}: {error}"
 
 
 def report_mixture(path: str, whole: Plan, recipe: Recipe) -> int:
@@ -93,7 +131,11 @@ def report_mixture(path: str, whole: Plan, recipe: Recipe) -> int:
 
 
 def records_of(name: str, samples: Sequence[Sample], splits: Sequence[str], recipe: Recipe, held_out: bool = False) -> Records:
-    return Records(name, samples, splits, on_missing="skip", cache_side=recipes.shorter_side(recipe.name) * 4 // 3, held_out=held_out)
+    return Records(name, samples, splits, on_missing="skip", cache_side=side_of(recipe), held_out=held_out)
+
+
+def side_of(recipe: Recipe) -> int:
+    return recipes.shorter_side(recipe.name) * 4 // 3
 
 
 def look_at(found: Found) -> tuple[list[str], list[Sample], list[str]]:
@@ -188,7 +230,7 @@ def printable(text: str, plain: str) -> str:
 
 # ---- as a run would read it
 
-def words_of(recipe: Recipe, records: Records | Mixed) -> Tokenizer | PublishedTokenizer:
+def words_of(recipe: Recipe, records: Records | Mixed | Stored) -> Tokenizer | PublishedTokenizer:
     """The run's tokenizer; data may be looked at before published weights are there."""
     try:
         return make_tokenizer(recipe, records, seed=0)
@@ -197,7 +239,7 @@ def words_of(recipe: Recipe, records: Records | Mixed) -> Tokenizer | PublishedT
         return make_tokenizer(replace(recipe, words={}), records, seed=0)
 
 
-def go_through_stages(records: Records | Mixed, recipe: Recipe) -> list[str]:
+def go_through_stages(records: Records | Mixed | Stored, recipe: Recipe) -> list[str]:
     """What each stage has to train on, and its first samples; returns what no stage could read."""
     setting = Setting(recipe, 0, torch.device("cpu"), records, words_of(recipe, records))
     problems, shown = [], []
@@ -229,7 +271,7 @@ def go_through_stages(records: Records | Mixed, recipe: Recipe) -> list[str]:
     return problems + [f"{record}: {reason}" for record, reason in records.skipped]
 
 
-def first_ones(records: Records | Mixed, view: str) -> Iterable[int]:
+def first_ones(records: Records | Mixed | Stored, view: str) -> Iterable[int]:
     """The places of the samples to show: the first ones, of a mixture the first one of each set."""
     if not isinstance(records, Mixed):
         return range(min(SHOWN, records.size(view, "train")))

@@ -56,12 +56,12 @@ def in_folder(folder: Path) -> tuple[Path, ...]:
     return tuple(sorted(found, key=lambda file: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", file.name)]))
 
 
-def load(entry: object, side: int | None = None) -> Picture:
-    """What an entry of Sample.images shows: a picture, or the frames of a clip."""
+def load(entry: object, side: int | None = None, rough: bool = False) -> Picture:
+    """What an entry of Sample.images shows: a picture, or the frames of a clip. side, rough: see load_image."""
     if isinstance(entry, tuple):
-        return tuple(load_image(path, side) for path in entry)
+        return tuple(load_image(path, side, rough=rough) for path in entry)
     if entry.suffix.lower() != ".gif":
-        return load_image(entry, side)
+        return load_image(entry, side, rough=rough)
     shown = frames(entry, side=side)
     return shown if len(shown) > 1 else shown[0]
 

@@ -31,7 +31,7 @@ def is_document(row: dict) -> bool:
 
 def page(record: str, row: dict, find: Callable[[str], object]) -> tuple[Sample, list[str]]:
     """The page, and what was wrong with the pictures that it does without. find: from a name to a picture."""
-    parts, joint = (_obelics(row), "\n") if "texts" in row else (_mmc4(row), " ")
+    parts, joint = parts_of(row), "\n" if "texts" in row else " "
     if not parts:
         raise UserError("the page is empty: it has neither a text nor a picture; remove it")
     if not any(kind == "text" for kind, _ in parts):
@@ -51,6 +51,10 @@ def page(record: str, row: dict, find: Callable[[str], object]) -> tuple[Sample,
     title = next(content for kind, content in parts if kind == "text").strip().split("\n")[0]
     return Sample(f"{record} (id {name})" if name else record, tuple(images), " ".join(title.split()[:TITLE]), turns=page_turns(kept, joint),
                   format="pages"), left_out
+
+
+def parts_of(row: dict) -> Parts:
+    return _obelics(row) if "texts" in row else _mmc4(row)
 
 
 def _obelics(row: dict) -> Parts:

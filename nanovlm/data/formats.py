@@ -13,6 +13,7 @@ arXiv:2304.08485 and of docs/Finetune_Custom_Data.md of its code.
     captions.jsonl / any .jsonl   {"image": "images/a.jpg", "caption": "a hat", "label": "hat", "split": "train"}
     COCO, VQAv2, ScienceQA .json  see benchmarks.py
     documents .json, .jsonl       texts and pictures in turn, see documents.py: {"texts": ["a", null], "images": [null, "a.jpg"]}
+    large .jsonl, many shards     they stay on the disk, see stored.py
     shards, .tar or a folder      any of these and pairs, read where they lie, see shards.py
     mixtures .json                {"mixture": {…}}: several of all these for instruction tuning, see mixture.py
     LLaVA .json                   [{"id": "7", "image": "a.jpg", "conversations": [
@@ -33,15 +34,19 @@ from pathlib import Path
 from unicodedata import normalize
 
 from PIL import Image
+from tqdm import tqdm
 
 from nanovlm.data.benchmarks import Noting, Row, answers_of, published_reader
 from nanovlm.data.datasets import raw_rows
+from nanovlm.data.lines import BUFFER, Lines, parsed
 from nanovlm.data.mixture import Entry, Mixed, plan
+from nanovlm.data.packed import Tar
 from nanovlm.data.places import Missing, Places
 from nanovlm.data.records import Records
 from nanovlm.data.rows import as_sample
 from nanovlm.data.sample import Sample
 from nanovlm.data.shards import Shard
+from nanovlm.data.stored import Stored
 from nanovlm.errors import UserError
 
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif"}
@@ -49,6 +54,9 @@ WANTED = (
     'give a folder of pictures with a .txt beside each, a .jsonl of {"image", "caption"}, COCO captions JSON, '
     "LLaVA conversations JSON, VQAv2's questions, ScienceQA's problems.json, documents or .tar shards"
 )
+
+
+LARGE, MANY_LINES, MANY_SHARDS = 64 << 20, 100_000, 8  # bytes, records or shards: a set with more, or as many shards, stays on the disk
 
 
 @dataclass(frozen=True)
@@ -98,18 +106,52 @@ class Found:
         return self
 
 
-def read(path: str | Path, on_missing: str = "error", cache_side: int = 64) -> Records | Mixed:
+def read(path: str | Path, on_missing: str = "error", cache_side: int = 64, whole: bool = False) -> Records | Mixed | Stored:
     """What `path` holds, ready to train on.
 
     on_missing: a missing or broken picture is an "error", or its record is left out ("skip") and noted in `.skipped`.
     cache_side: pictures of small sets are kept with this shorter side; 1.25 times what the model sees is plenty.
+    whole: also a large set is read into memory, for those who need all of it at once.
     """
     if on_missing not in ("error", "skip"):
         raise UserError(f"on_missing is {on_missing!r}; it must be error or skip.")
+    if not whole and (parts := parts_of(path)):
+        name = _name(parts[0].path) if len(parts) == 1 else Path(path).resolve().name
+        return Stored(name, parts, on_missing, cache_side)
     whole = plan(path)
     if whole is None:
         return records_of(scan(path), path, on_missing, cache_side)
     return Mixed(whole, {entry.name: records_of(scan_entry(path, entry), path, on_missing, cache_side) for entry in whole.entries})
+
+
+def parts_of(path: str | Path) -> list[Lines] | list[Tar]:
+    """The files of a set that stays on the disk, with their indexes, which are made now if need be; [] of a smaller one."""
+    path = Path(path)
+    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
+    named = {suffix: [file for file in files if file.suffix.lower() == suffix and not file.name.startswith(".")] for suffix in (".jsonl", ".json", ".tar", ".txt")}
+    tables, shards = [file for file in files if file.name == "captions.jsonl"] or named[".jsonl"] + named[".json"], named[".tar"]
+    pictures = {_stem(file) for file in files if file.suffix.lower() in PICTURE_SUFFIXES}
+    if not pictures.isdisjoint(map(_stem, named[".txt"])) and tables[:1] != [path / "captions.jsonl"]:
+        return []
+    if shards and not tables and (len(shards) >= MANY_SHARDS or sum(file.stat().st_size for file in shards) > LARGE):
+        return [Tar(file) for file in tqdm(shards, desc="opening shards", leave=False, disable=None)]
+    return [Lines(tables[0])] if len(tables) == 1 and _stays(tables[0]) else []
+
+
+def _stays(table: Path) -> bool:
+    """Whether it is a table of lines with more than LARGE bytes or MANY_LINES records."""
+    large = table.stat().st_size > LARGE
+    with table.open("rb") as file:
+        begin = file.readline(LARGE).strip().removeprefix(b"\xef\xbb\xbf")
+        many = large or sum(block.count(b"\n") for block in iter(lambda: file.read(BUFFER), b"")) > MANY_LINES
+    if large and begin.startswith(b"["):
+        raise UserError(f"{table}: a list of {table.stat().st_size >> 20} MiB is too large to be read whole by every process; make lines of it, which "
+                        f"stay on the disk: python -m nanovlm.data.check {table} --lines {table.with_suffix('.jsonl')}.")
+    return many and begin.startswith(b"{") and (table.suffix.lower() == ".jsonl" or begin.endswith(b"}"))  # COCO's are of one line
+
+
+def _name(path: Path) -> str:
+    return path.parent.resolve().name if path.name in ("captions.jsonl", "documents.jsonl") else path.stem
 
 
 def records_of(found: Found, path: str | Path, on_missing: str, cache_side: int) -> Records:
@@ -144,8 +186,7 @@ def scan(path: str | Path, entry: Entry | None = None) -> Found:
         return _scan_shards([path], path.stem, entry)
     if path.suffix.lower() not in (".json", ".jsonl"):
         raise UserError(f"{path}: this is neither a folder nor a .json or .jsonl file, nor a .tar; {WANTED}.")
-    found = Found("captions", path.parent.resolve().name if path.name in ("captions.jsonl", "documents.jsonl") else path.stem,
-                  entry=entry)
+    found = Found("captions", _name(path), entry=entry)
     text = _read_text(path, f"{path}: it")
     published = entry is not None and entry.read is not None
     table = _whole_table(path, text, published)
@@ -239,11 +280,7 @@ def _lines(file: Path, text: str, noting: Noting) -> Iterator[Row]:
         record = f"{file.name} line {number}"
         with noting(record):
             if line.strip():
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise UserError(f"this is no JSON ({error}); write one object per line") from error
-                yield record, row
+                yield record, parsed(line)
 
 
 # ---- files

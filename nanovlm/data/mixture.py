@@ -23,11 +23,12 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nanovlm.data.datasets import SETS, rows_of
+from nanovlm.data.order import shuffled
 from nanovlm.data.records import SPLITS, TASKS, Records
 from nanovlm.data.sample import Sample
 from nanovlm.data.source import Exam, task_exam
@@ -264,8 +265,11 @@ class Mixed:
         sample = self.sets[name].sample(view, split, index)
         return replace(sample, id=f"{name}, {sample.id}")
 
-    def captions(self, view: str, split: str) -> list[str]:
-        return [self.sets[name].entries(view, split)[i][1] for name, i in self.places(view, split)]
+    def order(self, view: str, key: str) -> Sequence[int]:
+        return shuffled(self.size(view, "train"), key)
+
+    def captions(self, view: str) -> Iterator[tuple[int, str]]:
+        return enumerate(self.sets[name].entries(view, "train")[i][1] for name, i in self.places(view, "train"))
 
     def lengths(self, view: str) -> list[int]:
         every = {name: records.lengths(view) for name, records in self.held_in.items()}

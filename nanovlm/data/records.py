@@ -11,7 +11,7 @@ Pictures of a small set are decoded once, made small and kept; those of a large 
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from random import Random
@@ -20,10 +20,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from nanovlm.data.clips import Picture, files, load
+from nanovlm.data.order import shuffled
 from nanovlm.data.sample import IMAGE, REAL, Sample, choosing
 from nanovlm.data.source import ASKED_IN, Exam, caption_exam, exam_of, exam_view, task_exam
 from nanovlm.data.templates import instruction
-from nanovlm.data.views import PAGES, QUESTIONS, Longest, as_view, ever_shorter, seen_in
+from nanovlm.data.views import PAGES, QUESTIONS, Longest, as_view, ever_shorter, met_as, seen_in
 from nanovlm.errors import UserError
 
 SPLITS = ("train", "val")
@@ -35,11 +36,12 @@ ENOUGH_TRAIN, ENOUGH_VAL = 500, 200  # below, a figure says more about luck than
 class Records:
     def __init__(
         self, name: str, samples: Sequence[Sample], splits: Sequence[str], skipped: Sequence[tuple[str, str]] = (),
-        on_missing: str = "error", cache_side: int = 64, left_out: Sequence[str] = (), held_out: bool = False,
+        on_missing: str = "error", cache_side: int = 64, left_out: Sequence[str] = (), held_out: bool = False, keep: bool = True,
     ):
         """samples: with paths for images. splits: "train", "val" or "" for each. skipped: what was left out before.
 
         left_out: pictures that were not fit for their pages, and why. held_out: nothing is learned from it, see split_records.
+        keep: pictures, if the set is small.
         """
         self.name = name
         self.skipped = list(skipped)
@@ -50,7 +52,7 @@ class Records:
         self._blank = Image.new("RGB", (cache_side, cache_side))  # stands for a picture that is not in memory
         paths = list(dict.fromkeys(path for sample in samples for path in sample.images))
         many = sum(len(files(path)) for path in paths)
-        self.in_memory = many <= KEPT_PICTURES and many * 3 * cache_side**2 <= KEPT_BYTES
+        self.in_memory = keep and many <= KEPT_PICTURES and many * 3 * cache_side**2 <= KEPT_BYTES
         if self.in_memory:
             samples, splits = self._decode_all(paths, samples, splits)
         if len(samples) < (1 if held_out else 2):
@@ -66,12 +68,7 @@ class Records:
 
     def texts(self) -> list[str]:
         """Every text of the train split: what a tokenizer is trained on. Nothing of the held-out side is in it."""
-        texts = list(QUESTIONS)
-        for i, sample in enumerate(self._records["train"]):
-            texts += sample.references if not sample.turns or sample.task.group else ()
-            turns = instruction(sample, Random(i))[0] if sample.task.group else sample.turns
-            texts += [text for turn in turns for text in (turn.question.replace(IMAGE, ""), turn.answer) if text]
-        return texts
+        return texts_of(self._records["train"])
 
     def listed(self, split: str) -> list[Sample]:
         """The records of a split that have one picture, with its path; a document or a clip of several files is none."""
@@ -99,9 +96,13 @@ class Records:
             return as_view(replace(record, images=images), caption, view, Random(index))
         raise UserError(f"{self.name}: no usable record of split {split} fits the view {view}.")
 
-    def captions(self, view: str, split: str) -> list[str]:
-        """Of each sample, by index."""
-        return [caption for _, caption in self._entries[view, split]]
+    def order(self, view: str, key: str) -> Sequence[int]:
+        """The training samples in the order of the epoch that has this key."""
+        return shuffled(self.size(view, "train"), key)
+
+    def captions(self, view: str) -> Iterator[tuple[int, str]]:
+        """(index, caption) of training samples."""
+        return enumerate(caption for _, caption in self._entries[view, "train"])
 
     def entries(self, view: str, split: str) -> list[tuple[Sample, str]]:
         """(record, caption) of each sample, by index; the record has paths for images."""
@@ -254,16 +255,18 @@ class Records:
     # ---- views
 
     def _list_entries(self, view: str, split: str) -> list[tuple[Sample, str]]:
-        """(record, caption) for each index: a picture with five captions is met five times an epoch, once in val."""
-        entries = []
-        for record in self._records[split]:
-            asks = view in ("conversations", "prompted", "instructions")
-            if view in ("pairs", "captions") and len(record.images) != 1 or asks and record.format == PAGES:
-                continue
-            # an instruction takes any of the captions, by chance: the size of its set is that of its records
-            several = record.references if split == "train" and not record.turns and view != "instructions" else (record.caption,)
-            entries += [(record, caption) for caption in several]
-        return entries
+        """(record, caption) for each index."""
+        return [(record, caption) for record in self._records[split] for caption in met_as(record, view, split)]
+
+
+def texts_of(samples: Iterable[Sample]) -> list[str]:
+    """Every text of training records, and the questions that are asked about pictures with captions."""
+    texts = list(QUESTIONS)
+    for i, sample in enumerate(samples):
+        texts += sample.references if not sample.turns or sample.task.group else ()
+        turns = instruction(sample, Random(i))[0] if sample.task.group else sample.turns
+        texts += [text for turn in turns for text in (turn.question.replace(IMAGE, ""), turn.answer) if text]
+    return texts
 
 
 def real_view(exams: Sequence[str]) -> str:

@@ -50,7 +50,7 @@ def as_sample(record: str, row: object, places: Places | Shard) -> tuple[Sample,
     return replace(sample, images=tuple(images)), split, []
 
 
-def _shown(row: dict) -> list[str | tuple[str, ...]]:
+def shown(row: dict) -> list[str | tuple[str, ...]]:
     """The names of its pictures; those of a clip's frames stand together."""
     if (frames := row.get("frames")) is not None:
         if not isinstance(frames, list) or not frames or not all(isinstance(frame, str) and frame.strip() for frame in frames):
@@ -67,10 +67,10 @@ def _captioned(record: str, row: dict) -> Sample:
     for key in ("image", "caption"):
         if key not in row and (key == "caption" or not {"clip", "frames"} & set(row)):
             raise UserError(f'field "{key}" is missing; every record needs "image" and "caption" (or "conversations")')
-    if not isinstance(row.get("image", ""), str) or len(shown := _shown(row)) != 1 or not str(shown[0]).strip():
+    if not isinstance(row.get("image", ""), str) or len(images := shown(row)) != 1 or not str(images[0]).strip():
         raise UserError('field "image" must be the path of one picture')
     captions = _captions(row["caption"])
-    return Sample(record, tuple(shown), captions[0], captions, label=str(row.get("label") or ""), task=Task(fields=_fields(row)))
+    return Sample(record, tuple(images), captions[0], captions, label=str(row.get("label") or ""), task=Task(fields=_fields(row)))
 
 
 def _captions(value: object) -> tuple[str, ...]:
@@ -83,22 +83,22 @@ def _captions(value: object) -> tuple[str, ...]:
 def _conversation(record: str, row: dict) -> Sample:
     if row.get("id") is not None:
         record = f"{record} (id {row['id']})"
-    images = _shown(row)
+    images = shown(row)
     turns = _turns(row["conversations"])
     marks = sum(turn.question.count(IMAGE) for turn in turns)
     if marks != len(images):
         raise UserError(f'{marks} "{IMAGE}" marks in field "conversations" but {len(images)} pictures in field '
                         '"image"; there must be one mark for each picture')
     # The answer to the question with the picture; of a long one the first sentence names it best, 40 words at most.
-    shown = next((turn for turn in turns if IMAGE in turn.question), turns[0])
-    first_sentence = re.split(r"(?<=[.!?])\s", _one_line(shown.answer), maxsplit=1)[0]
+    first = next((turn for turn in turns if IMAGE in turn.question), turns[0])
+    first_sentence = re.split(r"(?<=[.!?])\s", _one_line(first.answer), maxsplit=1)[0]
     captions = _captions(row["caption"]) if row.get("caption") else (" ".join(first_sentence.split()[:40]),)
     return Sample(record, tuple(images), captions[0], captions if row.get("caption") else (), turns=turns, form=str(row.get("form") or ""))
 
 
 def _question(record: str, row: dict) -> Sample:
     """Its caption, where the row has none, is the answer; `references` are captions of its own only."""
-    images, question = _shown(row), row["question"]
+    images, question = shown(row), row["question"]
     if not isinstance(question, str) or not question.strip():
         raise UserError('field "question" is empty or no text')
     given = row.get("answer", "")

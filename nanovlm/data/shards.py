@@ -10,8 +10,8 @@ dot are one record. A picture is a place in the shard, so nothing is unpacked an
 
 import json
 import tarfile
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 
@@ -51,25 +51,10 @@ class Packed:
         return f"{self.shard}/{self.name}"
 
 
-@dataclass
 class Shard:
-    path: Path
-    members: dict[str, Packed] = field(default_factory=dict)
-
-    def __post_init__(self):
-        try:
-            with tarfile.open(self.path, "r:") as tar:
-                for member in tar:
-                    if member.isfile() and not member.issparse():  # links lead elsewhere
-                        name = str(PurePosixPath(member.name))  # "./a.jpg", as `tar -c .` writes it, is a.jpg
-                        self.members[name] = Packed(self.path, name, member.offset_data, member.size)
-                tar.fileobj.seek(tar.offset)  # a header that makes no sense ends the loop as the end mark does
-                end = tar.fileobj.read(tarfile.BLOCKSIZE)
-        except (tarfile.TarError, OSError, EOFError) as error:
-            raise UserError(f"the shard cannot be read as a tar file ({error}); fetch it again") from error
-        if len(end) < tarfile.BLOCKSIZE or end.strip(b"\0"):
-            raise UserError(f"the shard breaks off or is damaged behind {len(self.members)} members "
-                            f"(byte {tar.offset}); fetch it again")
+    def __init__(self, path: Path, members: Mapping[str, Packed] | None = None):
+        """members: by name, where somebody has read them before (packed.py)."""
+        self.path, self.members = path, _members(path) if members is None else members
 
     def find(self, name: str) -> Packed:
         """The member of this name; no other shard is looked into, nor the disk."""
@@ -80,6 +65,10 @@ class Shard:
     clip = find  # a clip is a file here, no folder
 
     def rows(self, noting: Noting) -> Iterator[Row]:
+        return ((record, row) for record, row, _ in self.found(noting))
+
+    def found(self, noting: Noting) -> Iterator[tuple[str, dict, tuple[str, str, str]]]:
+        """record, row, and the names of what it is made of: JSON, picture and text, "" for what there is not. See `row`."""
         groups: dict[str, dict[str, str]] = {}
         for name in self.members:
             place = PurePosixPath(name)
@@ -91,20 +80,26 @@ class Shard:
         for key, parts in groups.items():
             record = f"{self.path.name}/{key}"
             with noting(record):
-                told = self._json(parts[".json"]) if ".json" in parts else {}
-                if any(name in told for name in ROWS):
-                    claimed.add(key)
-                    yield f"{self.path.name}/{parts['.json']}", told
-                    continue
-                picture = next((parts[ending] for ending in PICTURES if ending in parts), None)
-                text = self._text(parts[".txt"]) if ".txt" in parts else told.get("caption")
-                if picture and text is not None:
-                    yield record, {**told, "image": picture, "caption": text}
-                else:
+                names = parts.get(".json", ""), next((parts[ending] for ending in PICTURES if ending in parts), ""), parts.get(".txt", "")
+                row = self.row(*names)
+                if row is None:
                     lone.append((record, parts))
+                elif any(name in row for name in ROWS):
+                    claimed.add(key)
+                    yield f"{self.path.name}/{names[0]}", row, names
+                else:
+                    yield record, row, names
         for record, parts in lone if not claimed else ():  # beside documents a picture by itself is one of theirs
             with noting(record):
                 raise Missing(f"of {', '.join(parts.values())} no record can be made; a picture needs a .txt or a .json of its name")
+
+    def row(self, json: str, picture: str, text: str) -> dict | None:
+        """Of members with one name; None where they are no record."""
+        told = self._json(json) if json else {}
+        if any(name in told for name in ROWS):
+            return told
+        caption = self._text(text) if text else told.get("caption")
+        return {**told, "image": picture, "caption": caption} if picture and caption is not None else None
 
     def _text(self, name: str) -> str:
         try:
@@ -120,3 +115,22 @@ class Shard:
         if not isinstance(told, dict):
             raise UserError(f"{name} is no JSON object")
         return told
+
+
+def _members(path: Path) -> dict[str, Packed]:
+    found: dict[str, Packed] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if member.isfile() and not member.issparse():  # links lead elsewhere
+                    name = str(PurePosixPath(member.name))  # "./a.jpg", as `tar -c .` writes it, is a.jpg
+                    found[name] = Packed(path, name, member.offset_data, member.size)
+                tar.members.clear()  # or the headers of a million members stay in memory
+            tar.fileobj.seek(tar.offset)  # a header that makes no sense ends the loop as the end mark does
+            end = tar.fileobj.read(tarfile.BLOCKSIZE)
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise UserError(f"the shard cannot be read as a tar file ({error}); fetch it again") from error
+    if len(end) < tarfile.BLOCKSIZE or end.strip(b"\0"):
+        raise UserError(f"the shard breaks off or is damaged behind {len(found)} members "
+                        f"(byte {tar.offset}); fetch it again")
+    return found

@@ -167,8 +167,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def load_image(path: object, side: int | None = None, frame: int = 0) -> Image.Image:
+def load_image(path: object, side: int | None = None, frame: int = 0, rough: bool = False) -> Image.Image:
     """The picture as upright RGB; with `side`, its shorter side is at most that. path: one, or what opens as one (shards.py).
+
+    rough: for who resizes it anyway. A JPEG comes out at two to four times the side, other files at their own size.
 
     The content decides what kind of file it is, not its name. Every way to be no picture is a UserError that names it.
     """
@@ -185,7 +187,7 @@ def load_image(path: object, side: int | None = None, frame: int = 0) -> Image.I
         raise UserError(f"{path}: the picture is missing.") from error
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: the picture cannot be read ({_reason(place, error)}); replace or remove it.") from error
-    if side is not None and min(picture.size) > side:
+    if side is not None and not rough and min(picture.size) > side:
         scale = side / min(picture.size)
         picture = resize(picture, (max(side, round(picture.width * scale)), max(side, round(picture.height * scale))))
     return picture

@@ -58,6 +58,15 @@ def _page(record: Sample, caption: str, view: str, rng: Random) -> tuple[Turn, .
                  for turn in record.turns)
 
 
+def met_as(record: Sample, view: str, split: str) -> tuple[str, ...]:
+    """The texts with which a view meets the record in an epoch: a picture with five captions five times, in val once; () for none of it."""
+    asks = view in ("conversations", "prompted", "instructions")
+    if view in ("pairs", "captions") and len(record.images) != 1 or asks and record.format == PAGES:
+        return ()
+    # an instruction takes any of the captions, by chance: the size of its set is that of its records
+    return record.references if split == "train" and not record.turns and view != "instructions" else (record.caption,)
+
+
 def seen_in(view: str, picture: Picture) -> Picture:
     """Pages and instructions show a clip, all other views its first frame."""
     return picture if view in (PAGES, "instructions") else still(picture)

@@ -56,7 +56,7 @@ def capfilt(run: Path, human_path: str | None, beams: int, options: Options) -> 
     if not human_path:
         raise UserError("--human is missing: captioner and filter must learn from texts that one can trust (BLIP's: COCO), or they copy the web's noise.")
     trained_on, recipe, made = open_run(run, beams)
-    web, human = (read_source(recipe, path, options.on_missing, options.seed) for path in (options.data, human_path))
+    web, human = (read_source(recipe, path, options.on_missing, options.seed, whole=True) for path in (options.data, human_path))
     samples, held = to_filter(web, Path(options.data), options.on_missing == "skip"), web.listed("val")
     placed = on_one_side(human, web)
     apart = {record.id for record, side in placed if side == "val"}

@@ -20,6 +20,7 @@ import torch
 
 import nanovlm
 from nanovlm.data.source import Source
+from nanovlm.data.stored import Stored
 from nanovlm.errors import UserError
 from nanovlm.recipes.stage import as_config
 from nanovlm.runs import checkpoint, shipped
@@ -156,8 +157,11 @@ def _imports(path: Path) -> list[str]:
 
 
 def data_identity(source: Source) -> str:
-    """sha256 of a person's train split: every text, every picture."""
+    """sha256 of a person's train split: every text, every picture; of a set that stays on the disk what is known of its files."""
     digest = hashlib.sha256(source.name.encode())
+    if isinstance(source, Stored):
+        digest.update(repr(source.identity).encode())
+        return digest.hexdigest()
     for real in ("pairs", "conversations", "texts"):
         for index in range(source.size(real, "train")):
             sample = source.sample(real, "train", index)

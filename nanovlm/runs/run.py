@@ -19,6 +19,7 @@ from torch import nn
 
 import nanovlm
 from nanovlm import recipes
+from nanovlm.data import formats
 from nanovlm.errors import UserError
 from nanovlm.evaluate.judges import evaluate
 from nanovlm.evaluate.pupil import Pupil, Rows
@@ -26,7 +27,7 @@ from nanovlm.recipes.stage import Recipe, as_config, resolve
 from nanovlm.runs import checkpoint, shipped
 from nanovlm.runs.cache import Cache
 from nanovlm.runs.capfilt import made_for
-from nanovlm.runs.folder import OURS, RunFolder, write_json
+from nanovlm.runs.folder import OURS, RunFolder, on_first, write_json
 from nanovlm.runs.learner import Learner, begin, need_room
 from nanovlm.runs.progress import minutes, report, say
 from nanovlm.runs.setting import Job, Setting, leave_out_unfit, needs, plan, read_source
@@ -81,6 +82,7 @@ def _run(recipe_name: str, options: Options, device: torch.device) -> dict:
     if options.shard and not dist.is_initialized():
         raise UserError("--shard shares a model out over the processes of torchrun: start it as torchrun --nproc-per-node N train_tiny.py …")
     find_published(recipe, recipe.stages[-1].name)
+    on_first(lambda: options.data and len(formats.parts_of(options.data)))  # one rank makes the indexes of a large set, all read them
     source = read_source(recipe, options.data, options.on_missing, options.seed)
     keep = RunFolder(recipe.name, options.out, options.resume, options.overwrite, quick=options.steps is not None)
     tokenizer = keep.tokenizer() or find_tokenizer(recipe, source, options.seed, options.from_scratch or options.data is not None)

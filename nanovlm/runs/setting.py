@@ -97,11 +97,12 @@ def shares(mixed: Mixed) -> Diet:
     return balanced(sizes, mixed.sampling, mixed.factors)
 
 
-def read_source(recipe: Recipe, data: str | None, on_missing: str, seed: int) -> Source:
+def read_source(recipe: Recipe, data: str | None, on_missing: str, seed: int, whole: bool = False) -> Source:
+    """whole: see formats.read."""
     if data is None:
         return world_of(recipe, seed)
     # pictures are kept a third larger than the model sees them: room for random crops
-    return formats.read(data, on_missing, recipes.shorter_side(recipe.name) * 4 // 3)
+    return formats.read(data, on_missing, recipes.shorter_side(recipe.name) * 4 // 3, whole)
 
 
 def world_of(recipe: Recipe, seed: int) -> Scenes:

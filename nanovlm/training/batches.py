@@ -24,6 +24,7 @@ from dataclasses import replace
 from random import Random
 from types import MappingProxyType
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -32,6 +33,7 @@ from nanovlm.data.collate import Collate
 from nanovlm.data.mixture import Mixed
 from nanovlm.data.records import Records
 from nanovlm.data.sample import IMAGE, Sample, Turn
+from nanovlm.data.stored import Stored
 from nanovlm.data.transforms import Transform
 from nanovlm.errors import UserError
 from nanovlm.making.bootstrap import Bootstrapped
@@ -82,13 +84,16 @@ class Balanced:
 class Epochs:
     """The samples of a stage, of a person's records: all of them, in an order left to chance, and again."""
 
-    def __init__(self, records: Records, stage: Stage, seed: int):
+    def __init__(self, records: Records | Mixed | Stored, stage: Stage, seed: int):
         self.records, self.stage, self.seed = records, stage, seed
         self.size = records.size(stage.real, "train")
         self.lengths = records.lengths(stage.real) if stage.group and self.size >= stage.batch_size else None
-        self.orders: dict[int, list[int]] = {}  # of the last epochs
+        self.orders: dict[int, Sequence[int]] = {}  # of the last epochs
         if self.size == 0:
             raise UserError(f"{records.name} has nothing to train stage {stage.name} on (it reads {stage.real}).")
+        if isinstance(records, Stored) and self.size < stage.batch_size:  # a small set comes several times in one step, a large one does not
+            raise UserError(f"{records.name}: {len(records.parts)} files with {self.size} training samples are too few for stage {stage.name}, "
+                            f"whose steps are of {stage.batch_size} samples each; give more of them, or a smaller batch_size.")
 
     def __getitem__(self, place: int) -> Sample:
         # grouped, an epoch is of as many samples as make whole batches
@@ -97,13 +102,13 @@ class Epochs:
         if number not in self.orders:
             self.orders = {n: order for n, order in self.orders.items() if n == number - 1} | {number: self.epoch(number)}
         again = number * self.size if self.stage.real == "instructions" else 0  # in an epoch to come it is asked in other words
-        return self.records.sample(self.stage.real, "train", self.orders[number][within] + again)
+        return self.records.sample(self.stage.real, "train", int(self.orders[number][within]) + again)
 
-    def epoch(self, number: int) -> list[int]:
+    def epoch(self, number: int) -> Sequence[int]:
         """The order of the samples in an epoch."""
         key = f"{self.seed}/{self.stage.name}/{number}"
         if self.lengths is None:
-            return _epoch(self.size, key)
+            return self.records.order(self.stage.real, key)
         return _grouped_epoch(self.lengths, self.stage.batch_size, distributed.world(), key)
 
 
@@ -126,9 +131,9 @@ class Gathered:
     """
 
     def __init__(self, own: Epochs):
-        self.own, self.alike = own, defaultdict(list)
-        self.captions = own.records.captions(own.stage.real, "train")
-        for index, caption in enumerate(self.captions):
+        self.own, self.alike, self.captions = own, defaultdict(list), []
+        for index, caption in own.records.captions(own.stage.real):
+            self.captions.append(caption)
             self.alike[caption].append(index)
 
     def __getitem__(self, place: int) -> Sample:
@@ -138,7 +143,8 @@ class Gathered:
         rng = Random(f"{self.own.seed}/{self.own.stage.name}/{place}")
         names = [first.caption, *rng.choices(self.captions, k=TOGETHER)]
         # a picture of each name, by chance: of the first one there are two then
-        again = [self.own.records.sample(self.own.stage.real, "train", rng.choice(self.alike[name])) for name in names]
+        again = [self.own.records.sample(self.own.stage.real, "train", rng.choice(self.alike[name])) for name in names
+                 if name in self.alike]  # of a large set not all are known here
         shown = rng.sample(pairs := [first, *(pair for pair in again if pair.format == "pair")], len(pairs))
         return replace(first, images=tuple(image for pair in shown for image in pair.images), format="flamingo",
                        turns=tuple(Turn(IMAGE, pair.caption, "caption") for pair in shown))
@@ -182,24 +188,20 @@ def _length(sample: Sample) -> int:
     return sum(len(SPLIT.findall(text)) for text in (*sample.told, *(turn.question + turn.answer for turn in sample.turns)))
 
 
-def _epoch(size: int, key: str) -> list[int]:
-    return torch.randperm(size, generator=torch.Generator().manual_seed(Random(key).getrandbits(63))).tolist()
-
-
-def _grouped_epoch(lengths: Sequence[int], batch_size: int, ranks: int, key: str) -> list[int]:
+def _grouped_epoch(lengths: Sequence[int], batch_size: int, ranks: int, key: str) -> np.ndarray:
     """Whole batches of one modality, in an order left to chance; what is left of both modalities comes last.
 
     lengths: words of each sample, below zero without a picture. differs: the released code also evens out micro-batches.
     """
-    rng, batches, left = Random(key), [], []
+    rng, lengths, batches, left = Random(key), np.asarray(lengths), [], []
     for wanted in (True, False):
-        own = [i for i, length in enumerate(lengths) if (length > 0) == wanted]
+        own = np.flatnonzero((lengths > 0) == wanted)
         rng.shuffle(own)
         whole = len(own) // batch_size * batch_size
         batches += [dealt(own[start:start + batch_size], lengths, ranks) for start in range(0, whole, batch_size)]
-        left += own[whole:]
+        left.append(own[whole:])
     rng.shuffle(batches)
-    return [i for batch in batches for i in batch] + left
+    return np.concatenate([*batches, *left])
 
 
 def dealt(batch: Sequence[int], lengths: Sequence[int], ranks: int) -> list[int]:
@@ -228,10 +230,16 @@ class _Carried(Dataset):
             return error
 
 
-def stream(batches: MicroBatches, first_step: int, device: torch.device) -> Iterator[Batch]:
+def workers_of_rank() -> int:
+    """The cores of this machine are shared by its own ranks alone, however many there are on others."""
+    return max(1, min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
+
+
+def stream(batches: MicroBatches, first_step: int, device: torch.device, workers: int | None = None) -> Iterator[Batch]:
     """Micro-batches from `first_step` on. On a GPU, worker processes draw and tokenise ahead of it."""
     cuda = device.type == "cuda"
-    workers = max(1, min(8, (os.cpu_count() or 1) // distributed.world() - 1)) if cuda else 0
+    if workers is None:
+        workers = workers_of_rank() if cuda else 0
     order = range(first_step * batches.stage.accumulate, len(batches))
     # A generator of its own: the loader would otherwise draw from the global one and shift what a resumed run draws.
     for item in DataLoader(_Carried(batches), batch_size=None, sampler=order, num_workers=workers, pin_memory=cuda,
