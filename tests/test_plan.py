@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from nanovlm import recipes
 from nanovlm.decoder import VICUNA_7B, Block
 from nanovlm.plan import __main__ as command
+from nanovlm.plan import stages
 from nanovlm.plan.simulate import look
 from nanovlm.plan.stages import (
     FREE,
@@ -227,6 +228,21 @@ def test_the_largest_micro_batch_that_fits():
     assert (least.micro, least.accumulate, least.fits) == (1, 16, False)
 
 
+def test_a_plan_takes_few_looks(monkeypatch):
+    """Each takes seconds at full size: the largest that there is comes first, then what memory has room for."""
+    looked = []
+    monkeypatch.setattr(stages, "look", lambda model, batch, ranks: looked.append(len(batch["input_ids"])) or look(model, batch, ranks))
+    recipe = recipes.get("llava/tiny")
+    tune = recipe.stage("tune")
+    largest = plan(recipe, tune, Machine(1))
+    assert looked == [32, 1]  # the second for the time
+    looked.clear()
+    static = largest.needed - largest.bytes["activations"]
+    memory = (static + largest.bytes["activations"] / 3.5) / GIB / (1 - FREE)
+    assert plan(recipe, tune, Machine(1, memory)).micro == 8
+    assert looked == [32, 8, 16, 1]  # 9 would fit, 16 shows that no more do
+
+
 def test_time_and_flops():
     recipe = recipes.get("llava/tiny")
     tune = recipe.stage("tune")
@@ -237,6 +253,7 @@ def test_time_and_flops():
     assert checkpoints.flops == one.flops  # model FLOPs count nothing twice
     assert checkpoints.look.kept < plan(recipe, tune).look.kept / 2
     assert plan(recipe, tune, usual=10).flops < one.flops
+    assert plan(recipe, tune, Machine(1, peak=156e12)).hours == pytest.approx(2 * one.hours)
 
 
 def test_a_contrastive_batch_is_not_split():
@@ -262,6 +279,13 @@ def test_a_plan_in_words(capsys):
     out = capsys.readouterr().out
     assert "stage align: 100 steps of 64 = 2 GPUs × 32 × 1" in out and "stage tune" in out
     assert "of 24: fits" in out and "GPU-hours" in out and "DOES NOT" not in out
+
+
+@pytest.mark.parametrize("name", [name for name in recipes.names() if name.endswith("/small") and name not in recipes.BACKBONES])
+def test_small_recipes_fit_on_one_gpu_of_24_gb(name, capsys):
+    assert command.main(["--recipe", name, "--gpus", "1", "--memory", "24"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("of 24: fits") == len(recipes.get(name).stages) and "DOES NOT" not in out
 
 
 def test_the_table(capsys, monkeypatch):
@@ -290,6 +314,7 @@ def test_published_recipes_are_of_all_papers():
     (["--recipe", "llava/tiny", "--memory", "nan"], "--memory nan:"),
     (["--recipe", "llava/tiny", "--mfu", "25"], "--mfu 25:"),
     (["--recipe", "llava/tiny", "--words", "0"], "--words 0:"),
+    (["--recipe", "llava/tiny", "--peak", "0"], "--peak 0:"),
 ])
 def test_bad_options_are_one_sentence(arguments, sentence, capsys):
     assert command.main(arguments) == 2

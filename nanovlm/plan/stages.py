@@ -19,18 +19,20 @@ micro-batch on. A plan fits if a tenth of the memory stays free: CUDA's context,
     FLOPs a step  = those of a sample of usual length, without what checkpointing does twice, × batch          ("model FLOPs")
     hours         = steps · FLOPs a step / (W · peak · MFU)                                                    (PaLM, 2204.02311, App. B)
 
-peak: 312 TFLOP/s, bf16 on an A100. MFU: 25 % unless told; published hours of LLaVA-1.5 mean 23 to 36 %. What no recipe tells is how long
+peak: 312 TFLOP/s, bf16 on an A100, unless told. MFU: 25 % unless told; published hours of LLaVA-1.5 mean 23 to 36 %. What no recipe tells is how long
 a usual text is, see USUAL, or give --words. Sequences: image tokens by the model, largest canvas where pictures are tiled. Upper bounds:
-an encoder-decoder reads and writes a text each; for Flamingo all samples are pages of pictures. Nothing of this was checked on a GPU.
+an encoder-decoder reads and writes a text each; for Flamingo all samples are pages of pictures. The bytes were compared with
+PyTorch's own memory tracker (experiments/plan_simulation.py); nothing of this was checked on a GPU.
 """
 
+from bisect import bisect
 from dataclasses import dataclass
 from math import isqrt, prod
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from nanovlm import recipes
 from nanovlm.contract import Batch
 from nanovlm.errors import UserError
 from nanovlm.plan.simulate import Look, look
@@ -49,7 +51,8 @@ TOWERS = {"vision": "vision", "language": "language", "text": "language", "text_
 class Machine:
     gpus: int = 8
     memory: float = 80.0  # GiB of each
-    mfu: float = MFU  # share of PEAK that model FLOPs reach
+    mfu: float = MFU  # share of the peak that model FLOPs reach
+    peak: float = PEAK  # FLOP/s of each
 
 
 @dataclass(frozen=True)
@@ -72,14 +75,24 @@ class Plan:
 
     @property
     def hours(self) -> float:
-        return self.stage.steps * self.flops / (self.machine.gpus * PEAK * self.machine.mfu) / 3600
+        return self.stage.steps * self.flops / (self.machine.gpus * self.machine.peak * self.machine.mfu) / 3600
 
 
 # ---- what does not depend on the batch
 
+class NothingDrawn(TorchFunctionMode):
+    """No numbers for weights that have none: on meta, to draw them takes longer than to build the model."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_, nn.init.trunc_normal_):
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
 def meta_model(recipe: Recipe, stage: Stage) -> nn.Module:
     """On meta and frozen as the stage trains it, in bf16, in which it computes."""
-    model = recipes.build(recipe.name, stage=stage.name).to(torch.bfloat16)
+    with torch.device("meta"), NothingDrawn():
+        model = recipe.build(stage).to(torch.bfloat16)
     freeze(model, stage.trains)
     return checkpointed(model, recipe.checkpointing)
 
@@ -192,10 +205,12 @@ def plan(recipe: Recipe, stage: Stage, machine: Machine = Machine(), usual: int 
         looks[samples] = look(model, make_batch(model, recipe, stage, samples, longest), machine.gpus)
         return looks[samples].peak <= room
 
-    few, many = 0, len(possible)  # of `possible` the first `few` fit, those from `many` on do not
+    few, many, guess = 0, len(possible), len(possible) - 1  # of `possible` the first `few` fit, those from `many` on do not
     while few < many:
-        middle = (few + many) // 2
-        few, many = (middle + 1, many) if fits(possible[middle]) else (few, middle)
+        few, many = (guess + 1, many) if fits(possible[guess]) else (few, guess)
+        # each look takes seconds: the next is at the largest that would fit if memory were proportional to samples
+        enough = room * possible[guess] // looks[possible[guess]].peak
+        guess = min(max(few, bisect(possible, enough) - 1), many - 1)
     micro = possible[max(0, few - 1)]
     samples = micro if model.whole_batch else 1
     flops = look(checkpointed(model, False), make_batch(model, recipe, stage, samples, usual), machine.gpus).flops
