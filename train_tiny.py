@@ -26,6 +26,7 @@ EXAMPLES = """examples:
   python train_tiny.py --model llava --from-scratch --no-cache      and take nothing of what was trained here before
   python train_tiny.py --recipe clip/tiny                           any recipe by name, here a backbone alone
   torchrun --nproc-per-node 2 train_tiny.py --model llava           two processes, one run
+  torchrun --nproc-per-node 8 train_tiny.py --recipe llava15/7b --data mix665k.jsonl --shard   a model that one GPU cannot hold
 exit codes: 0 done, 1 training failed or the disk is full, 2 bad usage or input, 130 Ctrl-C (checkpoint saved)"""
 
 
@@ -51,6 +52,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-cache", action="store_true", help="neither read nor write what earlier runs have trained")
     parser.add_argument("--steps", type=float, metavar="X", help="up to 1: this fraction of every stage's steps; "
                         "above 1: this number of steps in every stage")
+    parser.add_argument("--shard", action="store_true", help="under torchrun: share weights, gradients and moments out over the processes "
+                        "(python -m nanovlm.plan says what that saves); judge the finished run with --resume alone")
+    parser.add_argument("--accumulate", type=int, metavar="N", help="micro-batches of a step, in place of the recipe's: less memory, the same step")
     return parser
 
 
@@ -69,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
         run(options.recipe or f"{options.model}/tiny", Options(
             data=options.data, on_missing=options.on_missing, device=options.device, seed=options.seed, out=options.out,
             resume=options.resume, overwrite=options.overwrite, cache=not options.no_cache, steps=options.steps,
-            from_scratch=options.from_scratch))
+            from_scratch=options.from_scratch, shard=options.shard, accumulate=options.accumulate))
         return 0
     except UserError as error:
         return stop(2, f"{error}")

@@ -43,6 +43,7 @@ class Reads:
 class Paper(Protocol):
     reads: Reads
     whole_batch: bool  # the negatives are the batch, so that it can't be split into micro-batches
+    whole_weights: bool  # its losses read weights outside of the modules that own them, so that those cannot be gathered one by one
     unheard: tuple[str, ...]  # parts that reach no loss
 
     def losses(self, batch: Batch, gather: Gather) -> dict[str, tuple[Tensor, Tensor]]:

@@ -66,7 +66,7 @@ class Momentum(nn.Module):
         """θ_m ← m θ_m + (1 − m) θ, before the keys are made; at the first step the copies become exact ones."""
         weight = 1.0 if self.steps == 0 else 1 - self.config.momentum
         for name, encoder in encoders.items():
-            slow, fast = self.copies[name].state_dict(), encoder.state_dict()
+            slow, fast = self.copies[name].state_dict(), dict(encoder.named_parameters())
             torch._foreach_lerp_([slow[key] for key in fast], list(fast.values()), weight)
         self.steps += 1
 

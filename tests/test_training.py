@@ -286,8 +286,8 @@ def test_a_model_that_ignores_its_images_is_told_from_one_that_looks():
     batch = micro_batches(s, seeing)[0]
     assert vitals.image_warning(*vitals.image_use(seeing, batch)) is None
     assert "ignores" in vitals.image_warning(*vitals.image_use(blind, batch))
-    assert vitals.image_use(seeing, {**batch, "images": batch["images"][:1]}) is None
-    assert vitals.image_use(seeing, {**batch, "frames": torch.zeros(8, 3)}) is None, "pages of text alone have nothing to exchange"
+    assert vitals.can_exchange(batch) and not vitals.can_exchange({**batch, "images": batch["images"][:1]})
+    assert not vitals.can_exchange({**batch, "frames": torch.zeros(8, 3)}), "pages of text alone have nothing to exchange"
 
 
 def test_a_blind_guess():

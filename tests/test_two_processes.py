@@ -1,14 +1,11 @@
 """Two gloo processes take the steps of one, whatever the model: what must be gathered is gathered, and in the same order."""
 
-import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from test_invariants import CASES, CPU, SIZE, Case, V, blip2_config, build_blip, collate, examples, image_cases
-from tools import bite, close, randn
+from tools import bite, close, randn, together
 from torch import nn
 
 from nanovlm import recipes
@@ -18,8 +15,9 @@ from nanovlm.papers.blip2 import BLIP2Stage1
 from nanovlm.papers.clip import CLIP, CLIPConfig
 from nanovlm.papers.masked_language_model import MaskedLanguageModel
 from nanovlm.recipes.stage import Stage
-from nanovlm.training import distributed
 from nanovlm.training.loop import freeze, train_stage
+from nanovlm.training.sharding import shard, whole_state
+from nanovlm.training.weights import checkpointed
 from nanovlm.vit import clip_vit
 
 
@@ -79,46 +77,40 @@ OTHERS = {
 }
 
 
-def share(case: Case | str, rank: int, world: int) -> tuple[nn.Module, tuple[str, ...], list[dict]]:
-    """(model, what learns, this rank's batches of three steps)."""
+def share(case: Case | str, rank: int, world: int, pairs: int = 3) -> tuple[nn.Module, tuple[str, ...], list[dict]]:
+    """(model, what learns, this rank's batches of three steps); of a case of the invariants 2 · pairs rows are dealt out."""
     torch.manual_seed(4)
     if case in OTHERS:
-        build, trains, batch, pairs = OTHERS[case]
-        made = batch(list(range(pairs))[rank::world])
+        build, trains, batch, count = OTHERS[case]
+        made = batch(list(range(count))[rank::world])
         return build(), trains, (made if isinstance(made, list) else [made]) * 3
     # the even ones have pictures and long answers, the odd ones none: rank 1 of 2 reads text only
-    rows = examples(case, 12, seed=4)
-    mixed = [row for pair in zip(rows[0:6:2], rows[7:12:2], strict=True) for row in pair]
+    rows = examples(case, 4 * pairs, seed=4)
+    mixed = [row for pair in zip(rows[0:2 * pairs:2], rows[2 * pairs + 1::2], strict=True) for row in pair]
     return case.build(), case.stages[-1], [collate(case, mixed[rank::world], "right")] * 3
 
 
-def trained(case: Case | str, rank: int, world: int) -> tuple[dict, list[dict]]:
-    model, trains, batches = share(case, rank, world)
-    bite(model, 5)
+def trained(case: Case | str, rank: int, world: int, pairs: int = 3, sharded: bool = False) -> tuple[dict, list[dict]]:
+    model, trains, batches = share(case, rank, world, pairs)
+    checkpointed(bite(model, 5), sharded)
     freeze(model, trains)
+    scalars = shard(model, CPU) if sharded else None
     how = TWO_SETS if len(batches) > 3 else {"data": {"talk": 1}}
-    stage = Stage("both", trains, **how, steps=3, batch_size=6, lr=0.3, clip=1.0)
+    stage = Stage("both", trains, **how, steps=3, batch_size=2 * pairs, lr=0.3, clip=1.0)
     # not AdamW: it takes a step of full size where a gradient is nothing but rounding
     optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     reports = list(train_stage(model, stage, batches, optimiser, CPU))
-    return model.state_dict(), [report.losses for report in reports]
+    return whole_state(model, scalars) if sharded else model.state_dict(), [report.losses for report in reports]
 
 
-def worker(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", RANK=str(rank))
-    distributed.start("cpu")
+def worker(rank: int, folder: str) -> None:
     torch.save([trained(case, rank, 2) for case in (*CASES, *OTHERS)], Path(folder) / f"{rank}.pt")
-    distributed.stop()
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory) -> list[list]:
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(worker, (port, str(folder)), nprocs=2)
+    together(2, worker, str(folder))
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 

@@ -1,9 +1,14 @@
 """What several test files share: weights that bite, random numbers by seed, comparisons."""
 
+import os
+import socket
 from collections.abc import Callable
 
 import torch
+import torch.multiprocessing as mp
 from torch import Tensor, nn
+
+from nanovlm.training import distributed
 
 torch.set_num_threads(1)  # tiny matrices: a second thread costs more than it brings
 
@@ -63,3 +68,21 @@ def moved_by_breaking(model: nn.Module, output: Callable[[nn.Module], Tensor]) -
             moved[name] = (output(model) - before).abs().max().item()
             p.copy_(kept)
     return moved
+
+
+def together(ranks: int, work: Callable, *args: object) -> None:
+    """work(rank, *args) in so many gloo processes, as torchrun would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_join, (ranks, port, work, args), nprocs=ranks)
+
+
+def _join(rank: int, ranks: int, port: int, work: Callable, args: tuple) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(ranks), RANK=str(rank), LOCAL_RANK=str(rank))
+    distributed.start(torch.device("cpu"))
+    try:
+        work(rank, *args)
+    finally:
+        distributed.stop()

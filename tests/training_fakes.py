@@ -38,7 +38,7 @@ class FakeVLM(nn.Module):
     """eyes: mean colour → 5; bridge: 5 → 7; language: embeddings plus picture → logits."""
 
     reads = Reads("conversations", image_tokens=1)
-    whole_batch = False
+    whole_batch = whole_weights = False
     unheard = ()
 
     def __init__(self, config: FakeConfig = FakeConfig()):
@@ -169,7 +169,7 @@ def kill_in_save(number: int) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     install()
-    watch.SAVE_SECONDS = float(os.environ.get("SAVE_SECONDS", "60"))
+    watch.SAVE_SECONDS = watch.SAVE_SHARDS_SECONDS = float(os.environ.get("SAVE_SECONDS", "60"))
     if "KILL_IN_SAVE" in os.environ:
         kill_in_save(int(os.environ["KILL_IN_SAVE"]))
     if "FILE_LIMIT" in os.environ:

@@ -76,6 +76,7 @@ class BLIP(nn.Module):
         compares, writes = "itc" in config.tasks, "lm" in config.tasks
         self.reads = Reads("pairs", matches=True) if compares else Reads("conversations")
         self.whole_batch = compares  # its negatives are the batch
+        self.whole_weights = compares  # encoder and decoder share them, slow copies follow them
         D, E = config.text.width, config.embedding
         self.vision = ViT(config.vision)
         self.text_encoder = Bert(config.text) if compares else None

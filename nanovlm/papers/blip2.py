@@ -79,6 +79,7 @@ class BLIP2Stage1(nn.Module):
 
     reads = Reads("pairs", matches=True)
     whole_batch = True  # splitting a batch would change who is a negative
+    whole_weights = False
     unheard = ()
 
     def __init__(self, config: BLIP2Config):
@@ -228,6 +229,7 @@ class BLIP2(nn.Module):
     """
 
     whole_batch = False
+    whole_weights = False
 
     def __init__(self, config: BLIP2Config):
         super().__init__()

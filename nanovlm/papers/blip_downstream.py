@@ -50,6 +50,7 @@ class BLIPAnswerer(nn.Module):
 
     reads = Reads("conversations")
     whole_batch = False
+    whole_weights = False
     unheard = ()
 
     def __init__(self, config: BLIPConfig):
@@ -110,6 +111,7 @@ class BLIPReasoner(nn.Module):
 
     reads = Reads("statements")
     whole_batch = False
+    whole_weights = True  # it goes through the parts of a layer itself
     unheard = ()
 
     def __init__(self, config: BLIPConfig):

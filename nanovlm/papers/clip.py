@@ -52,6 +52,7 @@ def build(config: CLIPConfig) -> tuple[nn.Module, nn.Module, int]:
 class CLIP(nn.Module):
     reads = Reads("pairs", wrong_captions=True)
     whole_batch = True
+    whole_weights = False
     unheard = ()
 
     def __init__(self, config: CLIPConfig):

@@ -57,6 +57,7 @@ class FlamingoConfig:
 
 class Flamingo(nn.Module):
     whole_batch = False
+    whole_weights = False
     unheard = ()
 
     def __init__(self, config: FlamingoConfig):
@@ -83,10 +84,10 @@ class Flamingo(nn.Module):
         grid = self.vision(images.flatten(0, 1))  # (n·F, N, D_v)
         return self.resampler(grid.view(n, frames, *grid.shape[1:]))
 
-    def look(self, images: Tensor, frames: Tensor) -> Tensor:
+    def look(self, images: Tensor, frames: Tensor, gather: Gather = alone) -> Tensor:
         """images (B, M, F, 3, h, w), of which clip m has frames[b, m] → media (B, M, Q, D_v), zero where there is none."""
         media = self.resampler.latents.new_zeros(*frames.shape, *self.resampler.latents.shape)  # in the dtype of the weights
-        for length in frames[frames > 0].unique().tolist() or [1]:  # without any picture: none of them, but with a gradient
+        for length in lengths(frames, gather):
             chosen = frames == length  # (B, M)
             media[chosen] = self.encode_image(images[chosen][:, :length]).to(media.dtype)
         return media
@@ -120,10 +121,10 @@ class Flamingo(nn.Module):
             return self.gated_xattn[str(i)](y, flat, mask, None if cache is None else cache["image", i], maps)
         return look
 
-    def read(self, batch: Batch, cache: KVCache | None = None, maps: list | None = None) -> Tensor:
+    def read(self, batch: Batch, cache: KVCache | None = None, maps: list | None = None, gather: Gather = alone) -> Tensor:
         """The language model's last states (B, T, D) of whole pages."""
         tag = (batch["input_ids"] == self.config.image_id) & batch["attention_mask"]  # (B, T)
-        phi, media, there = masks.last_image(tag), self.look(batch["images"], batch["frames"]), batch["frames"] > 0
+        phi, media, there = masks.last_image(tag), self.look(batch["images"], batch["frames"], gather), batch["frames"] > 0
         if "backwards" in batch:
             phi = masks.next_image(tag).where(batch["backwards"][:, None], phi)
         if cache is not None:  # what comes later sees what the last word saw
@@ -141,7 +142,7 @@ class Flamingo(nn.Module):
 
     def losses(self, batch: Batch, gather: Gather = alone) -> dict[str, tuple[Tensor, Tensor]]:
         """{"lm": (sum over the words to be learned, their number)}; batch as made by `Collate.teach`."""
-        return {"lm": lm_loss(self.read(batch), self.head_weight, batch["labels"])}
+        return {"lm": lm_loss(self.read(batch, gather=gather), self.head_weight, batch["labels"])}
 
     # ---- answers
 
@@ -161,3 +162,13 @@ class Flamingo(nn.Module):
     def generate(self, batch: Batch, room: int, stop: Sequence[int], **how) -> Tensor:
         """New token ids only, int64 (B, n)."""
         return generation.generate(lambda: self.prefill(batch), self.step, room, stop, **how)
+
+
+def lengths(frames: Tensor, gather: Gather) -> list[int]:
+    """Of how many frames clips are, (B, M), on this rank or on any other: all of them look the same number of times.
+
+    Without any picture 1: then none is looked at, but with a gradient.
+    """
+    longest = int(gather(F.pad(frames.flatten(), (0, 1)).amax()[None]).amax())
+    clips = gather(torch.bincount(frames.flatten(), minlength=longest + 1)[None]).sum(dim=0)  # (longest + 1,)
+    return clips[1:].nonzero()[:, 0].add(1).tolist() or [1]

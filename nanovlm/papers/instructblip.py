@@ -44,6 +44,7 @@ class InstructBLIP(nn.Module):
     """
 
     whole_batch = False
+    whole_weights = False
 
     def __init__(self, config: BLIP2Config):
         super().__init__()

@@ -30,6 +30,7 @@ def build(config: DecoderConfig | T5Config) -> Decoder | T5:
 class LanguageModel(nn.Module):
     reads = Reads("texts")
     whole_batch = False
+    whole_weights = False
     unheard = ()
 
     def __init__(self, config: DecoderConfig | T5Config):

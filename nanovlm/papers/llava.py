@@ -51,6 +51,7 @@ class LLaVAConfig:
 
 class LLaVA(nn.Module):
     whole_batch = False
+    whole_weights = False
     unheard = ()
 
     def __init__(self, config: LLaVAConfig):

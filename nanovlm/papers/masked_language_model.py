@@ -38,6 +38,7 @@ from nanovlm.lm_loss import IGNORE, Output, chunk_loss
 class MaskedLanguageModel(nn.Module):
     reads = Reads("masked")
     whole_batch = False
+    whole_weights = False
     unheard = ()
 
     def __init__(self, config: BertConfig):

@@ -44,10 +44,10 @@ def save(path: Path, state: dict) -> None:
         torch.save(state, file)
 
 
-def load(path: Path) -> dict:
-    """A checkpoint on the CPU; UserError if it is none."""
+def load(path: Path, mapped: bool = False) -> dict:
+    """A checkpoint on the CPU; UserError if it is none. mapped: its tensors stay on the disk until they are read."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
     except Exception as error:  # torch raises half a dozen types for a broken file

@@ -3,6 +3,7 @@
     runs/llava/   config.json    what was asked for, resolved      metrics.jsonl   one line per logged step
                   summary.json   what came out                     curves.png, samples.png
                   last.pt        where to go on                    clip.pt, lm.pt, align.pt, tune.pt: weights by stage
+                  last-tune-400/ with --shard: what last.pt leaves out, by ranks (sharding.py)
 """
 
 import json
@@ -74,7 +75,7 @@ class RunFolder:
     def read(self, job: Job) -> State | None:
         """From this folder, or if it is a backbone's from the cache."""
         if job.stage.name in {record["name"] for record in self.records}:
-            return checkpoint.load(self.path / f"{job.stage.name}.pt")
+            return self._load(job)
         if self.setting.final(job) or self.half_way(job):
             return None
         for name, store in (("shipped", self.cache.shipped), ("cached", self.cache.trained)):
@@ -87,8 +88,15 @@ class RunFolder:
         return None
 
     def write(self, job: Job, weights: State, record: dict) -> State:
+        """Of a model that was shared out only rank 0 has the weights; then all ranks take them from the file."""
         self._keep(job, weights, record)
+        if self.setting.shard:
+            distributed.wait()
+            return self._load(job)
         return self.cache.write(job, weights)
+
+    def _load(self, job: Job) -> State:
+        return checkpoint.load(self.path / f"{job.stage.name}.pt", mapped=self.setting.shard)
 
     def _keep(self, job: Job, weights: State, record: dict) -> None:
         """A stage is finished: its weights, and a last.pt that says so."""
@@ -100,13 +108,21 @@ class RunFolder:
 
     def half_way(self, job: Job) -> dict | None:
         """The checkpoint of the job's stage, if the run was stopped in its midst."""
-        return self.state if self.state and self.state["stage"] == job.stage.name else None
+        if not self.state or self.state["stage"] != job.stage.name:
+            return None
+        if ("shards" in self.state) != self.setting.shard:
+            raise UserError(f"--resume: {self.path} was stopped in the midst of stage {job.stage.name}, {'with' if 'shards' in self.state else 'without'} "
+                            f"--shard: go on {'with' if 'shards' in self.state else 'without'} it, until the stage is finished.")
+        return self.state
 
     def save(self, stage: str | None, step: int, training: dict) -> None:
         if distributed.rank() == 0:
             checkpoint.save(self.path / "last.pt", {
                 "config": self.config, "records": self.records, "seconds": self.seconds(), "stage": stage, "step": step,
                 "tokenizer": self.setting.tokenizer.to_dict(), **training})
+            for old in self.path.glob("last-*"):  # a folder of shards is deleted when last.pt names another one
+                if old.name != training.get("shards"):
+                    shutil.rmtree(old)
 
     def seconds(self) -> float:
         """Of the whole run, those before it was resumed too."""

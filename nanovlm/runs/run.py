@@ -10,21 +10,24 @@
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import nanovlm
 from nanovlm import recipes
+from nanovlm.errors import UserError
 from nanovlm.evaluate.judges import evaluate
 from nanovlm.evaluate.pupil import Pupil, Rows
-from nanovlm.recipes.stage import as_config, resolve
+from nanovlm.recipes.stage import Recipe, as_config, resolve
 from nanovlm.runs import checkpoint, shipped
 from nanovlm.runs.cache import Cache
 from nanovlm.runs.capfilt import made_for
 from nanovlm.runs.folder import OURS, RunFolder, write_json
+from nanovlm.runs.learner import Learner, begin, need_room
 from nanovlm.runs.progress import minutes, report, say
 from nanovlm.runs.setting import Job, Setting, leave_out_unfit, needs, plan, read_source
 from nanovlm.runs.shipped import find_tokenizer
@@ -33,9 +36,8 @@ from nanovlm.tokenizer import Tokenizer
 from nanovlm.training import distributed, vitals
 from nanovlm.training.batches import MicroBatches, make_collate, stream
 from nanovlm.training.loop import TrainingFailed, freeze, train_stage
-from nanovlm.training.optim import make_optimiser
-from nanovlm.training.randomness import random_states, set_random_states, undisturbed
-from nanovlm.training.weights import State, find_published, initial_model
+from nanovlm.training.randomness import undisturbed
+from nanovlm.training.weights import State, find_published
 
 
 @dataclass(frozen=True)
@@ -52,33 +54,57 @@ class Options:
     cache: bool = True
     steps: float | None = None
     from_scratch: bool = False
+    shard: bool = False
+    accumulate: int | None = None  # micro-batches of a step, in place of each stage's own
 
 
 def run(recipe_name: str, options: Options = Options()) -> dict:
     """Train the recipe and return the summary that summary.json holds."""
     device = distributed.choose_device(options.device)
-    distributed.start(device.type)
+    distributed.start(device)
     try:
         return _run(recipe_name, options, device)
+    except torch.OutOfMemoryError as error:
+        raise TrainingFailed(f"The memory of {device} is full ({str(error).splitlines()[0]}). What fits where says python -m nanovlm.plan --recipe "
+                             f"{recipe_name} --gpus {distributed.world()}; --accumulate 2 halves the batch in memory, --shard shares the "
+                             "model out.", []) from error
+    except RuntimeError as error:
+        if not distributed.lost(error):
+            raise
+        raise TrainingFailed("Another process of this run has ended, or no longer answers; its own message says why. Go on with --resume.", []) from error
     finally:
         distributed.stop()
 
 
 def _run(recipe_name: str, options: Options, device: torch.device) -> dict:
-    recipe = resolve(recipes.get(recipe_name), options.data is not None, options.steps)
+    recipe = accumulated(resolve(recipes.get(recipe_name), options.data is not None, options.steps), options.accumulate)
+    if options.shard and not dist.is_initialized():
+        raise UserError("--shard shares a model out over the processes of torchrun: start it as torchrun --nproc-per-node N train_tiny.py …")
     find_published(recipe, recipe.stages[-1].name)
     source = read_source(recipe, options.data, options.on_missing, options.seed)
     keep = RunFolder(recipe.name, options.out, options.resume, options.overwrite, quick=options.steps is not None)
     tokenizer = keep.tokenizer() or find_tokenizer(recipe, source, options.seed, options.from_scratch or options.data is not None)
-    setting = Setting(recipe, options.seed, device, source, tokenizer, options.steps, options.from_scratch)
+    setting = Setting(recipe, options.seed, device, source, tokenizer, options.steps, options.from_scratch, options.shard)
     job = Job(recipe, recipe.stages[-1])
+    for stage in recipe.stages if not options.shard else ():
+        need_room(recipe, stage, device)
     if setting.real:
         leave_out_unfit(plan(job, setting), setting)
-    keep.begin(setting, Cache(setting, options.cache), config_of(setting, options, plan(job, setting)))
+    keep.begin(setting, Cache(setting, options.cache and not options.shard), config_of(setting, options, plan(job, setting)))
     say(f"{recipe.name} on {source.name}, seed {options.seed}, {device}, into {keep.path}")
     setting.work = plan(job, setting, keep.has)
     announce(setting)
-    return finish(setting, keep, weights_after(job, setting, keep))
+    weights_after(job, setting, keep)
+    return finish(setting, keep)
+
+
+def accumulated(recipe: Recipe, micro_batches: int | None) -> Recipe:
+    """The recipe with so many micro-batches a step: less memory, and the same gradient."""
+    if micro_batches is None:
+        return recipe
+    if micro_batches < 1:
+        raise UserError(f"--accumulate {micro_batches}: a step has 1 micro-batch or more.")
+    return replace(recipe, stages=tuple(replace(stage, accumulate=micro_batches) for stage in recipe.stages))
 
 
 def announce(setting: Setting) -> None:
@@ -120,51 +146,50 @@ def train(job: Job, setting: Setting, before: dict[str, State], keep: RunFolder 
     """One stage from its start, or from where the folder's checkpoint stands; its weights, and its record for summary.json."""
     recipe, stage, began = job.recipe, job.stage, time.monotonic()
     made = made_for(job, setting, before, keep.path if keep else None)
-    model = initial_model(recipe, stage, setting.seed, before).to(setting.device)
-    freeze(model, stage.trains)
-    optimiser = make_optimiser(model, stage)
+    learner = begin(job, setting, before)
+    model = learner.model
     first, prints, seconds = 0, vitals.fingerprints(model), 0.0
     collate = make_collate(recipe, stage, setting.tokenizer, model.reads)
     batches = MicroBatches(setting.samples(job, made), stage, setting.seed, collate)
     half = keep.half_way(job) if keep else None
     if half:
-        first, prints, seconds = half["step"], half["before"], half["stage_seconds"]
-        model.load_state_dict(half["model"])
-        optimiser.load_state_dict(half["optimiser"])
-        set_random_states(half["random"])
+        learner.go_on(keep, half, setting.seed)
+        first, seconds = half["step"], half["stage_seconds"]
+        # of parts of rows fingerprints are of the rows: on another number of ranks they begin anew
+        prints = half["before"] if len(half["random"]) == distributed.world() else vitals.fingerprints(model)
 
     def save(step: int) -> None:
         if keep:
-            keep.save(stage.name, step, {
-                "model": model.state_dict(), "optimiser": optimiser.state_dict(), "before": prints,
-                "random": random_states(), "stage_seconds": seconds + time.monotonic() - began})
+            learner.save(keep, step, {"before": prints, "stage_seconds": seconds + time.monotonic() - began})
 
     blank = not stage.init and stage == recipe.stages[0]
     place = setting.work.index(job) if job in setting.work else 0
     later = sum(other.stage.steps * other.stage.batch_size for other in setting.work[place + 1:])
     watch = Watch(model, stage, keep.path if keep else None, setting.device, first, recipe.vocab if blank else None, save,
                   sampler(model, job, setting), f"[{place + 1}/{len(setting.work)}] " if setting.work else "", later)
-    take_steps(model, job, batches, optimiser, first, watch)
+    take_steps(learner, batches, first, watch)
     frozen, trained, changed = vitals.compare(prints, vitals.fingerprints(model), (*stage.trains, *model.unheard))
     for warning in changed:
         watch.note(warning)
-    return checkpoint.cpu_state(model), {
+    return learner.weights(), {
         "name": stage.name, "seconds": round(seconds + time.monotonic() - began, 1), "steps": stage.steps,
         "cached": False, "shipped": False, "frozen": frozen, "trained": trained, "warnings": watch.warnings}
 
 
-def take_steps(model: nn.Module, job: Job, batches: MicroBatches, optimiser: torch.optim.Optimizer, first: int,
-               watch: Watch) -> None:
+def take_steps(learner: Learner, batches: MicroBatches, first: int, watch: Watch) -> None:
     """The loop itself, with what ends it early: Ctrl-C and numbers that are none."""
+    stage = learner.job.stage
     try:
         with interruptible() as interrupt:
             micro = stream(batches, first, watch.device)
-            for step in train_stage(model, job.stage, micro, optimiser, watch.device, first):
+            for step in train_stage(learner.model, stage, micro, learner.optimiser, watch.device, first):
                 watch.after(step)
-                if distributed.any_rank(interrupt.asked, watch.device):
-                    watch.save(step.step)
+                stops, saves = distributed.any_rank([interrupt.asked, watch.is_time(step.step)], watch.device)
+                if stops or saves:
+                    watch.keep(step.step)
+                if stops:
                     goes_on = f"; go on with --resume --out {watch.folder}" if watch.folder else ""
-                    raise KeyboardInterrupt(f"stopped after step {step.step} of stage {job.stage.name}{goes_on}")
+                    raise KeyboardInterrupt(f"stopped after step {step.step} of stage {stage.name}{goes_on}")
     except TrainingFailed as error:
         path = (watch.folder or Path()) / f"bad_batch{distributed.rank() or ''}.pt"
         checkpoint.save(path, {"batches": error.batches})
@@ -182,15 +207,18 @@ def sampler(model: nn.Module, job: Job, setting: Setting) -> Callable[[], Rows]:
 # ---- after training
 
 def model_of(job: Job, weights: State) -> nn.Module:
-    model = job.recipe.build(job.stage)
-    model.load_state_dict(weights)
-    return model.eval()
+    """In eval(), with the tensors of `weights` themselves; what was kept in bf16 is fp32 again."""
+    with torch.device("meta"):
+        model = job.recipe.build(job.stage)
+    model.load_state_dict(weights, assign=True)
+    return model.float().eval()
 
 
-def finish(setting: Setting, keep: RunFolder, weights: State) -> dict:
+def finish(setting: Setting, keep: RunFolder) -> dict:
     """Judge each stage's model by what that stage is to be judged by: what only an earlier one can do counts too."""
     recipe = setting.recipe
-    model = model_of(Job(recipe, recipe.stages[-1]), weights)
+    with torch.device("meta"):
+        model = recipe.build(recipe.stages[-1])
     learns = freeze(model, recipe.stages[-1].trains)
     summary = {
         "recipe": recipe.name, "seed": setting.seed, "device": str(setting.device), "seconds": 0.0,
@@ -205,7 +233,10 @@ def finish(setting: Setting, keep: RunFolder, weights: State) -> dict:
             record, reason = setting.source.skipped[0]
             summary["notes"].append(f"Records that were left out: {len(setting.source.skipped)}. The first is "
                                     f"{record}: {reason.rstrip('.')}.")
-        for stage in recipe.stages:
+        if setting.shard:
+            summary["notes"].append("Not judged yet, as each process had a part of the model only: the same command with --resume, and without "
+                                    "torchrun and --shard, judges it.")
+        for stage in recipe.stages if not setting.shard else ():
             if stage.evaluate:
                 say(f"evaluating {stage.name} on held-out data")
                 job = Job(recipe, stage)
@@ -227,7 +258,7 @@ def config_of(setting: Setting, options: Options, jobs: list[Job]) -> dict:
         "what": OURS, "recipe": as_config(setting.recipe), "backbones": list(backbones.values()), "seed": setting.seed,
         "data": str(Path(options.data).resolve()) if options.data else "scenes", "on_missing": options.on_missing,
         "steps": options.steps, "from_scratch": options.from_scratch,
-        "machine": {"device": str(setting.device), "processes": distributed.world(), **versions()}}
+        "machine": {"device": str(setting.device), "processes": distributed.world(), "shard": options.shard, **versions()}}
 
 
 def versions() -> dict[str, str]:

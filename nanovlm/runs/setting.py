@@ -55,6 +55,7 @@ class Setting:
     tokenizer: Tokenizer | PublishedTokenizer
     steps: float | None = None
     from_scratch: bool = False  # no shipped weights
+    shard: bool = False  # each rank keeps a part of the model, see sharding.py
     work: list[Job] = field(default_factory=list)  # what this run has to train, in order
     notes: list[str] = field(default_factory=list)  # what a reader should know of how a person's records are read
 

@@ -2,7 +2,7 @@
 
     for report in train_stage(...):      ┌ every 10 steps   a line in metrics.jsonl
         watch.after(report)  ────────────┤ every 30 seconds a held-out sample printed, samples.png and curves.png drawn
-                                         ├ every 60 seconds last.pt
+                                         ├ every 60 seconds last.pt (shared out over ranks: every half hour)
                                          └ Ctrl-C           last.pt, then stop
 All of it by the clock or the step, none of it with an effect on the next step.
 """
@@ -27,10 +27,11 @@ from nanovlm.runs.progress import Progress, say, warn
 from nanovlm.training import distributed, vitals
 from nanovlm.training.loop import Report
 from nanovlm.training.randomness import undisturbed
+from nanovlm.training.sharding import is_sharded
 
 LOG_STEPS = 10
 FIRST_SAMPLE, SAMPLE_SECONDS = 10.0, 30.0
-SAVE_SECONDS = 60.0
+SAVE_SECONDS, SAVE_SHARDS_SECONDS = 60.0, 1800.0
 
 
 class Interrupt:
@@ -72,6 +73,7 @@ class Watch:
                  save: Callable[[int], None], samples: Callable[[], Rows], place: str = "", later: int = 0):
         self.model, self.stage, self.folder, self.device, self.vocab = model, stage, folder, device, vocab
         self.save, self.samples, self.first = save, samples, first
+        self.sharded = is_sharded(model)
         self.progress = Progress(place + stage.name, first, stage.steps, stage.batch_size, later)
         self.saved = self.sampled = time.monotonic()
         self.shown = 0
@@ -87,7 +89,8 @@ class Watch:
         if report.step <= 3:
             self.check_gradients(report.step == min(3, self.stage.steps))
         if last or report.step == self.stage.steps // 2:
-            self.check_images(report)
+            if not any(distributed.any_rank([not vitals.can_exchange(report.batch)], self.device)):  # all look, or none does
+                self.check_images(report)
             self.note(vitals.prior_warning(report.losses), keep=last)
         if last:
             self.note(vitals.gate_warning(self.model))
@@ -95,13 +98,19 @@ class Watch:
             return
         if last or report.step % LOG_STEPS == 0 or report.step == 1:
             self.log(report)
-        now = time.monotonic()
-        if now - self.sampled > (SAMPLE_SECONDS if self.shown else FIRST_SAMPLE) or last:
+        if time.monotonic() - self.sampled > (SAMPLE_SECONDS if self.shown else FIRST_SAMPLE) or last:
             self.show()
             self.sampled = time.monotonic()
-        if now - self.saved > SAVE_SECONDS and not last:
-            self.save(report.step)
-            self.saved = time.monotonic()
+
+    def is_time(self, step: int) -> bool:
+        """To save; a finished stage is saved by whoever trains it."""
+        every = SAVE_SHARDS_SECONDS if self.sharded else SAVE_SECONDS
+        return step < self.stage.steps and time.monotonic() - self.saved > every
+
+    def keep(self, step: int) -> None:
+        """All ranks together."""
+        self.save(step)
+        self.saved = time.monotonic()
 
     def first_step(self, report: Report) -> None:
         if self.vocab is None or self.first > 0:
@@ -119,9 +128,7 @@ class Watch:
             self.note(vitals.gradient_warning(self.dead, trained))
 
     def check_images(self, report: Report) -> None:
-        losses = vitals.image_use(self.model, report.batch)
-        if losses is not None:
-            self.note(vitals.image_warning(*losses), keep=report.step == self.stage.steps)
+        self.note(vitals.image_warning(*vitals.image_use(self.model, report.batch)), keep=report.step == self.stage.steps)
 
     def note(self, warning: str | None, keep: bool = True) -> None:
         """Said once, whatever its figures; what is still true at the end of the stage is kept for the summary."""
@@ -142,7 +149,7 @@ class Watch:
     def show(self) -> None:
         """One sample in words, all of them and the curves as pictures."""
         with undisturbed(self.model):
-            rows = self.samples()
+            rows = [] if self.sharded else self.samples()  # rank 0 alone cannot ask a model of which it has a part
         if rows:
             _, question, truth, prediction = rows[self.shown % len(rows)]
             self.shown += 1

@@ -7,25 +7,35 @@
         rank 1            1     3     5     7     forward, backward ┴ gradients averaged (DDP) → the same step on each
 
 Models know nothing of this: the loop wraps them, and hands `all_gather` to losses that need the whole batch.
-Every rank holds the same weights, so rank 0 alone writes files and prints.
+Every rank holds the same weights, so rank 0 alone writes files and prints. A model that is too large for that is shared out over the
+ranks: sharding.py, which --shard asks for. The rule: DDP for whatever fits whole on each GPU with its gradients and moments.
 """
 
 import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from nanovlm.errors import UserError
 
 
-def start(device_type: str) -> None:
+def start(device: torch.device) -> None:
     """Join the process group that torchrun set up; without torchrun do nothing."""
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        # Rank 0 evaluates and writes pictures while the others wait: give it time.
-        dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timedelta(hours=2))
+        cuda = device.type == "cuda"
+        # Rank 0 evaluates and writes pictures while the others wait: give it time. What is on the CPU, names and figures, goes by gloo.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2), device_id=device if cuda else None)
+
+
+def lost(error: RuntimeError) -> bool:
+    """Whether the error says that another process is gone, or does not answer."""
+    return isinstance(error, dist.DistError) or (world() > 1 and any(word in str(error) for word in ("gloo", "Gloo", "NCCL")))
 
 
 def choose_device(name: str) -> torch.device:
@@ -74,9 +84,9 @@ def all_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is up on any rank; all ranks get the same answer at the same step."""
-    return flag if world() == 1 else bool(all_sum(torch.tensor(float(flag), device=device)).item())
+def any_rank(flags: Sequence[bool], device: torch.device) -> list[bool]:
+    """Of each flag whether it is up on any rank; all ranks get the same answers at the same step."""
+    return list(flags) if world() == 1 else [total > 0 for total in all_sum(torch.tensor(flags, device=device).float()).tolist()]
 
 
 def from_first(value: object) -> object:
@@ -89,12 +99,27 @@ def from_first(value: object) -> object:
 
 
 def wrap(module: nn.Module, device: torch.device) -> nn.Module:
-    """DDP, where there are several ranks and something learns."""
-    if world() == 1 or not any(p.requires_grad for p in module.parameters()):
+    """DDP, where there are several ranks and something learns that they do not share already."""
+    if world() == 1 or not any(p.requires_grad and not isinstance(p, DTensor) for p in module.parameters()):
         return module
     ids = [device.index] if device.type == "cuda" else None
     # buffers (momentum copies, queues) become the same on each rank by themselves
     return DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
+
+
+def accumulating(module: nn.Module) -> AbstractContextManager:
+    """What to go backward in when more of the batch is to come. DDP then leaves out its all-reduce. Shards are reduced each time: whole
+    gradients, kept until the last micro-batch, would not fit.
+    """
+    return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
+
+
+def from_all(value: object) -> list:
+    """Every rank's value, on all ranks."""
+    values = [value] * world()
+    if world() > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 class _Gather(torch.autograd.Function):

@@ -106,7 +106,6 @@ def _backward(wrapped: nn.Module, micro: list[Batch], device: torch.device, stag
 
     A weight is 1, unless the stage mixes the losses of several data sets, each of which then has its own names: "lm/pages".
     """
-    world = distributed.world()
     sums: dict[str, Tensor] = {}
     parts, counts = [(f"/{name}" if name else "", weight) for name, weight in stage.parts(step)], {}
     if len(micro) > 1:  # then the labels tell the count before the first of them goes forward
@@ -115,15 +114,15 @@ def _backward(wrapped: nn.Module, micro: list[Batch], device: torch.device, stag
             counts |= {f"{name}{part}": tokens for name in BY_LABELS}
     for i, (batch, (part, weight)) in enumerate(zip(micro, parts, strict=True)):
         last = i == len(micro) - 1
-        with nullcontext() if last or world == 1 else wrapped.no_sync():
+        with nullcontext() if last else distributed.accumulating(wrapped):
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 losses = {f"{name}{part}": value for name, value in wrapped(batch).items()}
             counts = counts or {name: _all_sum(count) for name, (_, count) in losses.items()}
             if not losses.keys() <= counts.keys():
                 raise UserError(f"Stage {stage.name} has accumulate={stage.accumulate} and the losses {sorted(losses)}, whose "
                                 "counts are known only when all of the batch has been seen; set accumulate to 1.")
-            # DDP takes the mean of the ranks' gradients; we want their sum.
-            loss = sum(total * (weight * world / counts[name]) for name, (total, _) in losses.items())
+            # DDP and FSDP2 take the mean of the ranks' gradients; we want their sum.
+            loss = sum(total * (weight * distributed.world() / counts[name]) for name, (total, _) in losses.items())
             loss.backward()
         for name, (total, _) in losses.items():
             sums[name] = sums.get(name, 0.0) + total.detach().float()

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from nanovlm.recipes.stage import Stage, within
+from nanovlm.training.sharding import own_rows
 
 
 def lr_at(step: int, stage: Stage) -> float:
@@ -100,4 +101,5 @@ def adaptive_clip(parameter: nn.Parameter, factor: float, eps: float = 1e-3) -> 
     """In place. eps: a gain that starts at 0 could never move otherwise."""
     axes = tuple(range(1, parameter.ndim)) or None  # of a gain or a bias the whole tensor is one unit
     weight, gradient = (torch.linalg.vector_norm(x, dim=axes, keepdim=True) for x in (parameter, parameter.grad))
-    parameter.grad *= (factor * weight.clamp(min=eps) / gradient.clamp(min=1e-6)).clamp(max=1)
+    less = (factor * weight.clamp(min=eps) / gradient.clamp(min=1e-6)).clamp(max=1)
+    own_rows(parameter.grad).mul_(own_rows(less))

@@ -18,7 +18,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from nanovlm.training import distributed
 from nanovlm.training.randomness import undisturbed
+from nanovlm.training.sharding import is_sharded, own_rows, whole
 
 PRIOR = math.log(3) - 2 / 3 * math.log(2)  # H(1/3) = 0.6365: one pair that belongs to two that do not
 SHUT = 1e-4  # a tanh gate below this has not opened: Adam moves it by about the learning rate a step
@@ -54,18 +56,21 @@ def gradient_warning(names: set[str], trained: int) -> str | None:
     return f"{len(names)} of {trained} parameters that should learn have no gradient: {few}"
 
 
-def image_use(model: nn.Module, batch: dict) -> tuple[float, float] | None:
-    """The loss with the right images and with every image in its neighbour's place; None without two images, or on pages of text alone."""
-    images = batch.get("images")
-    sizes = batch.get("image_sizes")
-    if images is None or len(images if sizes is None else sizes) < 2 or ("frames" in batch and not batch["frames"].any()):
-        return None
+def can_exchange(batch: dict) -> bool:
+    """Whether the batch has two images; pages of text alone have none."""
+    images, sizes = batch.get("images"), batch.get("image_sizes")
+    return images is not None and len(images if sizes is None else sizes) > 1 and ("frames" not in batch or bool(batch["frames"].any()))
+
+
+def image_use(model: nn.Module, batch: dict) -> tuple[float, float]:
+    """The loss with the right images and with every image in its neighbour's place; all ranks ask together."""
+    images, sizes = batch["images"], batch.get("image_sizes")
     exchanged = batch | {name: torch.roll(batch[name], 1, dims=0) for name in ("images", "frames") if name in batch}
     if sizes is not None:  # views stay with their picture
         own = images.split([model.reads.tiling.views(tuple(size)) for size in sizes.tolist()])
         exchanged |= {"images": torch.cat([own[-1], *own[:-1]]), "image_sizes": torch.roll(sizes, 1, dims=0)}
     with undisturbed(model):
-        return _total(model.losses(batch)), _total(model.losses(exchanged))
+        return tuple(_total(model.losses(which, distributed.all_gather)) for which in (batch, exchanged))
 
 
 def _total(losses: dict[str, tuple[Tensor, Tensor]]) -> float:
@@ -90,18 +95,24 @@ def prior_warning(losses: dict[str, float]) -> str | None:
 def gate_warning(model: nn.Module) -> str | None:
     """A tanh gate starts at 0: where it stays there, what it lets through was never used, whatever the loss did."""
     shut = [name for name, p in model.named_parameters()
-            if p.requires_grad and name.endswith("_gate") and p.detach().abs().max() < SHUT]
+            if p.requires_grad and name.endswith("_gate") and whole(p.detach()).abs().max() < SHUT]
     return f"these gates are still shut (below {SHUT}): {', '.join(shut)}" if shut else None
 
 
 def fingerprints(model: nn.Module) -> dict[str, str]:
-    """sha256 of every top-level part of the model, parameters and buffers, by name."""
+    """sha256 of every top-level part of the model, parameters and buffers, by name. Of a model that is shared out each rank takes its own
+    rows, so that the same weights on another number of ranks have others.
+    """
     hashes = {}
     for name, tensor in model.state_dict().items():
         part = hashes.setdefault(name.split(".")[0], hashlib.sha256())
         part.update(name.encode())
-        part.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return {part: digest.hexdigest() for part, digest in hashes.items()}
+        part.update(own_rows(tensor.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy())
+    found = {part: digest.hexdigest() for part, digest in hashes.items()}
+    if not is_sharded(model):
+        return found
+    every = distributed.from_all(found)
+    return {part: hashlib.sha256("".join(each[part] for each in every).encode()).hexdigest() for part in found}
 
 
 def compare(before: dict[str, str], after: dict[str, str], trains: tuple[str, ...]) -> tuple[dict, dict, list[str]]:

@@ -1,9 +1,14 @@
 """Where a stage's weights come from: chance, the stage before, any other stage, or a published checkpoint.
 
     build (random, seeded by stage) ──► modules of the same name from the recipe's stage before ──► `init` of the stage
+
+A model that will be shared out over several ranks is built leanly: what a file has is never drawn at random first. Such parts are made of
+shapes alone, on the meta device, and then get the file's own tensors, which stay on the disk until `shard` takes each rank's rows.
 """
 
 import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -33,14 +38,18 @@ def place(origin: str) -> tuple[str, str, str]:
     return name, recipes.get(name).stage(stage or None).name, part
 
 
-def initial_model(recipe: Recipe, stage: Stage, seed: int, finished: dict[str, State]) -> nn.Module:
-    """The model as the stage finds it; `finished` holds stage name → its weights."""
+def initial_model(recipe: Recipe, stage: Stage, seed: int, finished: dict[str, State], lean: bool = False) -> nn.Module:
+    """The model as the stage finds it; `finished` holds stage name → its weights.
+
+    lean: without a copy of what comes from files. The rest is then drawn from other random numbers than without it.
+    """
     seed_all(seed, recipe.name, stage.name)
-    model = recipe.build(stage)
+    before = [] if stage.anew else recipe.stages[:recipe.stages.index(stage)][-1:]
+    old = finished[before[0].name] if before else {}
+    with shapes_only(filled_kinds(recipe, stage, old) if lean else ()):
+        model = recipe.build(stage)
     checkpointed(model, recipe.checkpointing)
-    before = recipe.stages[:recipe.stages.index(stage)]
-    if before and not stage.anew:
-        take_over(model, finished[before[-1].name])
+    take_over(model, old)
     lacking = {name for name in model.state_dict() for module, _ in stage.init if within(name, module)}
     for module, origin in stage.init:
         if origin.startswith(PUBLISHED):
@@ -48,9 +57,40 @@ def initial_model(recipe: Recipe, stage: Stage, seed: int, finished: dict[str, S
         else:
             _, source, part = place(origin)
             lacking -= load_part(model, module, finished[source], part)
+    lacking |= {name for name, tensor in model.state_dict().items() if tensor.is_meta}
     if lacking:
         raise ValueError(f"Stage {stage.name}: nothing that init names has {', '.join(sorted(lacking)[:4])}.")
     return model
+
+
+def filled_kinds(recipe: Recipe, stage: Stage, old: State) -> set[type]:
+    """The classes of our own modules that files fill wholly: those of the stage before, and of `init`."""
+    with torch.device("meta"):
+        model = recipe.build(stage)
+    modules = dict(model.named_modules())
+    whole = {name.split(".")[0] for name in old} | {name for name, origin in stage.init if not origin.startswith("published-")}
+    found = {type(modules[name]) for name in whole & modules.keys()}
+    return {kind for kind in found if kind.__module__.startswith("nanovlm.")}
+
+
+@contextmanager
+def shapes_only(kinds: Iterable[type]) -> Iterator[None]:
+    """What is built of these classes in here lies on the meta device: shapes without numbers."""
+    usual = {kind: kind.__init__ for kind in kinds}
+
+    def on_meta(kind: type) -> Callable:
+        def __init__(self, *args, **named):
+            with torch.device("meta"):
+                usual[kind](self, *args, **named)
+        return __init__
+
+    for kind in usual:
+        kind.__init__ = on_meta(kind)
+    try:
+        yield
+    finally:
+        for kind, init in usual.items():
+            kind.__init__ = init
 
 
 def checkpointed(model: nn.Module, wanted: bool) -> nn.Module:
@@ -63,9 +103,8 @@ def checkpointed(model: nn.Module, wanted: bool) -> nn.Module:
 
 def take_over(model: nn.Module, old: State) -> None:
     """Every top-level part that `old` has too goes on with its weights; all of them, or it is an error."""
-    mine = model.state_dict()
     shared = {name.split(".")[0] for name in old}
-    model.load_state_dict({**mine, **{name: old[name] for name in mine if name.split(".")[0] in shared}})
+    put(model, {name: old[name] for name in model.state_dict() if name.split(".")[0] in shared})
 
 
 def load_part(model: nn.Module, module: str, old: State, part: str) -> set[str]:
@@ -81,9 +120,17 @@ def load_part(model: nn.Module, module: str, old: State, part: str) -> set[str]:
 
 def fill(model: nn.Module, module: str, weights: State) -> set[str]:
     target = model.get_submodule(module)
-    shared = [name for name in target.state_dict() if name in weights]
-    target.load_state_dict({**target.state_dict(), **{name: weights[name] for name in shared}})
+    shared = {name: weights[name] for name in target.state_dict() if name in weights}
+    put(target, shared)
     return {f"{module}.{name}" if module else name for name in shared}
+
+
+def put(module: nn.Module, weights: State) -> None:
+    """Copied into the parameters that there are; where there are shapes only, the tensors themselves are taken."""
+    mine = module.state_dict()
+    meta = {name for name in weights if mine[name].is_meta}
+    module.load_state_dict({name: tensor for name, tensor in weights.items() if name not in meta}, strict=False)
+    module.load_state_dict({name: tensor for name, tensor in weights.items() if name in meta}, strict=False, assign=True)
 
 
 def published_folder(module: str, name: str) -> Path:
