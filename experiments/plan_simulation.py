@@ -40,6 +40,7 @@ from nanovlm.plan.simulate import look
 from nanovlm.plan.stages import GIB, gathered_bytes, make_batch, meta_model, static_bytes
 from nanovlm.recipes.stage import Recipe
 from nanovlm.runs.run import versions
+from nanovlm.training import sharding
 from nanovlm.training.loop import freeze
 from nanovlm.training.weights import checkpointed
 
@@ -114,12 +115,6 @@ class Door(nn.Module):
         return self.run(self.model, images, ids)
 
 
-def units(model: nn.Module) -> list[nn.Module]:
-    """The children of every ModuleList and ModuleDict, inner ones first."""
-    lists = [part for part in model.modules() if type(part) in (nn.ModuleList, nn.ModuleDict)]
-    return [child for part in reversed(lists) for child in part.children()]
-
-
 def shard(model: nn.Module, forward: Callable, mesh: DeviceMesh) -> Door:
     """LLaVA reads its eyes before their last block. The tracker stumbles over a unit that is never called: this one counts as the root's."""
     idle = model.vision.blocks[-1] if type(model) is LLaVA else None
@@ -130,7 +125,7 @@ def shard(model: nn.Module, forward: Callable, mesh: DeviceMesh) -> Door:
             if parameter.ndim == 0:
                 setattr(part, name, nn.Parameter(parameter.detach().reshape(1), requires_grad=parameter.requires_grad))
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
-    for unit in units(model):
+    for unit in sharding.units(model):
         if unit is not idle:
             fully_shard(unit, mesh=mesh, mp_policy=policy)
     return fully_shard(Door(model, forward), mesh=mesh, mp_policy=policy)

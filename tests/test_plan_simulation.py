@@ -6,7 +6,7 @@ import pytest
 import torch
 from packaging.version import Version
 
-from experiments.plan_simulation import CASES, Case, compare, units
+from experiments.plan_simulation import CASES, Case, compare
 from nanovlm import recipes
 from nanovlm.recipes.stage import Recipe
 

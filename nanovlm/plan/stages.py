@@ -13,7 +13,8 @@ Bytes on the largest of W GPUs, sharded by FSDP2 (`fully_shard`): each tensor's 
                                 comes already, and the last, which goes; and the whole gradient of the largest block that learns
     activations   measured by `look`, at the longest sequence that the stage allows; bf16; recomputation and loss included
 
-A block is a child of a ModuleList or ModuleDict, the root all that is in none. Gradients count in full, as they are from the second
+A block is a child of a ModuleList or ModuleDict, the root all that is in none (training/sharding.py); a model whose losses read weights from
+outside of their modules, BLIP, is one block. Gradients count in full, as they are from the second
 micro-batch on. A plan fits if a tenth of the memory stays free: CUDA's context, NCCL's buffers, holes that the allocator cannot use.
 
     FLOPs a step  = those of a sample of usual length, without what checkpointing does twice, × batch          ("model FLOPs")
@@ -38,6 +39,7 @@ from nanovlm.errors import UserError
 from nanovlm.plan.simulate import Look, look
 from nanovlm.recipes.stage import Recipe, Stage
 from nanovlm.training.loop import freeze
+from nanovlm.training.sharding import units
 from nanovlm.training.weights import checkpointed
 
 GIB = 2 ** 30
@@ -123,14 +125,15 @@ def rows(parameter: Tensor, gpus: int) -> int:
 
 def gathered_bytes(model: nn.Module) -> int:
     taken, blocks, learned = set(), [0], [0]
-    lists = [part for part in model.modules() if type(part) in (nn.ModuleList, nn.ModuleDict)]
-    for block in (child for part in reversed(lists) for child in part.children()):  # inner lists first: what is theirs is not the outer block's
+    for block in units(model):  # inner ones first: what is theirs is not the outer block's
         own = [p for p in block.parameters() if p not in taken]
         taken.update(own)
         blocks.append(sum(p.numel() for p in own))
         learned.append(sum(p.numel() for p in own if p.requires_grad))
-    root = sum(p.numel() for p in model.parameters() if p not in taken)
-    return 2 * (root + 3 * max(blocks)) + 4 * max(learned)
+    root = [p for p in model.parameters() if p not in taken]
+    if model.whole_weights:  # one unit, in fp32
+        return 4 * sum(p.numel() * (2 if p.requires_grad else 1) for p in root)
+    return 2 * (sum(p.numel() for p in root) + 3 * max(blocks)) + 4 * max(learned)
 
 
 # ---- a batch without data
