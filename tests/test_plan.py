@@ -18,7 +18,7 @@ from nanovlm import recipes
 from nanovlm.decoder import VICUNA_7B, Block
 from nanovlm.plan import __main__ as command
 from nanovlm.plan import stages
-from nanovlm.plan.simulate import look
+from nanovlm.plan.simulate import likeness, look
 from nanovlm.plan.stages import (
     FREE,
     GIB,
@@ -124,6 +124,13 @@ def test_blocks_of_full_size_keep_what_fake_tensors_keep():
     pictures = batch["images"].nbytes
     assert kept > 2 * GIB
     assert seen.kept - pictures == pytest.approx(kept - pictures, rel=0.1)
+
+
+def test_what_is_asked_once_is_alike_in_shapes_and_types():
+    x = torch.zeros(2, 3)
+    assert likeness((x, 1, [x])) == likeness((x + 1, 1, [x]))
+    others = [(x, 1.0, [x]), (x, True, [x]), (x.double(), 1, [x]), (x.t(), 1, [x]), (torch.zeros(3, 2).t(), 1, [x]), (x, 1, [x, x]), (x, 1, [1])]
+    assert not [other for other in others if likeness(other) == likeness((x, 1, [x]))]
 
 
 def test_a_look_leaves_nothing_behind():
@@ -295,6 +302,16 @@ def test_the_table(capsys, monkeypatch):
     head, flamingo, stage1, stage2 = capsys.readouterr().out.strip().split("\n")
     assert "GPU-hours" in head and "cannot share" in flamingo and "pages" in flamingo
     assert stage1.split()[:2] == ["blip2/tiny", "stage1"] and stage2.split()[:2] == ["blip2/tiny", "stage2"]
+
+
+def test_what_to_download(capsys):
+    """Weights and tokenizers, each once; those of the recipes that it goes on from, too; nothing where nothing is published."""
+    clip, bert, opt = "openai/clip-vit-large-patch14", "google-bert/bert-base-uncased", "facebook/opt-2.7b"
+    assert command.downloads(recipes.get("blip2/vit-l-retrieval")) == [
+        (clip, "vision"), (bert, "qformer"), (opt, "tokenizer"), (bert, "the bridge's tokenizer")]  # stage 1 has no language model
+    assert ("lmsys/vicuna-7b-v1.5", "language") in command.downloads(recipes.get("llava15/7b"))
+    assert command.downloads(recipes.get("blip/vit-b-caption")) == command.downloads(recipes.get("blip/vit-b"))
+    assert command.downloads(recipes.get("flamingo/3b")) == command.downloads(recipes.get("llava/small")) == []
 
 
 def test_published_recipes_are_of_all_papers():
