@@ -68,7 +68,7 @@ def filled_kinds(recipe: Recipe, stage: Stage, old: State) -> set[type]:
     with torch.device("meta"):
         model = recipe.build(stage)
     modules = dict(model.named_modules())
-    whole = {name.split(".")[0] for name in old} | {name for name, origin in stage.init if not origin.startswith("published-")}
+    whole = {name.split(".")[0] for name in old} | {name for name, origin in stage.init if not origin.startswith("published-bert:")}
     found = {type(modules[name]) for name in whole & modules.keys()}
     return {kind for kind in found if kind.__module__.startswith("nanovlm.")}
 
@@ -175,5 +175,8 @@ def load_published(model: nn.Module, module: str, how: str, name: str) -> set[st
 
 
 def beside(rows: Tensor, mine: Tensor) -> Tensor:
-    """A table of words (V, D) with the further ones of a larger table: what was added to a vocabulary, [PAD] say, starts at random."""
-    return torch.cat([rows, mine[len(rows):].to(rows)])
+    """A table of words (V, D) with the further ones of a larger table: what was added to a vocabulary, [PAD] say, starts at random,
+    about as large as the others.
+    """
+    added = torch.randn(len(mine) - len(rows), rows.shape[1]) * rows.std()
+    return torch.cat([rows, added.to(rows)])
