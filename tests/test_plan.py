@@ -208,6 +208,14 @@ def test_what_is_gathered():
     assert gathered_bytes(model) == 2 * (root + 3 * block) + 4 * block
 
 
+def test_what_cannot_be_split_is_gathered_whole():
+    """BLIP's losses read weights from outside of their modules: all of them in fp32, and their gradients."""
+    model = recipes.build("blip/tiny", stage="pretrain")
+    freeze(model, recipes.get("blip/tiny").stage("pretrain").trains)
+    counts = [p.numel() for p in model.parameters()]
+    assert all(p.requires_grad for p in model.parameters()) and gathered_bytes(model) == 8 * sum(counts)
+
+
 # --- plans ---
 
 def test_published_hours():
