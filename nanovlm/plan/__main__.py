@@ -109,7 +109,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="python -m nanovlm.plan", description="What a full-size run would need: memory, micro-batch, FLOPs, hours. No GPU is used.",
         epilog="example: python -m nanovlm.plan --recipe llava15/7b --gpus 8 --memory 80", allow_abbrev=False)
     parser.add_argument("--recipe", metavar="NAME", help="one recipe, all of its stages")
-    parser.add_argument("--all", action="store_true", help="a table of all published recipes (a quarter of an hour)")
+    parser.add_argument("--all", action="store_true", help="a table of all published recipes (minutes)")
     parser.add_argument("--gpus", type=int, default=8, metavar="N", help="how many share the model and the batch (default: 8)")
     parser.add_argument("--memory", type=float, default=80.0, metavar="GIB", help="of one GPU (default: 80)")
     parser.add_argument("--mfu", type=float, default=MFU, metavar="SHARE", help=f"share of the peak that the model's own FLOPs reach (default: {MFU})")
