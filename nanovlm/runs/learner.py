@@ -78,7 +78,7 @@ def need_room(recipe: Recipe, stage: Stage, device: torch.device) -> None:
     with torch.device("meta"):
         model = recipe.build(stage)
     freeze(model, stage.trains)
-    needed = sum(p.numel() * (16 if p.requires_grad else 4) for p in model.parameters())
+    needed = sharding.bytes_unsharded(model)
     room = torch.cuda.get_device_properties(device).total_memory
     if needed > room:
         raise UserError(f"Stage {stage.name} of {recipe.name} needs {needed / GIB:.0f} GiB on each GPU before the first activation, and this one has "
