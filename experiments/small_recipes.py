@@ -43,7 +43,7 @@ SEED = 0
 
 
 def small() -> list[str]:
-    return [name for name in recipes.names() if name.endswith("/small")]
+    return [name for name in recipes.names() if name.endswith("/small") and name not in recipes.BACKBONES]
 
 
 def reduced(recipe: Recipe, steps: int, batch: int) -> Recipe:
