@@ -20,6 +20,7 @@ from torch import nn
 from nanovlm import recipes
 from nanovlm.errors import UserError
 from nanovlm.runs import checkpoint, learner
+from nanovlm.runs import run as run_module
 from nanovlm.runs.run import Options, accumulated, run
 from nanovlm.runs.setting import Job
 from nanovlm.training import distributed, sharding
@@ -146,10 +147,31 @@ def test_killed_in_the_middle_of_saving_and_resumed_bit_for_bit(runs):
     assert logs[0] == logs[1]
 
 
+def test_killed_while_shards_are_written_and_resumed(runs, tmp_path):
+    """What was half written is a folder here."""
+    out = tmp_path / "half"
+    killed = torchrun(2, out, SAVE_SECONDS="-1", KILL_IN_SAVE="3")
+    assert killed.returncode != 0
+    (out / "last-see-3").rename(out / "last-see-3.tmp")
+    (out / "last-see-3.tmp/.metadata").unlink()
+    again = torchrun(2, out, "--resume")
+    assert again.returncode == 0, again.stderr
+    assert not list(out.glob("*.tmp")) and torch.equal(*(checkpoint.load(run / "tune.pt")["bridge.weight"] for run in (out, runs / "whole")))
+
+
+def test_a_disk_that_is_full_while_shards_are_written_ends_in_a_sentence(tmp_path):
+    """The limit of the file size admits no rank's rows."""
+    failed = torchrun(2, tmp_path / "full", SAVE_SECONDS="-1", FILE_LIMIT="3000")
+    ours = [line for line in failed.stderr.splitlines() if line.startswith("train_tiny.py: ")]
+    assert len(ours) == 2 and all("last-see-1 could not be written (File too large): free some space" in line for line in ours)
+    assert "CheckpointException" not in failed.stderr
+
+
 def test_a_finished_run_is_judged_by_one_process(runs, monkeypatch):
     summary = json.loads((runs / "whole/summary.json").read_text())
     assert summary["eval"] == {} and "--resume" in " ".join(summary["notes"])
     fakes.install(monkeypatch.setattr)
+    monkeypatch.setattr(run_module, "foresee", None)  # what has learned on eight GPUs is judged on one, where it could not learn
     judged = run("fake/tiny", Options(out=str(runs / "whole"), resume=True, cache=False))
     assert judged["stages"] == summary["stages"] and not any("Not judged" in note for note in judged["notes"])
 
@@ -209,7 +231,17 @@ def test_what_cannot_fit_whole_is_refused_before_it_is_built(monkeypatch):
     """LLaVA-7B's second stage needs 101.6 GiB on each GPU (fullsize.md §6), its first 26.3."""
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: type("Gpu", (), {"total_memory": 80 * 2 ** 30}))
     recipe = recipes.get("llava/7b")
-    learner.need_room(recipe, recipe.stage("align"), torch.device("cuda"))
+    learner.foresee(recipe, recipe.stage("align"), torch.device("cuda"), shard=False)
     with pytest.raises(UserError, match="needs 102 GiB on each GPU.*has 80.*--shard"):
-        learner.need_room(recipe, recipe.stage("tune"), torch.device("cuda"))
-    learner.need_room(recipe, recipe.stage("tune"), torch.device("cpu"))
+        learner.foresee(recipe, recipe.stage("tune"), torch.device("cuda"), shard=False)
+    learner.foresee(recipe, recipe.stage("tune"), torch.device("cpu"), shard=False)
+    learner.foresee(recipe, recipe.stage("tune"), torch.device("cuda"), shard=True)
+
+
+@pytest.mark.parametrize(("name", "micro_batches", "sentence"), [
+    ("llava/tiny", 64, "Stage tune: batch_size 32 cannot be shared evenly by 1 processes and 64 micro-batches; make it a multiple of 64"),
+    ("blip2/tiny", 2, "Stage stage1 has accumulate=2.*whole batch"), ("flamingo/tiny", 2, "mixes the losses of 4 data sets but has 2 micro-batches")])
+def test_what_a_later_stage_cannot_do_is_said_before_the_first_one(tmp_path, name, micro_batches, sentence):
+    with pytest.raises(UserError, match=sentence):
+        run(name, Options(out=str(tmp_path / "a"), accumulate=micro_batches))
+    assert not (tmp_path / "a").exists()

@@ -8,6 +8,7 @@ position of their own: the batch of step s is a function of (seed, stage, s), se
 """
 
 import errno
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,9 +57,9 @@ def load(path: Path, mapped: bool = False) -> dict:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Half-written files of a run that was killed while saving."""
+    """Half-written files of a run that was killed while saving, and folders of shards."""
     for path in Path(folder).glob("*" + TEMPORARY):
-        path.unlink()
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def cpu_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -16,7 +16,8 @@ from nanovlm.runs import checkpoint
 from nanovlm.runs.folder import RunFolder
 from nanovlm.runs.setting import Job, Setting
 from nanovlm.training import distributed, sharding
-from nanovlm.training.loop import freeze
+from nanovlm.training.batches import need_even_shares
+from nanovlm.training.loop import freeze, need_one_batch
 from nanovlm.training.optim import make_optimiser
 from nanovlm.training.randomness import random_states, seed_all, set_random_states
 from nanovlm.training.weights import State, initial_model
@@ -71,12 +72,18 @@ def begin(job: Job, setting: Setting, before: dict[str, State]) -> Learner:
     return Learner(job, model, make_optimiser(model, job.stage), scalars)
 
 
-def need_room(recipe: Recipe, stage: Stage, device: torch.device) -> None:
-    """A model that cannot fit whole on a GPU, with its gradients and moments, is refused before it is built."""
-    if device.type != "cuda":
-        return
+def foresee(recipe: Recipe, stage: Stage, device: torch.device, shard: bool) -> None:
+    """What would end the run when the stage begins, hours later perhaps, ends it before the first one: a UserError."""
+    need_even_shares(stage)
     with torch.device("meta"):
         model = recipe.build(stage)
+    need_one_batch(model, stage)
+    if device.type == "cuda" and not shard:
+        need_room(model, recipe, stage, device)
+
+
+def need_room(model: nn.Module, recipe: Recipe, stage: Stage, device: torch.device) -> None:
+    """A model that cannot fit whole on a GPU, with its gradients and moments, is refused before it is built. model: its shapes."""
     freeze(model, stage.trains)
     needed = sharding.bytes_unsharded(model)
     room = torch.cuda.get_device_properties(device).total_memory

@@ -28,7 +28,7 @@ from nanovlm.runs import checkpoint, shipped
 from nanovlm.runs.cache import Cache
 from nanovlm.runs.capfilt import made_for
 from nanovlm.runs.folder import OURS, RunFolder, on_first, write_json
-from nanovlm.runs.learner import Learner, begin, need_room
+from nanovlm.runs.learner import Learner, begin, foresee
 from nanovlm.runs.progress import minutes, report, say
 from nanovlm.runs.setting import Job, Setting, leave_out_unfit, needs, plan, read_source
 from nanovlm.runs.shipped import find_tokenizer
@@ -88,8 +88,10 @@ def _run(recipe_name: str, options: Options, device: torch.device) -> dict:
     tokenizer = keep.tokenizer() or find_tokenizer(recipe, source, options.seed, options.from_scratch or options.data is not None)
     setting = Setting(recipe, options.seed, device, source, tokenizer, options.steps, options.from_scratch, options.shard)
     job = Job(recipe, recipe.stages[-1])
-    for stage in recipe.stages if not options.shard else ():
-        need_room(recipe, stage, device)
+    finished = {record["name"] for record in keep.records}
+    for stage in recipe.stages:
+        if stage.name not in finished:
+            foresee(recipe, stage, device, options.shard)
     if setting.real:
         leave_out_unfit(plan(job, setting), setting)
     keep.begin(setting, Cache(setting, options.cache and not options.shard), config_of(setting, options, plan(job, setting)))

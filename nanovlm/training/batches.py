@@ -153,6 +153,16 @@ class Gathered:
 Samples = Mixture | Balanced | Epochs | InTurn | Gathered
 
 
+def need_even_shares(stage: Stage) -> None:
+    """Each process has as many samples of each micro-batch, or it is a UserError."""
+    ranks = distributed.world()
+    if any(end % ranks for end in stage.ends()) or (not stage.portions and stage.batch_size % stage.accumulate):
+        mend = f"make its portions multiples of {ranks}" if stage.portions else f"make it a multiple of {ranks * stage.accumulate}"
+        raise UserError(f"Stage {stage.name}: batch_size {stage.batch_size} cannot be shared evenly by {ranks} processes and {stage.accumulate} "
+                        f"micro-batches; {mend}, or take another number of processes (--nproc-per-node) or of micro-batches (--accumulate).")
+    stage.parts(0)
+
+
 class MicroBatches(Dataset):
     """Item n is this rank's micro-batch n: number n % accumulate of step n // accumulate."""
 
@@ -160,9 +170,7 @@ class MicroBatches(Dataset):
         self.samples, self.stage, self.seed, self.collate = samples, stage, seed, collate
         self.rank, self.world = distributed.rank(), distributed.world()
         self.kept: tuple[int, list[Sample]] = (-1, [])  # a step's samples, for all of its micro-batches
-        if any(end % self.world for end in stage.ends()) or (not stage.portions and stage.batch_size % stage.accumulate):
-            raise UserError(f"Stage {stage.name}: batch_size {stage.batch_size} cannot be shared evenly by "
-                            f"{self.world} processes and {stage.accumulate} micro-batches; make it a multiple of both.")
+        need_even_shares(stage)
 
     def __len__(self) -> int:
         return self.stage.steps * self.stage.accumulate

@@ -83,9 +83,7 @@ def freeze(model: nn.Module, trains: tuple[str, ...]) -> list[str]:
 def train_stage(model: nn.Module, stage: Stage, batches: Iterable[Batch], optimiser: torch.optim.Optimizer,
                 device: torch.device, first: int = 0) -> Iterator[Report]:
     """Steps `first`, …, stage.steps - 1; `batches` yields stage.accumulate micro-batches for each of them."""
-    if stage.accumulate > 1 and model.whole_batch:
-        raise UserError(f"Stage {stage.name} has accumulate={stage.accumulate}, but its loss compares every pair with "
-                        "the whole batch: set accumulate to 1 and, if memory is short, make batch_size smaller.")
+    need_one_batch(model, stage)
     wrapped = distributed.wrap(Losses(model), device)
     stream = iter(batches)
     for step in range(first, stage.steps):
@@ -99,6 +97,12 @@ def train_stage(model: nn.Module, stage: Stage, batches: Iterable[Batch], optimi
         _check_finite({**losses, "gradient norm": norm}, step, lr, stage, micro)  # before the weights are touched
         optimiser.step()
         yield Report(step + 1, losses, lr, norm, time.monotonic() - started, micro[0])
+
+
+def need_one_batch(model: nn.Module, stage: Stage) -> None:
+    if stage.accumulate > 1 and model.whole_batch:
+        raise UserError(f"Stage {stage.name} has accumulate={stage.accumulate}, but its loss compares every pair with "
+                        "the whole batch: set accumulate to 1 and, if memory is short, make batch_size smaller.")
 
 
 def _backward(wrapped: nn.Module, micro: list[Batch], device: torch.device, stage: Stage, step: int) -> dict[str, float]:

@@ -107,7 +107,11 @@ def save(folder: Path, model: nn.Module, optimiser: torch.optim.AdamW) -> None:
     Frozen weights are left out: the stage's `init` has them.
     """
     beside = folder.with_name(folder.name + TEMPORARY)
-    dcp.save(dict(kept(model, optimiser)), checkpoint_id=str(beside))
+    try:
+        dcp.save(dict(kept(model, optimiser)), checkpoint_id=str(beside))
+    except dcp.CheckpointException as error:  # of any rank; what the system said, a full disk say, is inside, or behind torch's own words
+        causes = [cause for failed, _ in error.failures.values() for cause in (failed, failed.__context__) if cause is not None]
+        raise next((cause for cause in causes if isinstance(cause, OSError)), causes[0]) from error
     distributed.wait()
     if distributed.rank() == 0:
         if folder.exists():  # of the same step, from before the run was resumed

@@ -64,13 +64,17 @@ def initial_model(recipe: Recipe, stage: Stage, seed: int, finished: dict[str, S
 
 
 def filled_kinds(recipe: Recipe, stage: Stage, old: State) -> set[type]:
-    """The classes of our own modules that files fill wholly: those of the stage before, and of `init`."""
+    """The classes of our own modules that files fill wholly: those of the stage before, and of `init`.
+
+    Not one of which something stands elsewhere, too: BLIP's slow copy of its encoder is of the encoder's class, and no file has it.
+    """
     with torch.device("meta"):
         model = recipe.build(stage)
     modules = dict(model.named_modules())
     whole = {name.split(".")[0] for name in old} | {name for name, origin in stage.init if not origin.startswith("published-bert:")}
     found = {type(modules[name]) for name in whole & modules.keys()}
-    return {kind for kind in found if kind.__module__.startswith("nanovlm.")}
+    elsewhere = {type(module) for name, module in modules.items() if not any(within(name, part) for part in whole)}
+    return {kind for kind in found - elsewhere if kind.__module__.startswith("nanovlm.")}
 
 
 @contextmanager
