@@ -430,7 +430,7 @@ def logits_by_hand(model: Flamingo, batch: dict[str, Tensor], last: int) -> Tens
 
 def test_7_4_steps_go_on_where_the_prompt_was_read(draw):
     """Rows that have arrived at different images; new words, and tags among them whose images the prompt brought."""
-    model, batch = flamingo(draw), page(draw, "..wiwiw", "wwwwwww", ".wiwwww")
+    model, batch = flamingo(draw), page(draw, "..wiwwi", "wwwwwww", ".wiwwww")
     batch["frames"] = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]])
     w = draw.ids(3, 9, low=5, high=V)
     w[0, 3], w[1, 4], w[2, 1], w[2, 6] = TAG, TAG, TAG, TAG  # the last of them has no image
@@ -542,6 +542,7 @@ def test_7_5_any_start_is_as_likely(draw):
     assert set(counts) == set(range(9)), f"it begins at {sorted(counts)}, wanted 0 to 8"
     for start, count in counts.items():
         assert abs(count - n / 9) <= 5 * math.sqrt(n * 8 / 81), f"start {start}: {count / n:.3f}, wanted {1 / 9:.3f}"
+    assert {window(ids, labels, images, TAG, 1, 2, rng)[0][0] for _ in range(400)} == set(ids), "a window of one token may be anywhere, too"
 
 
 def test_7_5_marks_and_images_fit(draw):
