@@ -311,7 +311,8 @@ def window(ids: Sequence[int], labels: Sequence[int], images: Sequence, image_id
            rng: Random | None) -> tuple[Sequence[int], Sequence[int], Sequence]:
     """Of a page `length` tokens from anywhere (0: all), up to the image behind the first `most` (0: all); and its images.
 
-    Without rng the first ones: a question must not lose its picture, nor an example.
+    Without rng the first ones: a question must not lose its picture, nor an example. The first label is −100: before it stands
+    nothing to guess it from. The images are those whose marks are in what is left.
 
     Flamingo §2.4. differs: the paper drops further images but not, it seems, their texts, which would then look at the last image
     that is left; here the page ends before them.
@@ -320,7 +321,7 @@ def window(ids: Sequence[int], labels: Sequence[int], images: Sequence, image_id
     first = ids[:start].count(image_id)
     marks = [place for place in range(start, min(len(ids), start + (length or len(ids)))) if ids[place] == image_id]
     end = marks[most] if 0 < most < len(marks) else start + (length or len(ids))
-    kept = [IGNORE, *labels[start + 1:end]]  # before a window's first token stands nothing to guess it from
+    kept = [IGNORE, *labels[start + 1:end]]
     return ids[start:end], kept, images[first:first + (min(most, len(marks)) if most else len(marks))]
 
 
