@@ -164,7 +164,7 @@ def stretched(positions, rows, columns, align):
 
 
 @pytest.mark.parametrize("align", [False, True])
-@pytest.mark.parametrize(("side", "rows", "columns"), [(3, 2, 5), (3, 5, 2), (2, 4, 4), (4, 3, 3), (3, 1, 6), (5, 7, 4)])
+@pytest.mark.parametrize(("side", "rows", "columns"), [(3, 2, 5), (3, 5, 2), (2, 4, 4), (4, 3, 3), (3, 1, 6), (5, 7, 4), (4, 2, 8), (3, 3, 5)])
 def test_2_2_equals_a_loop(draw, side, rows, columns, align):
     positions = draw.randn(1 + side * side, 6)
     got = interpolate_positions(positions, rows, columns, align)
@@ -185,11 +185,13 @@ def test_2_2_its_own_grid_is_left_alone(draw):
 
 
 def test_2_2_half_precision_goes_through_full(draw):
-    """Resized in fp32, then rounded once."""
-    positions = draw.randn(10, 4).bfloat16()
-    got = interpolate_positions(positions, 5, 4)
+    """Resized in fp32, then rounded once: no number is off by more than half of bf16's last bit, 1/512 of it."""
+    positions = draw.randn(10, 14).bfloat16()
+    got, want = interpolate_positions(positions, 5, 4), stretched(positions.float(), 5, 4, False)
     assert got.dtype == torch.bfloat16
-    close(got, stretched(positions.float(), 5, 4, False).bfloat16(), 0.02)
+    close(got, want, 0.02)
+    off = ((got.double() - want).abs() - 1e-5) / want.abs()
+    assert off.max() <= 1 / 500, f"off by 1/{1 / off.max():.0f} of the number, allowed 1/500"
 
 
 def test_2_2_gradients_reach_all_positions(draw):
