@@ -97,7 +97,7 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], specials: bool = False) -> str:
         """The text of `ids`; special tokens are dropped unless specials=True; broken UTF-8 becomes U+FFFD.
 
-        An id that the vocabulary does not have is a UserError, −100 (an ignored label) too.
+        An id that the vocabulary does not have, as −100 of labels, is a UserError that names it and the largest id that there is.
         """
         first = 0 if specials else len(self.specials)
         chunks = []

@@ -71,7 +71,7 @@ class Tokenizer:
         out = bytearray()
         for i in ids:
             if i < 0 or i >= len(self):
-                raise UserError(f"no token {i}")
+                raise UserError(f"no token {i}: the last one is {len(self) - 1}")
             if i < len(self.specials):
                 out += self.specials[i].encode() if specials else b""
             else:
@@ -103,7 +103,7 @@ class Tokenizer:
         ids = [int(i) for i in ids]
         for i in ids:
             if i not in range(len(self)):
-                raise UserError(f"{i} is no token")
+                raise UserError(f"{i} is not in 0..{len(self._bytes) - 1}")
         return b"".join(self.spelt(i) for i in ids if specials or i >= len(self.specials)).decode(errors="replace")
 '''),
     ("3.3", "a loop over rows; the loss from log_softmax; always through checkpoint", HEAD + '''
