@@ -80,7 +80,8 @@ def test_8_2_fields_in_their_places(draw):
             ("{question} {options} Which?", {"question": "q?", "options": "x, y"}, "q? x, y Which?"),
             ("Name {options}.", {"options": "x, y"}, "Name x, y."),
             ("What is asked?", {"options": "x, y"}, "What is asked?"),
-            ("{question}", {"question": "what says {ocr}?", "ocr": "a"}, "OCR tokens: a. what says {ocr}?")):
+            ("{question}", {"question": "what says {ocr}?", "ocr": "a"}, "OCR tokens: a. what says {ocr}?"),
+            ("{question}", {"question": "q?", "ocr": "{answer} {{"}, "OCR tokens: {answer} {{. q?")):
         before = dict(fields)
         assert filled(template, fields) == want
         assert fields == before, "what came in stays as it was"
