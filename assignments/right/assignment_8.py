@@ -117,10 +117,6 @@ def drawn(stage, seed, place, diet):
     step = place // stage.batch_size
     return pick(diet, Random(repr(("batch", seed, stage.name, step))).random()), rng
 
-class Balanced:
-    def __getitem__(self, place):
-        name, rng = drawn(self.stage, self.seed, place, self.diet)
-        return self.source.of(name, self.stage.real, "train", rng.randrange(2 ** 48))
 '''),
     ("8.4", "two generators, of which one is for the set", '''
 def drawn(stage, seed, place, diet):
@@ -130,11 +126,6 @@ def drawn(stage, seed, place, diet):
     name, = first.choices(names, weights)
     return name, Random(f"what to draw at {place} in {stage.name} under {seed}")
 
-class Balanced:
-    def __getitem__(self, place):
-        chosen, numbers = drawn(self.stage, self.seed, place, self.diet)
-        index = numbers.getrandbits(24) * 2 ** 24 + numbers.getrandbits(24)
-        return self.source.of(chosen, self.stage.real, "train", index)
 '''),
     ("8.5", "the mask by hand, checks one by one", HEAD + '''
 class QFormer:

@@ -28,7 +28,7 @@ from nanovlm.recipes.instructblip import balanced
 from nanovlm.recipes.stage import Stage
 from nanovlm.tiling import Tiles, Tiling, hd_tiling, llava_next_tiling
 from nanovlm.tokenizer import Tokenizer
-from nanovlm.training.batches import Balanced, drawn
+from nanovlm.training.batches import drawn
 from nanovlm.vit import clip_vit
 
 # --- 8.1 how an answer should look ---
@@ -185,42 +185,6 @@ def test_8_4_a_batch_may_be_of_one_set(draw):
         assert len({rng.random() for step in found for _, rng in step}) == 30 * size
     mixed = [{drawn(stage(), 7, step * 8 + i, DIET)[0] for i in range(8)} for step in range(30)]
     assert sum(len(step) > 1 for step in mixed) > 20
-
-
-class Source:
-    """Takes note of what it is asked for."""
-
-    def __init__(self):
-        self.asked = []
-
-    def of(self, name, view, split, index):
-        self.asked.append((name, view, split, index))
-        return f"{name}/{index}"
-
-
-def test_8_4_a_record_of_the_set_that_was_drawn(draw):
-    source, seed, n = Source(), draw.random.getrandbits(20), 4000
-    samples = Balanced(source, DIET, stage(), seed)
-    got = [samples[place] for place in range(n)]
-    assert got == [f"{name}/{index}" for name, _, _, index in source.asked], "what the source gives is given on"
-    assert {(view, split) for _, view, split, _ in source.asked} == {("instructions", "train")}
-    often((name for name, *_ in source.asked), DIET, n)
-    assert [name for name, *_ in source.asked] == [drawn(stage(), seed, place, DIET)[0] for place in range(n)]
-    assert [samples[place] for place in (9, 4, 9)] == [got[9], got[4], got[9]]
-    assert Balanced(source, DIET, stage(), seed + 1)[0] != got[0]
-
-
-def test_8_4_records_come_evenly_and_beyond_the_size(draw):
-    """An index below 2⁴⁸: which of 7 records is even (5 standard deviations), and how often the set began again differs each time."""
-    source, n = Source(), 7000
-    samples = Balanced(source, {"only": 1.0}, stage(), draw.random.getrandbits(20))
-    for place in range(n):
-        samples[place]
-    indices = [index for *_, index in source.asked]
-    assert all(type(index) is int and 0 <= index < 2 ** 48 for index in indices)
-    often((index % 7 for index in indices), dict.fromkeys(range(7), 1.0), n)
-    often((index >> 45 for index in indices), dict.fromkeys(range(8), 1.0), n)
-    assert len({index // 7 for index in indices}) > n - 5
 
 
 # --- 8.5 queries that know what will be asked ---

@@ -9,8 +9,6 @@ SHARES = "    return {name: weight / sum(weights.values()) for name, weight in w
 RNG = "    rng = Random(f\"{seed}/{stage.name}/{place}\")\n"
 BY = "    by = Random(f\"{seed}/{stage.name}/batch {place // stage.batch_size}\") if stage.mixed == \"batches\" else rng\n"
 CHOICE = "    return by.choices(tuple(diet), diet.values())[0], rng\n"
-DRAWN = "        name, rng = drawn(self.stage, self.seed, place, self.diet)\n        # beyond its size a set begins again"
-OF = "        return self.source.of(name, self.stage.real, \"train\", rng.getrandbits(48))\n"
 BROUGHT = "        return self(image_tokens, input_ids, mask, maps=maps, looks=looks)[:, :Q]\n"
 SEEN = "        mask = None if attention_mask is None else masks.bidirectional(Q, attention_mask)\n"
 UNFIT = "        if (input_ids is None) != (attention_mask is None) or (input_ids is not None) != self.config.reads:\n"
@@ -102,11 +100,6 @@ WRONG = [
     ("8.4", "a batch is always of one set", BY, BY.replace(" if stage.mixed == \"batches\" else rng", "")),
     ("8.4", "a batch is one set, and all of its samples the same", BY + CHOICE, BY + CHOICE.replace(", rng", ", by")),
     ("8.4", "batches are counted by 8, whatever their size", BY, BY.replace("stage.batch_size", "8")),
-    ("8.4", "always the first record of the set", OF, OF.replace("rng.getrandbits(48)", "0")),
-    ("8.4", "the place is the record: no set is ever met in another order", OF, OF.replace("rng.getrandbits(48)", "place")),
-    ("8.4", "only small indices: a record comes back in the same words", OF, OF.replace("rng.getrandbits(48)", "rng.randrange(1000)")),
-    ("8.4", "from held-out records", OF, OF.replace("\"train\"", "\"val\"")),
-    ("8.4", "another view than the stage reads", OF, OF.replace("self.stage.real", "\"conversations\"")),
     # 8.5
     ("8.5", "the words' rows are given on too", BROUGHT, BROUGHT.replace("[:, :Q]", "")),
     ("8.5", "the words' rows are given on, not the queries'", BROUGHT, BROUGHT.replace("[:, :Q]", "[:, -Q:]")),
