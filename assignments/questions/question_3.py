@@ -3,10 +3,10 @@
 A small decoder learns two things by heart of each of 72 objects. Every step sees a micro-batch of either kind:
 
     price of the small red star?     9                                               1 token and the end
-    story of the small red star?     cross yellow top green circle … diamond         30 tokens and the end
+    story of the small red star?     cross yellow 4 green circle … diamond           30 words, about 40 tokens, and the end
 
     by tokens      (sum of all losses) / (number of all tokens)            each token weighs the same
-    mean of means  (mean of the short ones + mean of the long ones) / 2    a token of a short answer weighs 16 times as much as before
+    mean of means  (mean of the short ones + mean of the long ones) / 2    a token of a short answer weighs nearly ten times as much
 
     python -m assignments.questions.question_3 mine      your own code; without a folder the package's
 """
