@@ -172,8 +172,8 @@ class Collate:
     def questions(self, samples: Sequence[Sample]) -> Batch:
         """For a bridge that reads: qformer_input_ids and qformer_attention_mask (B, T_q), "<s> question </s>".
 
-        There is one bridge output for a whole conversation, so it reads all of its questions, one after the other; of too
-        many the last ones, which are answered next. In an exam nothing follows the question that is to be answered.
+        There is one bridge output for a whole conversation, so it reads all of its questions, without marks, with a blank between them; of
+        too many tokens the last ones, which are answered next. In an exam nothing follows the question that is to be answered.
         """
         if not self.reads.question:
             return {}
