@@ -48,9 +48,9 @@ class Bug:
 
 
 BUGS = (
-    Bug("BLIP", "papers/blip.py", "ids = opened(input_ids, attention_mask, self.config.encode_id)", "ids = opened(input_ids, attention_mask, self.config.decode_id)",
-        "the image-grounded encoder opens with [DEC], not with [ENC]",
-        "The filter of CapFilt was good yesterday. Today, with the same weights, it does not tell right captions from wrong ones as it did.",
+    Bug("BLIP", "papers/blip.py", "return self.match_head(states[:, 0])", "return self.match_head(states[:, -1])",
+        "the matching head reads the last place of the row, padding or not, and not [ENC]",
+        "The filter of CapFilt was good yesterday. Today, with the same weights, its verdict on a text depends on which other texts are in the batch.",
         ("filter", "blip/tiny@filter")),
     Bug("BLIP", "papers/blip.py", "states = self.text_encoder(ids, masks.padding(attention_mask), image_tokens)", "states = self.text_encoder(ids, masks.padding(attention_mask))",
         "the matching head judges texts without their pictures",
