@@ -1,7 +1,5 @@
 """Question of assignment 7: has it learned what a dax is, or only that names follow pictures?
 
-    python -m assignments.questions.question_7 mine        on your own code; without a folder on the package's
-
 Pages of pictures with made-up names, other ones on every page: only the page tells which picture is a dax. The shipped Flamingo is
 asked after 1, 2, 4, 8 examples, with the right pictures, with exchanged ones, with blank ones, and once with words that look at all
 images so far. No model can do better than the share of pages on which the class that is asked for was shown: 1 − (3/4)^shots.
@@ -10,7 +8,6 @@ Then the gates: with all of them shut it must be the language model, bit for bit
 Prints the numbers, and writes question_7.png.
 """
 
-import sys
 import time
 from collections.abc import Sequence
 from copy import deepcopy
@@ -19,8 +16,6 @@ from dataclasses import replace
 import torch
 from matplotlib.figure import Figure
 
-from assignments.graft import use
-from assignments.tasks import find
 from nanovlm import recipes
 from nanovlm.data.sample import CONTROLS
 from nanovlm.evaluate.pupil import Pupil, permuted
@@ -86,9 +81,7 @@ def draw(found: dict[str, list[float]], opened: dict[str, list[float]], path: st
     figure.savefig(path, dpi=90)
 
 
-def main(argv: Sequence[str]) -> None:
-    if argv:
-        print("on your own:", ", ".join(use(argv[0], find("7"))) or "nothing yet")
+def main() -> None:
     began, recipe = time.monotonic(), recipes.get("flamingo/tiny")
     model, tokenizer = trained_model("flamingo/tiny")
     pupil = Pupil(model, recipe, recipe.stage(None), tokenizer, "cpu")
@@ -106,4 +99,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -399,6 +399,17 @@ def test_6_4_it_keeps_numbers_not_graphs(draw):
     close(momentum.images[:3], keys[0].detach() * 2)
 
 
+def test_6_4_made_where_the_queue_is(draw):
+    """What is made without `device` lands on "meta" here, as on a GPU it would on the CPU."""
+    momentum = Momentum(MomentumConfig(queue=7), {}, E)
+    keys, groups = (unit(draw, 3, E), unit(draw, 3, E)), (draw.ids(3), draw.ids(3))
+    for _ in range(3):
+        with torch.device("meta"):
+            momentum.enqueue(keys, groups, alone)
+    assert all(tensor.device.type == "cpu" for tensor in momentum.state_dict().values())
+    assert int(momentum.place) == 2 and momentum.images_group[:2].tolist() == groups[0].tolist()[1:]
+
+
 @pytest.mark.parametrize("queue", [4, 7])
 def test_6_4_a_batch_that_has_no_room_is_refused(draw, queue):
     momentum = Momentum(MomentumConfig(queue=queue), {}, E)
@@ -603,6 +614,7 @@ def test_6_6_all_that_the_web_says(draw):
 
 class World:
     def pooled(self, name, index):
+        assert type(index) is int, f"a picture's number is an int, not {index!r}"
         return Sample(f"scenes/{name}/{index}", (f"{name} {index}",), "what the web says", label="what the web is")
 
 

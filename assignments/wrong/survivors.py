@@ -1,4 +1,26 @@
 """Mutants that live, each with the reason: (task, what was changed, without the line's number, why). All others must die."""
 
 SURVIVORS = [
+    ("6.3", "Momentum.follow: self.steps += 1 → =", "the mutator's change of += changes nothing"),
+    ("6.5", "Momentum.contrast: right.float() → without .float()", "bool divided by a sum is float already"),
+    ("6.5", "Momentum.contrast: min(1.0, self.steps.item() / max(1, self.config.ra → first two arguments swapped", "min does not mind"),
+    ("6.5", "Momentum.contrast: self.steps.item() → without .item()", "α is then a tensor of the same number"),
+    ("6.5", "Momentum.contrast: max(1, self.config.ramp) → first two arguments swapped", "max does not mind"),
+    ("6.5", "Momentum.contrast: 0.0 → × 2", "2 × 0.0"),
+    ("6.5", "Momentum.contrast: tuple(in_batch) → its first argument", "a list of two can be unpacked, too"),
+    ("6.6", "bootstrap: asked += [(replace(sample, caption=text), 'caption → =", "the mutator's change of += changes nothing"),
+    ("6.6", "verdicts: (str, list[Text]) → first two swapped", "an annotation"),
+    ("6.7", "BLIP.compare: positives(groups[1], groups[0], gather) → first two arguments swapped", "`or` of both: the same"),
+    ("7.2", "stretched: frames <= len(times) → Lt", "as many as were learned, interpolated, are those that were learned"),
+    ("7.2", "stretched: 0 → − 1", "the last of one row"),
+    ("7.4", "Flamingo.before_block: KVCache | None → left only", "an annotation"),
+    ("7.4", "Flamingo.before_block: KVCache | None → right only", "an annotation"),
+    ("7.4", "Flamingo.before_block: ('image', i) → first two swapped", "another key that nobody else uses"),
+    ("7.4", "Flamingo.read: cache.state |= {'phi': phi[:, -1], 'media': media, → =", "the mutator's change of |= changes nothing"),
+    ("7.5", "window: min(len(ids), start + (length or len(ids))) → first two arguments swapped", "min does not mind"),
+    ("7.5", "window: min(most, len(marks)) → first two arguments swapped", "min does not mind"),
+    ("7.6", "prompts: len(episode.examples) → its first argument", "the wording of an error"),
+    ("7.6", "rices: (features @ query).argsort(stable=True) → without stable=", "which of two equally similar ones stands last is not told"),
+    ("7.6", "rices: True → not", "which of two equally similar ones stands last is not told"),
+    ("7.6", "rices: nearest.tolist() → without .tolist()", "a tensor of one whole number is an index, too"),
 ]
