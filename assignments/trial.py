@@ -63,7 +63,7 @@ class Job:
 
 def order(test: str, task: Task) -> int:
     """Where a test stands in its file; the first of a task is the oracle's."""
-    names = re.findall(r"^def (test_\w+)", test_file(task).read_text(encoding="utf-8"), re.M)
+    names = re.findall(r"^def (test_\w+)", test_file(task).read_text(encoding="utf-8"), re.MULTILINE)
     return names.index(test.split("[")[0])
 
 
@@ -159,7 +159,7 @@ def child(job: Job, pipe) -> None:
     collector, note, before = Collector(job.path, pipe), "", state()
     try:
         graft(job.task, job.path, job.source, job.variants)
-    except BaseException as error:  # whatever the student's file does on its way in is the student's
+    except BaseException as error:  # noqa: BLE001  whatever the student's file does on its way in is the student's
         note = f"{type(error).__name__}: {error}"
     if not note:
         code = pytest.main([str(test_file(job.task)), "-q", "-p", "no:cacheprovider", "-p", "no:unraisableexception", "--tb=short",

@@ -299,7 +299,7 @@ def test_the_stored_audit_is_what_the_readme_says():
 def test_points_need_the_oracle():
     """All for all; half in proportion for some; nothing while the first test fails, in any of its cases."""
     task, = find("1.1")
-    tests = [name for name in re.findall(r"^def (test_1_1_\w+)", read(handout.test_file(task)), re.M)]
+    tests = [name for name in re.findall(r"^def (test_1_1_\w+)", read(handout.test_file(task)), re.MULTILINE)]
     assert trial.Verdict(task, passed=tests).points == 10
     assert trial.Verdict(task, passed=tests[:2], failed={name: "off" for name in tests[2:]}).points == 10 * 2 / len(tests) / 2
     assert trial.Verdict(task, passed=tests[1:], failed={tests[0]: "off"}).points == 0

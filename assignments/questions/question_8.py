@@ -18,7 +18,6 @@ from collections import Counter
 from matplotlib.figure import Figure
 
 import nanovlm.recipes.instructblip as sampling
-import nanovlm.training.batches as batches
 from assignments.graft import use
 from assignments.tasks import find
 from nanovlm import recipes
@@ -26,6 +25,7 @@ from nanovlm.evaluate.pupil import Pupil
 from nanovlm.metrics import vqa_accuracy
 from nanovlm.recipes.stage import Stage, resolve
 from nanovlm.runs.run import trained_model
+from nanovlm.training import batches
 from nanovlm.world.datasets import Scenes
 
 SETS = {"40,000": 40_000, "8,000": 8_000, "1,600": 1_600, "320": 320}

@@ -41,7 +41,7 @@ def merges_by_hand(words, counts, wanted, first_id):
         often = max(seen.values(), default=0)
         if often < 2:
             break
-        best = sorted(pair for pair, count in seen.items() if count == often)[0]
+        best = min(pair for pair, count in seen.items() if count == often)
         words, merges = [merged_by_hand(word, best, new) for word in words], [*merges, best]
     return merges
 
@@ -509,7 +509,7 @@ def test_3_6_nothing_is_no_candidate(draw):
 
 
 def test_3_6_in_full_precision_and_where_the_logits_are(draw):
-    model, (rows, ids, real) = small_decoder(draw), prompts(draw)
+    model, (_, ids, real) = small_decoder(draw), prompts(draw)
 
     def half(logits, cache):
         return logits.bfloat16(), cache
