@@ -48,67 +48,121 @@ class Bug:
 
 
 BUGS = (
-    Bug("BLIP", "papers/blip.py", "return self.match_head(states[:, 0])", "return self.match_head(states[:, -1])",
+    Bug("BLIP", "papers/blip.py",
+        "return self.match_head(states[:, 0])",
+        "return self.match_head(states[:, -1])",
         "the matching head reads the last place of the row, padding or not, and not [ENC]",
-        "The filter of CapFilt was good yesterday. Today, with the same weights, its verdict on a text depends on which other texts are in the batch.",
+        "The filter of CapFilt was good yesterday. Today, with the same weights, its verdict on a text depends on which other "
+        "texts are in the batch.",
         ("filter", "blip/tiny@filter")),
-    Bug("BLIP", "papers/blip.py", "states = self.text_encoder(ids, masks.padding(attention_mask), image_tokens)", "states = self.text_encoder(ids, masks.padding(attention_mask))",
+    Bug("BLIP", "papers/blip.py",
+        "states = self.text_encoder(ids, masks.padding(attention_mask), image_tokens)",
+        "states = self.text_encoder(ids, masks.padding(attention_mask))",
         "the matching head judges texts without their pictures",
-        "Retrieval by cosine is as good as ever, but the filter has become blind: exchange the pictures, and its verdicts stay what they were.",
+        "Retrieval by cosine is as good as ever, but the filter has become blind: exchange the pictures, and its verdicts stay "
+        "what they were.",
         ("filter", "blip/tiny@filter")),
-    Bug("BLIP", "momentum.py", "weight = 1.0 if self.steps == 0 else 1 - self.config.momentum", "weight = 1.0 if self.steps == 0 else self.config.momentum",
+    Bug("BLIP", "momentum.py",
+        "weight = 1.0 if self.steps == 0 else 1 - self.config.momentum",
+        "weight = 1.0 if self.steps == 0 else self.config.momentum",
         "m and 1 − m are exchanged: the slow copy is not slow",
-        "Pre-training runs, and no loss is infinite. But somebody who printed the distance between the encoders and their slow copies was surprised.",
+        "Pre-training runs, and no loss is infinite. But somebody who printed the distance between the encoders and their slow "
+        "copies was surprised.",
         ("queue", "blip/tiny@pretrain")),
-    Bug("BLIP", "momentum.py", "self.place.copy_((self.place + G) % Q)", "self.place.copy_(self.place % Q)",
+    Bug("BLIP", "momentum.py",
+        "self.place.copy_((self.place + G) % Q)",
+        "self.place.copy_(self.place % Q)",
         "the place in the queue does not move on: each batch writes over the one before",
-        "ITC learns more slowly than in the paper, as if there were hardly any negatives, though the queue has room for a thousand keys.",
+        "ITC learns more slowly than in the paper, as if there were hardly any negatives, though the queue has room for a "
+        "thousand keys.",
         ("queue", "blip/tiny@pretrain")),
-    Bug("Flamingo", "masks.py", "seen = phi[..., None] >= number if all_previous else phi[..., None] == number",
+    Bug("Flamingo", "masks.py",
+        "seen = phi[..., None] >= number if all_previous else phi[..., None] == number",
         "seen = phi[..., None] == number if all_previous else phi[..., None] >= number",
         "a word looks at all images before it, not at the last one",
-        "With one example the answers are nearly as good as they were. With each further example on the page they get worse, not better.",
+        "With one example the answers are nearly as good as they were. With each further example on the page they get worse, "
+        "not better.",
         ("names", "flamingo/tiny")),
-    Bug("Flamingo", "gated_xattn.py", "return y + self.dense_gate.tanh() * self.feedforward(self.norm2(y))", "return y + self.attention_gate.tanh() * self.feedforward(self.norm2(y))",
+    Bug("Flamingo", "gated_xattn.py",
+        "return y + self.dense_gate.tanh() * self.feedforward(self.norm2(y))",
+        "return y + self.attention_gate.tanh() * self.feedforward(self.norm2(y))",
         "one gate for both parts: α stands where β belongs",
-        "With shut gates the model is the language model bit for bit, as it should be. With the trained gates it cannot name what it sees.",
+        "With shut gates the model is the language model bit for bit, as it should be. With the trained gates it cannot name "
+        "what it sees.",
         ("names", "flamingo/tiny")),
-    Bug("Flamingo", "perceiver_resampler.py", "context = torch.cat([self.norm_features(features), latents], dim=1)", "context = torch.cat([features, latents], dim=1)",
+    Bug("Flamingo", "perceiver_resampler.py",
+        "context = torch.cat([self.norm_features(features), latents], dim=1)",
+        "context = torch.cat([features, latents], dim=1)",
         "features enter the resampler's attention without their norm",
-        "Few-shot answers have become guesses among the names of the page. The language model and the image encoder, each by itself, do what they did.",
+        "Few-shot answers have become guesses among the names of the page. The language model and the image encoder, each by "
+        "itself, do what they did.",
         ("names", "flamingo/tiny")),
-    Bug("Flamingo", "papers/flamingo.py", 'phi = cache.state["phi"][:, None] + masks.last_image(ids == self.config.image_id)', "phi = masks.last_image(ids == self.config.image_id)",
+    Bug("Flamingo", "papers/flamingo.py",
+        'phi = cache.state["phi"][:, None] + masks.last_image(ids == self.config.image_id)',
+        "phi = masks.last_image(ids == self.config.image_id)",
         "in a step the image is counted from the new word alone, so it sees none",
-        "The first token of every answer is what it should be, and so is the loss of whole pages. Longer answers go wrong behind it.",
+        "The first token of every answer is what it should be, and so is the loss of whole pages. Longer answers go wrong "
+        "behind it.",
         ("names", "flamingo/tiny")),
-    Bug("BLIP-2", "papers/blip2.py", "states = self.qformer(image_tokens, input_ids, masks.bidirectional(Q, attention_mask))", "states = self.qformer(image_tokens, input_ids, masks.unimodal(Q, attention_mask))",
+    Bug("BLIP-2", "papers/blip2.py",
+        "states = self.qformer(image_tokens, input_ids, masks.bidirectional(Q, attention_mask))",
+        "states = self.qformer(image_tokens, input_ids, masks.unimodal(Q, attention_mask))",
         "ITM under ITC's mask: queries and text never meet",
-        "Of stage 1's three losses two are what they were. The third is bad, and in training it falls to a certain number and stays there: "
-        "that of somebody who knows how many pairs belong, but not which.", ("losses", "blip2/tiny@stage1")),
-    Bug("BLIP-2", "papers/blip2.py", "read = torch.cat([torch.full_like(ids[:, :1], self.config.decode_id), ids[:, 1:]], dim=1)", "read = torch.cat([torch.full_like(ids[:, :1], self.config.decode_id), ids[:, :-1]], dim=1)",
+        "Of stage 1's three losses two are what they were. The third is bad, and in training it falls to a certain number and "
+        "stays there: that of somebody who knows how many pairs belong, but not which.",
+        ("losses", "blip2/tiny@stage1")),
+    Bug("BLIP-2", "papers/blip2.py",
+        "read = torch.cat([torch.full_like(ids[:, :1], self.config.decode_id), ids[:, 1:]], dim=1)",
+        "read = torch.cat([torch.full_like(ids[:, :1], self.config.decode_id), ids[:, :-1]], dim=1)",
         "the words are moved by one behind [DEC]: each is to be guessed without the word before it",
-        "One of stage 1's losses is much too high with weights that were trained well; captions that are generated are still good.", ("losses", "blip2/tiny@stage1")),
-    Bug("BLIP-2", "qformer.py", "x = self.dropout(self.norm(torch.cat(rows, dim=1)))", "x = self.dropout(torch.cat(rows, dim=1))",
+        "One of stage 1's losses is much too high with weights that were trained well; captions that are generated are still "
+        "good.",
+        ("losses", "blip2/tiny@stage1")),
+    Bug("BLIP-2", "qformer.py",
+        "x = self.dropout(self.norm(torch.cat(rows, dim=1)))",
+        "x = self.dropout(torch.cat(rows, dim=1))",
         "queries and words enter the first layer without their norm",
-        "Every answer is a proper sentence, but it is about another picture.", ("answers", "blip2/tiny@stage2")),
-    Bug("LLaVA", "papers/llava.py", "return self.vision(images, depth=depth)[:, 1:]", "return self.vision(images, depth=depth)[:, :-1]",
+        "Every answer is a proper sentence, but it is about another picture.",
+        ("answers", "blip2/tiny@stage2")),
+    Bug("LLaVA", "papers/llava.py",
+        "return self.vision(images, depth=depth)[:, 1:]",
+        "return self.vision(images, depth=depth)[:, :-1]",
         "the class token is kept, and the last patch is lost",
-        "As many image tokens as before, and answers in good English. It takes left for right and top for bottom more often than it did.", ("answers", "llava/tiny")),
-    Bug("LLaVA", "decoder.py", "positions = masks.positions(seen)[:, -T:]", "positions = masks.positions(seen)[:, :T]",
+        "As many image tokens as before, and answers in good English. It takes left for right and top for bottom more often "
+        "than it did.",
+        ("answers", "llava/tiny")),
+    Bug("LLaVA", "decoder.py",
+        "positions = masks.positions(seen)[:, -T:]",
+        "positions = masks.positions(seen)[:, :T]",
         "new tokens get the places of the first ones in the cache",
-        "The loss of whole conversations is what it was. The first token of an answer is right; what follows it is not.", ("answers", "llava/tiny")),
-    Bug("LLaVA", "attention.py", "q, k = rotate(torch.cat([q, k], dim=1), rope).chunk(2, dim=1)", "k, q = rotate(torch.cat([q, k], dim=1), rope).chunk(2, dim=1)",
+        "The loss of whole conversations is what it was. The first token of an answer is right; what follows it is not.",
+        ("answers", "llava/tiny")),
+    Bug("LLaVA", "attention.py",
+        "q, k = rotate(torch.cat([q, k], dim=1), rope).chunk(2, dim=1)",
+        "k, q = rotate(torch.cat([q, k], dim=1), rope).chunk(2, dim=1)",
         "queries and keys are exchanged when they are turned together",
-        "Everything with rotary positions talks nonsense; the image encoder, which has none, is as good as ever.", ("answers", "llava/tiny")),
-    Bug("InstructBLIP", "papers/instructblip.py", "found = self.qformer.bring_back(image_tokens, *asked, maps=maps, looks=looks)", "found = self.qformer.bring_back(image_tokens, maps=maps, looks=looks)",
+        "Everything with rotary positions talks nonsense; the image encoder, which has none, is as good as ever.",
+        ("answers", "llava/tiny")),
+    Bug("InstructBLIP", "papers/instructblip.py",
+        "found = self.qformer.bring_back(image_tokens, *asked, maps=maps, looks=looks)",
+        "found = self.qformer.bring_back(image_tokens, maps=maps, looks=looks)",
         "the queries are not told what will be asked",
-        "Whatever is asked about a picture, the queries bring back the same; captions are good, questions about one object of several are not.", ("answers", "instructblip/tiny")),
-    Bug("LLaVA-1.5", "tiling.py", "plane = tiles.view(R, C, g, g, D).transpose(1, 2).reshape(R * g, C * g, D)", "plane = tiles.view(R, C, g, g, D).reshape(R * g, C * g, D)",
+        "Whatever is asked about a picture, the queries bring back the same; captions are good, questions about one object of "
+        "several are not.",
+        ("answers", "instructblip/tiny")),
+    Bug("LLaVA-1.5", "tiling.py",
+        "plane = tiles.view(R, C, g, g, D).transpose(1, 2).reshape(R * g, C * g, D)",
+        "plane = tiles.view(R, C, g, g, D).reshape(R * g, C * g, D)",
         "the rows of a tile stand one after the other, not beside those of the next tile",
-        "Small pictures that fit into one tile are read as well as ever. In larger ones it finds the signs, but reads them badly.", ("answers", "llava15/tiny-hd")),
-    Bug("LLaVA-1.5", "tiling.py", "tiles = torch.cat([plane, ends], dim=1).flatten(0, 1)", "tiles = torch.cat([ends, plane], dim=1).flatten(0, 1)",
+        "Small pictures that fit into one tile are read as well as ever. In larger ones it finds the signs, but reads them "
+        "badly.",
+        ("answers", "llava15/tiny-hd")),
+    Bug("LLaVA-1.5", "tiling.py",
+        "tiles = torch.cat([plane, ends], dim=1).flatten(0, 1)",
+        "tiles = torch.cat([ends, plane], dim=1).flatten(0, 1)",
         "the mark that ends a row stands before it",
-        "As many image tokens as there should be. Large pictures are read a little worse than by a healthy package, small ones too.",
+        "As many image tokens as there should be. Large pictures are read a little worse than by a healthy package, small ones "
+        "too.",
         ("answers", "llava15/tiny-hd")),
 )
 
@@ -154,14 +208,17 @@ def page(bug: Bug, folder: str) -> str:
     stored = measured()
     healthy, sick = (stored.get(key) for key in (key_of(None, bug.look), key_of(bug, bug.look)))
     command = f"python look.py {' '.join(bug.look)}"
-    lines = ["# Find the bug", "", f"`nanovlm/` in this folder is the package with **one** wrong statement in it. It has to do with {bug.paper}, but it "
-             "may stand in any file that this paper uses. All comments and docstrings are right.", "", "## What is seen", "", bug.symptom, ""]
+    lines = ["# Find the bug", "",
+             f"`nanovlm/` in this folder is the package with **one** wrong statement in it. It has to do with {bug.paper}, but it may stand in "
+             "any file that this paper uses. All comments and docstrings are right.", "", "## What is seen", "", bug.symptom, ""]
     if healthy and sick:
         lines += [f"`{command}`, with the shipped weights:", "", "| | this package | a healthy one |", "|---|---|---|"]
         lines += [f"| {name} | {sick.get(name, '–')} | {value} |" for name, value in healthy.items() if name != "said"]
         if "said" in healthy:
-            lines += ["", "What it says, and what is right:", "", "```", *sick.get("said", ["it fails"]), "```", "and a healthy package:", "```", *healthy["said"], "```"]
-    return "\n".join([*lines, "", "## What to do", "", "1. Before you read code: which parts does the symptom clear, and which are left? Write down two suspects.",
+            lines += ["", "What it says, and in brackets what is right:", "", "```", *sick["said"], "```", "", "A healthy package:", "", "```",
+                      *healthy["said"], "```"]
+    return "\n".join([*lines, "", "## What to do", "",
+                      "1. Before you read code: which parts does the symptom clear, and which are left? Write down two suspects.",
                       "2. Make an experiment that tells them apart: perturb a picture, exchange two words, print a mask, compare cached and whole. "
                       "`look.py` shows how a model with trained weights is opened.",
                       f"3. Write file and line into `{ANSWER}`, such as `masks.py:42`. Any line of the wrong statement counts.", "",

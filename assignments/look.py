@@ -84,7 +84,8 @@ def queue(which: str) -> dict:
         optimiser.step()
     fast, slow = model.text_projection.state_dict().values(), model.momentum.copies["text_projection"].state_dict().values()
     way, behind = (sum((a - b).square().sum() for a, b in zip(fast, other)).sqrt() for other in (start, slow))
-    return {"the slow copies are behind by": f"{(behind / way).item():.0%} of the way", "keys of pairs in the queue": f"{int((model.momentum.images_group >= 0).sum())} of {6 * 8} that were made"}
+    kept = int((model.momentum.images_group >= 0).sum())
+    return {"the slow copies are behind by": f"{(behind / way).item():.0%} of the way", "keys of pairs in the queue": f"{kept} of {6 * 8} that were made"}
 
 
 LOOKS = {"answers": answers, "losses": losses, "filter": filter_, "names": names, "queue": queue}
