@@ -73,10 +73,10 @@ def names(which: str) -> dict:
 
 
 def queue(which: str) -> dict:
-    """Six steps, SGD: how far are the slow copies behind, of the way that the encoders went; and how many keys of pairs are in the queue?"""
+    """Six small steps, SGD: how far are the slow copies behind, of the way that the encoders went; and how many keys of pairs are in the queue?"""
     pupil, world, rng = pupil_of(which), Scenes(), Random(0)
     model, collate = pupil.model, make_collate(pupil.recipe, pupil.stage, pupil.tokenizer, pupil.model.reads)
-    optimiser, start = torch.optim.SGD(model.parameters(), 0.05), [p.detach().clone() for p in model.text_projection.parameters()]
+    optimiser, start = torch.optim.SGD(model.parameters(), 0.002), [p.detach().clone() for p in model.text_projection.parameters()]
     for _ in range(6):
         batch = collate([world.draw("human pairs", rng) for _ in range(8)], rng)
         optimiser.zero_grad()
