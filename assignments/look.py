@@ -73,10 +73,10 @@ def names(which: str) -> dict:
 
 
 def queue(which: str) -> dict:
-    """Six steps, SGD: how far are the slow copies behind, of the way that the encoders went; and how many keys of pairs are in the queue?"""
+    """Six small steps, SGD: how far are the slow copies behind, of the way that the encoders went; and how many keys of pairs are in the queue?"""
     pupil, world, rng = pupil_of(which), Scenes(), Random(0)
     model, collate = pupil.model, make_collate(pupil.recipe, pupil.stage, pupil.tokenizer, pupil.model.reads)
-    optimiser, start = torch.optim.SGD(model.parameters(), 0.05), [p.detach().clone() for p in model.text_projection.parameters()]
+    optimiser, start = torch.optim.SGD(model.parameters(), 0.002), [p.detach().clone() for p in model.text_projection.parameters()]
     for _ in range(6):
         batch = collate([world.draw("human pairs", rng) for _ in range(8)], rng)
         optimiser.zero_grad()
@@ -84,7 +84,8 @@ def queue(which: str) -> dict:
         optimiser.step()
     fast, slow = model.text_projection.state_dict().values(), model.momentum.copies["text_projection"].state_dict().values()
     way, behind = (sum((a - b).square().sum() for a, b in zip(fast, other)).sqrt() for other in (start, slow))
-    return {"the slow copies are behind by": f"{(behind / way).item():.0%} of the way", "keys of pairs in the queue": f"{int((model.momentum.images_group >= 0).sum())} of {6 * 8} that were made"}
+    kept = int((model.momentum.images_group >= 0).sum())
+    return {"the slow copies are behind by": f"{(behind / way).item():.0%} of the way", "keys of pairs in the queue": f"{kept} of {6 * 8} that were made"}
 
 
 LOOKS = {"answers": answers, "losses": losses, "filter": filter_, "names": names, "queue": queue}

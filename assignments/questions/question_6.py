@@ -89,10 +89,12 @@ def main() -> None:
     for name, (writes, judges) in ways.items():
         texts = [text for chunk in bootstrap(samples, writes, judges) for text in chunk]
         kept = [text for text in texts if text.kept]
-        print(f"{name:12}{len(kept):8}{len({text.picture for text in kept}):10}{sum(is_right(text, by_id) for text in kept) / len(kept):8.2f}", flush=True)
+        right, pictures = sum(is_right(text, by_id) for text in kept) / len(kept), len({text.picture for text in kept})
+        print(f"{name:12}{len(kept):8}{pictures:10}{right:8.2f}", flush=True)
     for source in ("web", "captioner"):
         own = [text for text in texts if text.source == source]
-        print(f"the {source}'s texts: {sum(is_right(text, by_id) for text in own) / len(own):.2f} are right, {sum(text.kept for text in own) / len(own):.2f} are kept")
+        right, kept = (sum(which) / len(own) for which in ([is_right(text, by_id) for text in own], [text.kept for text in own]))
+        print(f"the {source}'s texts: {right:.2f} are right, {kept:.2f} are kept")
 
     noisy = world.noisy(PICTURES)
     labels, belongs, alike = [sample.label for sample in noisy], judge.belongs(noisy), cosines(judge, noisy)

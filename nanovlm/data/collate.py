@@ -309,10 +309,11 @@ def _given(turn: Turn, labels: Sequence[int], rng: Random) -> int:
 
 def window(ids: Sequence[int], labels: Sequence[int], images: Sequence, image_id: int, length: int, most: int,
            rng: Random | None) -> tuple[Sequence[int], Sequence[int], Sequence]:
-    """Of a page `length` tokens from anywhere (0: all), up to the image behind the first `most` (0: all); and its images.
+    """Of a page `length` tokens from anywhere (0: all), up to the image behind the first `most` (0: all); and the images whose marks are left.
 
-    Without rng the first ones: a question must not lose its picture, nor an example. The first label is −100: before it stands
-    nothing to guess it from. The images are those whose marks are left. Flamingo §2.4. differs: the paper drops further images but not, it seems, their texts, which would then look at the last image
+    Without rng the first ones: a question must not lose its picture, nor an example. The first label is −100: nothing stands before it.
+
+    Flamingo §2.4. differs: the paper drops further images but not, it seems, their texts, which would then look at the last image
     that is left; here the page ends before them.
     """
     start = rng.randrange(len(ids) - length + 1) if rng and 0 < length < len(ids) else 0
