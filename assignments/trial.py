@@ -166,7 +166,7 @@ def child(job: Job, pipe) -> None:
                             "-W", "ignore", "-k", f"test_{job.task.id.replace('.', '_')}_", *(["-x"] if job.stop else [])], plugins=[collector])
         note = "" if code in (0, 1) else f"pytest ended with {code}"
         after = state()
-        changed = [key for key, value in before.items() if after.get(key) != value]
+        changed = [key for key in before | after if before.get(key) != after.get(key)]  # what a tensor inherits is changed by adding it
         if changed:
             note = f"{changed[0][1]} of {changed[0][0]} is not what it was: a task changes nothing but its own functions"
     pipe.send(("ends", collector.outcomes, note))

@@ -109,6 +109,7 @@ def test_a_handout_is_complete_and_overwrites_nothing(tmp_path: Path):
     assert names == {"README.md", "answer.md", "handout.json", "masks.py", "attention.py", "tests/conftest.py", "tests/test_1_attention.py"}
     page = read(tmp_path / "a" / "README.md")
     assert all(task.id in page and task.title in page for task in find("1")) and "hours" in page and "question" in page
+    assert "task 5.1: unimodal" in read(tmp_path / "a" / "masks.py"), "a later assignment's solution is taken out too"
     with pytest.raises(UserError, match="never overwrites"):
         handout.make(tmp_path / "a", ["1"])
 
@@ -228,6 +229,15 @@ def test_missing_absent_hungry_and_of_another_version(tmp_path: Path):
     assert "cannot import name 'gone'" in results["1.2"]["output"]
     assert "this handout is of another version (0.0.1; today " in results["1.3"]["output"]
     assert all(test["score"] == 0 and test["max_score"] > 0 for test in results.values())
+
+
+def test_what_compares_tensors_may_not_be_changed(tmp_path: Path):
+    """By another name, so that nothing speaks against it beforehand."""
+    handout.make(tmp_path / "h", ["1"])
+    (tmp_path / "h" / "masks.py").write_text("from torch import Tensor as T\n\ndef positions(attention_mask):\n    T.tolist = lambda self: []\n"
+                                             "    return attention_mask.cumsum(dim=1)\n", encoding="utf-8")
+    said = course("grade", tmp_path / "h", "--task", "1.2", code=1)
+    assert "tolist of tensors is not what it was" in said and "0.0 of 5 points" in said
 
 
 def test_hidden_numbers_are_shown_after_the_due_date(tmp_path: Path):
