@@ -8,10 +8,9 @@ picture's caption and the same caption with this fact wrong, is the right one th
     without positions       with wrong captions, but the ViT's positions are zero and stay so
     shipped                 clip/tiny after all of its 6,000 steps, for comparison
 
-    python -m assignments.questions.question_2 mine      your own code; without a folder the package's
+    python -m assignments ask 2 handout      your own code; without a folder the package's
 """
 
-import sys
 import time
 from dataclasses import replace
 from random import Random
@@ -19,8 +18,6 @@ from random import Random
 import torch
 from matplotlib.figure import Figure
 
-from assignments.graft import use
-from assignments.tasks import find
 from nanovlm import recipes
 from nanovlm.contract import Reads
 from nanovlm.data.collate import Collate
@@ -97,8 +94,6 @@ def draw(found: dict[str, list[float]], path: str) -> None:
 
 
 def main() -> None:
-    if sys.argv[1:]:
-        print("on your own:", ", ".join(use(sys.argv[1], find("2"))) or "nothing yet")
     shipped, words = trained_model("clip/tiny")
     collate = {way: Collate(words, "plain", Transform(48), Reads("pairs", wrong_captions=way != "without"), 64) for way in WAYS}
     exams, found = {fact: pairs_of(fact, HELD_OUT) for fact in FACTS}, {}

@@ -8,10 +8,9 @@ A small decoder learns two things by heart of each of 72 objects. Every step see
     by tokens      (sum of all losses) / (number of all tokens)            each token weighs the same
     mean of means  (mean of the short ones + mean of the long ones) / 2    a token of a short answer weighs nearly ten times as much
 
-    python -m assignments.questions.question_3 mine      your own code; without a folder the package's
+    python -m assignments ask 3 handout      your own code; without a folder the package's
 """
 
-import sys
 import time
 from random import Random
 
@@ -19,8 +18,6 @@ import torch
 from matplotlib.figure import Figure
 
 import nanovlm.lm_loss as objective
-from assignments.graft import use
-from assignments.tasks import find
 from nanovlm import generation
 from nanovlm.decoder import Decoder, llama
 from nanovlm.tokenizer import Tokenizer
@@ -95,8 +92,6 @@ def draw(found: dict[str, dict[str, list[float]]], path: str) -> None:
 
 
 def main() -> None:
-    if sys.argv[1:]:
-        print("on your own:", ", ".join(use(sys.argv[1], find("3"))) or "nothing yet")
     known, found = to_learn(Random(0)), {}
     words = Tokenizer.train([asked + answer for kind in KINDS for asked, answer in known[kind] * 2], 400)
     for kind in KINDS:

@@ -8,18 +8,15 @@ First, four sets of 40,000, 8,000, 1,600 and 320 records, and 20,000 samples: ho
 
 Then numbers in small print, in pictures of 96 × 96: LLaVA-1.5 as it is shipped sees them made 48 × 48, its HD sees five views of 48.
 
-    python -m assignments.questions.question_8 mine      your own code; without a folder the package's
+    python -m assignments ask 8 handout      your own code; without a folder the package's
 """
 
-import sys
 import time
 from collections import Counter
 
 from matplotlib.figure import Figure
 
 import nanovlm.recipes.instructblip as sampling
-from assignments.graft import use
-from assignments.tasks import find
 from nanovlm import recipes
 from nanovlm.evaluate.pupil import Pupil
 from nanovlm.metrics import vqa_accuracy
@@ -64,8 +61,6 @@ def draw(table: dict[str, dict[str, float]], read: dict[str, float], path: str) 
 
 
 def main() -> None:
-    if sys.argv[1:]:
-        print("on your own:", ", ".join(use(sys.argv[1], find("8"))) or "nothing yet")
     table = {way: met(way) for way in WAYS}
     for way in WAYS:
         print(f"{way:13} each record is met", *(f"{table[way][name]:.2f} times of {name}; " for name in SETS))
