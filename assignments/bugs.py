@@ -89,12 +89,6 @@ BUGS = (
         "With shut gates the model is the language model bit for bit, as it should be. With the trained gates it cannot name "
         "what it sees.",
         ("names", "flamingo/tiny")),
-    Bug("Flamingo", "perceiver_resampler.py",
-        "x = x + self.attention(latents, context, maps=maps)",
-        "x = latents + self.attention(latents, context, maps=maps)",
-        "the attention's answer is added to the normed latents, not to the latents",
-        "Few-shot answers are much worse. The language model and the image encoder, each by itself, do what they did.",
-        ("names", "flamingo/tiny")),
     Bug("Flamingo", "papers/flamingo.py",
         "flat = media.flatten(1, 2)",
         "flat = media.transpose(1, 2).flatten(1, 2)",
@@ -140,26 +134,17 @@ BUGS = (
         "queries and keys are exchanged when they are turned together",
         "Everything with rotary positions talks nonsense; the image encoder, which has none, is as good as ever.",
         ("answers", "llava/tiny")),
-    Bug("InstructBLIP", "papers/instructblip.py",
-        "found = self.qformer.bring_back(image_tokens, *asked, maps=maps, looks=looks)",
-        "found = self.qformer.bring_back(image_tokens, maps=maps, looks=looks)",
-        "the queries are not told what will be asked",
-        "Whatever is asked about a picture, the queries bring back the same; captions are good, questions about one object of "
-        "several are not.",
+    Bug("InstructBLIP", "qformer.py",
+        "mask = None if attention_mask is None else masks.bidirectional(Q, attention_mask)",
+        "mask = None if attention_mask is None else masks.unimodal(Q, attention_mask)",
+        "the queries and the question do not see each other",
+        "Whatever is asked about a picture, its prefix for the language model is the same. It answers, but less well than it did.",
         ("answers", "instructblip/tiny")),
-    Bug("LLaVA-1.5", "tiling.py",
-        "plane = tiles.view(R, C, g, g, D).transpose(1, 2).reshape(R * g, C * g, D)",
-        "plane = tiles.view(R, C, g, g, D).reshape(R * g, C * g, D)",
-        "the rows of a tile stand one after the other, not beside those of the next tile",
-        "Small pictures that fit into one tile are read as well as ever. In larger ones it finds the signs, but reads them "
-        "badly.",
-        ("answers", "llava15/tiny-hd")),
     Bug("LLaVA-1.5", "tiling.py",
         "tiles = torch.cat([plane, ends], dim=1).flatten(0, 1)",
         "tiles = torch.cat([ends, plane], dim=1).flatten(0, 1)",
         "the mark that ends a row stands before it",
-        "As many image tokens as there should be. Large pictures are read a little worse than by a healthy package, small ones "
-        "too.",
+        "As many image tokens as there should be, and nothing fails. Pictures of several tiles are read less well than they were.",
         ("answers", "llava15/tiny-hd")),
 )
 
@@ -315,7 +300,11 @@ def main() -> int:
         stored = {name: figures for name, figures in measured().items() if name in wanted}
         if key in stored or time.monotonic() - began > options.seconds:
             continue
-        stored[key] = measure(bug, look)
+        try:
+            stored[key] = measure(bug, look)
+        except UserError as error:
+            print(error, file=sys.stderr)
+            return 1
         with replacing(STORE) as beside:
             beside.write_text(json.dumps(stored, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
         print(key, stored[key], f"{time.monotonic() - began:.0f} s so far", sep="\n  ", flush=True)
