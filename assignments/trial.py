@@ -111,7 +111,7 @@ def plain(message: str, own: bool) -> str:
     lacks = re.match(r"AttributeError: '(\w+)' object has no attribute '(\w+)'", message)
     if lacks and not own:
         return f"a value of the wrong type comes back: {lacks[1]}, which has no .{lacks[2]}"
-    if re.match(r"TypeError: cannot unpack|TypeError: object of type|TypeError: '\w+' object is not|ValueError: .*values to unpack", message) and not own:
+    if not own and re.match(r"TypeError: (cannot unpack|object of type|'\w+' object is not)|ValueError: .*values to unpack", message):
         return f"a value of the wrong type comes back: {message.split(': ', 1)[1]}"
     if re.search(r"can't allocate memory|not enough memory|MemoryError", message):
         return f"it asks for more than {MEMORY} GB of memory"

@@ -81,7 +81,8 @@ def main() -> None:
             model, curve = tune(name, STEPS)
             print(f"{name}: the loss of training, {sum(curve[-20:]) / len(curve[-20:]):.2f} at the end")
         found[name] = losses(model, make_collate(RECIPE, stage, tokenizer, model.reads), samples)
-        print(f"{name}: right pictures {found[name][0]:.2f}, exchanged {found[name][1]:.2f} nats a token  ({time.monotonic() - began:.0f} s)", flush=True)
+        right, exchanged = found[name]
+        print(f"{name}: right pictures {right:.2f}, exchanged {exchanged:.2f} nats a token  ({time.monotonic() - began:.0f} s)", flush=True)
     draw(found, "question_4.png")
 
 
