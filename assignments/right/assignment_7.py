@@ -140,7 +140,7 @@ class Flamingo:
         mask = masks.image_causal(phi, there, media.shape[2], all_previous=self.config.all_previous)
         return Hook(self.gated_xattn, media.reshape(len(media), -1, media.shape[3]), mask, maps)
 
-    def read(self, batch, cache=None, maps=None):
+    def read(self, batch, cache=None, maps=None, gather=alone):
         ids, real = batch["input_ids"], batch["attention_mask"]
         rows = []
         for b in range(len(ids)):
@@ -148,7 +148,7 @@ class Flamingo:
             back = "backwards" in batch and bool(batch["backwards"][b])
             rows.append(masks.next_image(tag)[0] if back else masks.last_image(tag)[0])
         phi = torch.stack(rows)
-        media = self.look(batch["images"], batch["frames"])
+        media = self.look(batch["images"], batch["frames"], gather)
         there = batch["frames"].bool()
         if cache is not None:
             cache.state["phi"], cache.state["media"], cache.state["there"] = phi[:, -1].clone(), media, there
@@ -178,12 +178,12 @@ class Flamingo:
             return self.gated_xattn[f"{i}"](y, flat, mask, cache=cache[("image", i)] if cache is not None else None, maps=maps)
         return look
 
-    def read(self, batch, cache=None, maps=None):
+    def read(self, batch, cache=None, maps=None, gather=alone):
         tag = torch.logical_and(batch["input_ids"].eq(self.config.image_id), batch["attention_mask"])
         forwards = masks.last_image(tag)
         phi = torch.where(batch["backwards"].unsqueeze(1), masks.next_image(tag), forwards) if "backwards" in batch else forwards
         there = batch["frames"] != 0
-        media = self.look(batch["images"], batch["frames"])
+        media = self.look(batch["images"], batch["frames"], gather)
         look = self.before_block(media, there, phi, maps)
         if cache is not None:
             cache.state.update(phi=phi[:, -1], media=media, there=there)

@@ -5,8 +5,8 @@ ENCODE = "return unit(self.text_projection, self.text_encoder(input_ids, masks.p
 MATCH = "ids = opened(input_ids, attention_mask, self.config.encode_id)"
 STATES = "states = self.text_encoder(ids, masks.padding(attention_mask), image_tokens)"
 WRITE = "ids, mask = opened(input_ids, attention_mask, self.config.decode_id), masks.causal_with_padding(attention_mask, input_ids.shape[1])"
-PART = "            setattr(theirs, part, getattr(mine, part))\n"
-FRAME = "            setattr(theirs, FRAMES[part], getattr(mine, FRAMES[part]))\n"
+PART = "            theirs.add_module(part, mine.get_submodule(part))\n"
+FRAME = "            theirs.add_module(FRAMES[part], mine.get_submodule(FRAMES[part]))\n"
 WORDS = '    if how != "none":\n        decoder.embeddings, decoder.norm = encoder.embeddings, encoder.norm\n'
 WEIGHT = "weight = 1.0 if self.steps == 0 else 1 - self.config.momentum"
 LERP = "            torch._foreach_lerp_([slow[key] for key in fast], list(fast.values()), weight)\n"
@@ -72,15 +72,15 @@ WRONG = [
      "return self.text_encoder(ids, mask, image_tokens)"),
     # 6.2
     ("6.2", "shared by deepcopy: equal at the start, then two (BLIP #93)", PART + FRAME,
-     "            import copy\n            setattr(theirs, part, copy.deepcopy(getattr(mine, part)))\n"
-     "            setattr(theirs, FRAMES[part], copy.deepcopy(getattr(mine, FRAMES[part])))\n"),
+     "            import copy\n            theirs.add_module(part, copy.deepcopy(mine.get_submodule(part)))\n"
+     "            theirs.add_module(FRAMES[part], copy.deepcopy(mine.get_submodule(FRAMES[part])))\n"),
     ("6.2", "numbers are copied, modules are not shared", PART + FRAME,
-     "            getattr(theirs, part).load_state_dict(getattr(mine, part).state_dict())\n"
-     "            getattr(theirs, FRAMES[part]).load_state_dict(getattr(mine, FRAMES[part]).state_dict())\n"),
+     "            theirs.get_submodule(part).load_state_dict(mine.get_submodule(part).state_dict())\n"
+     "            theirs.get_submodule(FRAMES[part]).load_state_dict(mine.get_submodule(FRAMES[part]).state_dict())\n"),
     ("6.2", "parts without their sum and norm", FRAME, ""),
     ("6.2", "norms only, parts not", PART, ""),
     ("6.2", "the encoder gets the decoder's parts", PART + FRAME,
-     "            setattr(mine, part, getattr(theirs, part))\n            setattr(mine, FRAMES[part], getattr(theirs, FRAMES[part]))\n"),
+     "            mine.add_module(part, theirs.get_submodule(part))\n            mine.add_module(FRAMES[part], theirs.get_submodule(FRAMES[part]))\n"),
     ("6.2", "embeddings are not shared", WORDS, ""),
     ("6.2", "embeddings are shared, the norm behind them is not", WORDS, '    if how != "none":\n        decoder.embeddings = encoder.embeddings\n'),
     ("6.2", "only the words are shared, positions are not", WORDS,

@@ -201,8 +201,8 @@ def share(encoder: Bert, decoder: Bert, how: str) -> None:
         decoder.embeddings, decoder.norm = encoder.embeddings, encoder.norm
     for mine, theirs in zip(encoder.layers, decoder.layers):
         for part in SHARED[how]:
-            setattr(theirs, part, getattr(mine, part))
-            setattr(theirs, FRAMES[part], getattr(mine, FRAMES[part]))
+            theirs.add_module(part, mine.get_submodule(part))
+            theirs.add_module(FRAMES[part], mine.get_submodule(FRAMES[part]))
 
 
 def look(vision: ViT, images: Tensor) -> Tensor:
