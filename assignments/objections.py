@@ -9,7 +9,7 @@ from assignments.graft import belongings, module_of
 from assignments.tasks import Task
 
 ALLOWED = {"torch", "math", "cmath", "functools", "itertools", "collections", "typing", "dataclasses", "re", "random", "heapq", "operator",
-           "copy", "nanovlm", "numpy"}
+           "copy", "nanovlm", "numpy", "PIL"}
 NAMES = {"exec", "eval", "compile", "open", "__import__", "globals", "locals", "vars", "setattr", "getattr", "delattr", "input", "exit",
          "quit", "breakpoint", "__builtins__", "__file__", "__loader__", "__spec__"}
 ATTRIBUTES = {"os", "sys", "modules", "builtins", "importlib", "subprocess", "ctypes", "inspect", "gc", "pickle", "system", "popen",

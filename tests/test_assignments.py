@@ -326,3 +326,9 @@ def test_points_need_the_oracle():
     assert trial.Verdict(task, passed=tests[:2], failed={name: "off" for name in tests[2:]}).points == 10 * 2 / len(tests) / 2
     assert trial.Verdict(task, passed=tests[1:], failed={tests[0]: "off"}).points == 0
     assert trial.Verdict(task, passed=[f"{tests[0]}[a]"], failed={f"{tests[0]}[b]": "off"}).points == 0
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.id)
+def test_nothing_speaks_against_the_packages_own_answer(task):
+    """Else the reference would not get full marks."""
+    assert objection(task, ast.parse(handout.reference(task.file))) == ""
