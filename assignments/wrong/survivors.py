@@ -1,6 +1,16 @@
 """Mutants that live, each with the reason: (task, what was changed, without the line's number, why). All others must die."""
 
 SURVIVORS = [
+    ("1.3", "attend_readable: k.transpose(-2, -1) → first two arguments swapped", "transpose(a, b) is transpose(b, a)"),
+    ("1.3", "attend_readable: -2 → without USub", "axis 2 of four is axis −2"),
+    ("1.4", "Attention.split_heads: x.view(B, S, self.heads, self.head_dim).transpose( → first two arguments swapped", "transpose(a, b) is transpose(b, a)"),
+    ("1.4", "Attention.forward: cache.keys → values", "both are None at the same time"),
+    ("1.4", "Attention.forward: attend_fast if maps is None else attend_readable → always the second", "the readable path gives the same numbers"),
+    ("1.4", "Attention.forward: y.transpose(1, 2) → first two arguments swapped", "transpose(a, b) is transpose(b, a)"),
+    ("1.4", "Attention.forward: 0 → − 1", "the last of one head's mask is the first"),
+    ("1.4", "Attention.forward: dropped: B, T, _ = x.shape", "the letters serve the shape comments only"),
+    ("1.5", "signed_frequencies: torch.arange(0, head_dim, 2, device=device, dtype= → without dtype=", "a quotient of whole numbers is fp32 too"),
+    ("1.6", "LayerCache.append: self.keys → values", "both are None at the same time"),
     ("2.1", "ViT.forward: patches.flatten(2).transpose(1, 2) → first two arguments swapped", "transpose(2, 1) is transpose(1, 2)"),
     ("2.2", "interpolate_positions: (rows, columns) → first two swapped", "it is compared with a square"),
     ("2.2", "interpolate_positions: (side, side) → first two swapped", "both numbers are the same"),
