@@ -140,6 +140,7 @@ def runs(tmp_path_factory) -> Path:
     home = tmp_path_factory.mktemp("runs")
     done = torchrun(2, home / "whole")
     assert done.returncode == 0, done.stderr
+    assert "plan: see 5 steps, align 4 steps, tune 20 steps\n" in done.stdout  # no evaluation
     killed = torchrun(2, home / "killed", SAVE_SECONDS="-1", KILL_IN_SAVE="21")
     assert killed.returncode != 0
     return home
