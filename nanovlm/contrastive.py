@@ -49,7 +49,8 @@ def contrastive_loss(image_to_text: Tensor, text_to_image: Tensor, right: Tensor
     """Both directions of CLIP's loss → (sum over this rank's pairs, B).
 
     image_to_text, text_to_image: (B, G), already divided by τ. right: bool (B, G) from `positives`. negatives: (B, K),
-    each image with its own wrong captions, divided by τ. smoothing: share of the target spread over all candidates.
+    each image with its own wrong captions, divided by τ: further candidates for the image, none for a text. smoothing:
+    share of the target spread over all candidates. Of several right ones each has the same share of the target.
     """
     targets = right.float() / right.sum(dim=1, keepdim=True)  # (B, G)
     wider = targets

@@ -47,6 +47,6 @@ class GatedCrossAttention(nn.Module):
 
     def forward(self, y: Tensor, media: Tensor, mask: Tensor, cache: LayerCache | None = None,
                 maps: list | None = None) -> Tensor:
-        """mask: bool (B, T, S). cache: keys and values of the media, computed once."""
+        """mask: bool (B, T, S). cache: keys and values of the media, computed once. maps receives the weights (B, H, T, S)."""
         y = y + self.attention_gate.tanh() * self.attention(self.norm1(y), media, mask, cache=cache, maps=maps)
         return y + self.dense_gate.tanh() * self.feedforward(self.norm2(y))

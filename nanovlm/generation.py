@@ -47,7 +47,10 @@ def generate(prefill: Prefill, step: Step, max_new_tokens: int, stop: Sequence[i
 
 def stream(prefill: Prefill, step: Step, max_new_tokens: int, stop: Sequence[int], pad: int = 0, temperature: float = 0.0,
            top_k: int = 0, top_p: float = 1.0, generator: torch.Generator | None = None) -> Iterator[Tensor]:
-    """Greedy search and sampling: a token is chosen, read, and the next one chosen; after each, all so far, (B, n)."""
+    """Greedy search and sampling: a token is chosen, read, and the next one chosen; after each, all so far, (B, n).
+
+    A row that has ended with `stop` goes on with `pad`. The end: all rows have ended, or there are max_new_tokens; the last is not read.
+    """
     logits, cache = prefill()  # (B, V)
     ids = torch.full((len(logits), max_new_tokens), pad, device=logits.device)  # (B, max_new_tokens)
     done = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
@@ -64,7 +67,10 @@ def stream(prefill: Prefill, step: Step, max_new_tokens: int, stop: Sequence[int
 
 
 def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> Tensor:
-    """One next token per row: logits (B, V) → int64 (B,)."""
+    """One next token per row: logits (B, V) → int64 (B,).
+
+    At temperature 0 the likeliest; else drawn, in fp32, from softmax(logits / temperature) over what `keep_likely` leaves.
+    """
     if temperature == 0:
         return logits.argmax(dim=-1)
     probabilities = keep_likely(logits.float() / temperature, top_k, top_p).softmax(dim=-1)
@@ -72,7 +78,10 @@ def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
 
 
 def keep_likely(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """−inf for all but the top_k tokens, then for all but the smallest set whose probability reaches top_p."""
+    """−inf for all but the top_k tokens (0: all stay), then for all but the smallest set whose probability reaches top_p (1: all stay).
+
+    The probability is that of what top_k has left, which sums to 1.
+    """
     if top_k > 0:
         weakest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
         logits = logits.masked_fill(logits < weakest, float("-inf"))
@@ -85,7 +94,7 @@ def keep_likely(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def ends_with(ids: Tensor, stop: Sequence[int]) -> Tensor:
-    """Which rows of ids (B, n) end with the stop sequence → bool (B,)."""
+    """Which rows of ids (B, n) end with the whole stop sequence → bool (B,). With the empty one none does."""
     if not stop or ids.shape[1] < len(stop):
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     return (ids[:, -len(stop):] == torch.tensor(list(stop), device=ids.device)).all(dim=1)
@@ -156,6 +165,7 @@ def score_candidates(prefill: Prefill, step: Step, candidates: Sequence[Sequence
 
     The prompt is read once; each candidate is one further step on a copy of its cache. shortlist: of each row only so many
     candidates are read, those with the likeliest first tokens, and the others get −inf (BLIP §5.3); 0: all of them.
+    A candidate of one token needs no step. One without tokens is a ValueError.
     """
     if not all(map(len, candidates)):
         raise ValueError("a candidate has no tokens: there is nothing to score")

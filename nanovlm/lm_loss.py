@@ -42,6 +42,7 @@ def lm_loss(hidden: Tensor, head_weight: Tensor, labels: Tensor, chunk: int = 81
     hidden: (B, T, D), the decoder's last states. head_weight: (V, D). labels: int64 (B, T), the token that stands at each
     position (not the next one), −100 where nothing is learned. chunk: tokens whose logits are held at once. head_bias:
     (V,), BERT's head has one. smoothing: the share of the target that is spread over all V tokens (BLIP, BLIP-2: 0.1).
+    The sum is fp32. Where nothing is learned it is a zero that still has a gradient, and the number is 0.
     """
     learned = labels[:, 1:] != IGNORE  # (B, T - 1): position t learns to say token t + 1
     states = hidden[:, :-1][learned]  # (K, D)
@@ -59,5 +60,6 @@ def lm_loss(hidden: Tensor, head_weight: Tensor, labels: Tensor, chunk: int = 81
 
 def chunk_loss(states: Tensor, head_weight: Tensor, targets: Tensor, head_bias: Tensor | None,
                smoothing: float) -> Tensor:
+    """Σ cross-entropy of some tokens, in fp32: states (K, D), targets (K,) → a scalar."""
     logits = F.linear(states, head_weight, head_bias)  # (K, V)
     return F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)

@@ -122,7 +122,7 @@ def next_image(is_image: Tensor) -> Tensor:
 def image_causal(phi: Tensor, there: Tensor, latents: int, all_previous: bool = False) -> Tensor:
     """Each token looks at the latents of image φ alone: phi int64 (B, T), there bool (B, M) → (B, T, M · latents).
 
-    there: which images exist. A tag that points behind the last one sees nothing. all_previous: the images before φ, too,
+    there: which images exist; one that does not is seen by nobody, so a tag behind the last one sees nothing. all_previous: the images before φ, too,
     which costs 7.2 points (Table 10 ii).
     """
     number = torch.arange(1, there.shape[1] + 1, device=phi.device)  # (M,)

@@ -57,13 +57,14 @@ class Momentum(nn.Module):
         self.register_buffer("steps", torch.tensor(0))
 
     def need_room(self, pairs: int) -> None:
+        """UserError where so many pairs, those of all ranks, are more than the queue holds."""
         if pairs > self.config.queue:
             raise UserError(f"The queue holds {self.config.queue} keys, but the batch has {pairs} pairs: make `queue` of the recipe's "
                             f"MomentumConfig at least {pairs}, or batch_size smaller.")
 
     @torch.no_grad()
     def follow(self, encoders: Mapping[str, nn.Module]) -> None:
-        """θ_m ← m θ_m + (1 − m) θ, before the keys are made; at the first step the copies become exact ones."""
+        """θ_m ← m θ_m + (1 − m) θ, before the keys are made; at the first step the copies become exact ones. Counts `steps`."""
         weight = 1.0 if self.steps == 0 else 1 - self.config.momentum
         for name, encoder in encoders.items():
             slow, fast = self.copies[name].state_dict(), dict(encoder.named_parameters())
@@ -75,6 +76,8 @@ class Momentum(nn.Module):
         """queries, keys: of images and of texts, unit vectors (B, E). groups: int64 (B,), equal for equal images, for equal texts.
 
         → the loss as (sum, B), and the logits image → texts, text → images among the G pairs of the batch, both (B, G).
+        The loss is the mean of both directions; a gradient reaches queries and temperature only. α grows in a line from 0, at step 0, to
+        its value, at step `ramp`. Right are all keys of an equal image or an equal text, and they share the target.
         """
         (image, text), (image_key, text_key), (image_group, text_group) = queries, keys, groups
         images, texts = torch.cat([gather(image_key), self.images]), torch.cat([gather(text_key), self.texts])  # (G + Q, E)
@@ -93,7 +96,7 @@ class Momentum(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys: tuple[Tensor, Tensor], groups: tuple[Tensor, Tensor], gather: Gather) -> None:
-        """The keys of all ranks take the places of the oldest, beyond the queue's end from its beginning."""
+        """The keys of all ranks take the places of the oldest, beyond the queue's end from its beginning; `place` moves on with them."""
         image_key, text_key, image_group, text_group = map(gather, (*keys, *groups))
         G, Q = len(image_key), self.config.queue
         at = (self.place + torch.arange(G, device=image_key.device)) % Q

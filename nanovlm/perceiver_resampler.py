@@ -53,7 +53,7 @@ class Layer(nn.Module):
         self.feedforward = FeedForward(D, 4 * D, config.activation, bias=False)
 
     def forward(self, x: Tensor, features: Tensor, maps: list | None = None) -> Tensor:
-        """Latents x (n, Q, D) and features (n, S, D) → latents (n, Q, D)."""
+        """Latents x (n, Q, D) and features (n, S, D) → latents (n, Q, D); maps receives the weights (n, H, Q, S + Q)."""
         latents = self.norm_latents(x)
         context = torch.cat([self.norm_features(features), latents], dim=1)  # (n, S + Q, D)
         x = x + self.attention(latents, context, maps=maps)

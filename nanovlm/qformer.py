@@ -113,7 +113,8 @@ class QFormer(nn.Module):
                    maps: list | None = None, looks: list | None = None) -> Tensor:
         """What the queries say of the picture (B, Q, D); if there is a question (B, T), they and its words see each other.
 
-        What the question's own rows became is not given on.
+        What the question's own rows became is not given on. A UserError: a question for a Q-Former that reads none, no question for
+        one that reads, ids without a mask or a mask without ids, more or fewer questions than pictures.
         """
         Q = self.config.queries
         if (input_ids is None) != (attention_mask is None) or (input_ids is not None) != self.config.reads:

@@ -52,7 +52,8 @@ class Tiling:
     def grid(self, size: Size) -> Size:
         """The grid that keeps most of the picture's pixels; of those, the one that wastes least (§A.1).
 
-        Pixels beyond the picture's own do not count, so a small picture gets a small grid. Of equals the first.
+        Scaled to fit inside of the grid, in whole pixels, rounded down. What is beyond the picture's own number of pixels does not
+        count, so a small picture gets a small grid; wasted are the grid's other pixels. Of equals the first.
         """
         def merit(grid: Size) -> tuple[int, int]:
             height, width = grid[0] * self.side, grid[1] * self.side
@@ -85,7 +86,8 @@ class Tiling:
     def kept(self, size: Size, g: int) -> tuple[slice, slice]:
         """Which rows and columns of the map of all tiles' tokens, (R·g, C·g), show the picture and not only padding.
 
-        Symmetric, so that of an odd number one more is kept. differs: LLaVA's code divides in floats and cuts off, which
+        The picture takes so many rows (or columns) of tokens, rounded down; half of the others goes on either side. Symmetric, so
+        that of an odd number one more is kept. A UserError where nothing would be left. differs: LLaVA's code divides in floats and cuts off, which
         loses a row at 205 × 656 (55 · 48/176 is 14.999…); whole numbers do not (transformers rounds to 7 digits first).
         """
         rows, columns = (n * g for n in self.grid(size))

@@ -95,7 +95,10 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int], specials: bool = False) -> str:
-        """The text of `ids`; special tokens are dropped unless specials=True; broken UTF-8 becomes U+FFFD."""
+        """The text of `ids`; special tokens are dropped unless specials=True; broken UTF-8 becomes U+FFFD.
+
+        An id that the vocabulary does not have, as −100 of labels, is a UserError that names it and the largest id that there is.
+        """
         first = 0 if specials else len(self.specials)
         chunks = []
         for i in ids:
@@ -192,7 +195,10 @@ def _replace_pair(ids: list[int], pair: Pair, new_id: int) -> list[int]:
 
 
 def _learn_merges(words: list[list[int]], counts: list[int], wanted: int, first_id: int) -> list[Pair]:
-    """Sennrich et al., Algorithm 1, on distinct words and their counts.
+    """Sennrich et al., Algorithm 1, on distinct words and their counts → the pairs in order: merge k makes token first_id + k.
+
+    words: the ids of each; counts: how often each word was met. The most frequent pair of neighbours is merged, of equally frequent ones
+    the smaller; none that was met only once, and no more than `wanted`. In [a, a, a] the pair (a, a) counts twice.
 
     Counting all pairs afresh for each merge would cost (merges x corpus). Only words that hold the merged pair change,
     so `where` remembers which words have held a pair, and only their old pairs are taken off and their new pairs added.

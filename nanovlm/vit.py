@@ -84,6 +84,7 @@ class Block(nn.Module):
         self.feedforward = FeedForward(config.width, config.ffn, config.activation)
 
     def forward(self, x: Tensor, maps: list | None = None) -> Tensor:
+        """x (B, 1 + N, D) → the same shape. maps receives the attention weights (B, H, 1 + N, 1 + N)."""
         x = x + self.attention(self.norm1(x), maps=maps)  # Eq. 2
         return x + self.feedforward(self.norm2(x))  # Eq. 3
 
@@ -104,7 +105,10 @@ class ViT(nn.Module):
         initialise(self)
 
     def forward(self, images: Tensor, depth: int | None = None, maps: list | None = None) -> Tensor:
-        """Tokens after `depth` blocks (all unless told), without the final norm. maps receives each block's weights."""
+        """Tokens after `depth` blocks (all unless told), without the final norm. maps receives each block's weights.
+
+        Pictures may come in another precision than the weights, and in another size than the encoder was made for.
+        """
         patches = self.patch_embedding(images.to(self.patch_embedding.weight.dtype))  # (B, D, h / patch, w / patch)
         B, D, rows, columns = patches.shape
         tokens = patches.flatten(2).transpose(1, 2)  # (B, N, D), row-major
@@ -120,7 +124,8 @@ class ViT(nn.Module):
 def interpolate_positions(positions: Tensor, rows: int, columns: int, align_corners: bool = False) -> Tensor:
     """Stretch learned positions (1 + n·n, D) to another grid → (1 + rows·columns, D).
 
-    The class token's position is kept, the others are resized as a picture of D channels, bicubic. Each encoder has its
+    The class token's position is kept, the others are resized as a picture of D channels, bicubic, in fp32. On its own
+    grid everything stays as it is. Each encoder has its
     own way: CLIP in BLIP-2's code (LAVIS) with align_corners, EVA-CLIP there and the ImageNet ViT without.
     """
     side = round((len(positions) - 1) ** 0.5)

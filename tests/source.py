@@ -12,6 +12,7 @@ PACKAGE = ROOT / "nanovlm"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = sorted([*ROOT.glob("*.py"), *(ROOT / "experiments").glob("*.py"), *(ROOT / ".ci").glob("*.py")])
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
+COURSE = sorted((ROOT / "assignments").rglob("*.py"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 

@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from nanovlm import recipes
 from nanovlm.decoder import VICUNA_7B, Block
 from nanovlm.plan import __main__ as command
-from nanovlm.plan.simulate import look
+from nanovlm.plan import stages
+from nanovlm.plan.simulate import likeness, look
 from nanovlm.plan.stages import (
     FREE,
     GIB,
@@ -125,6 +126,13 @@ def test_blocks_of_full_size_keep_what_fake_tensors_keep():
     assert seen.kept - pictures == pytest.approx(kept - pictures, rel=0.1)
 
 
+def test_what_is_asked_once_is_alike_in_shapes_and_types():
+    x = torch.zeros(2, 3)
+    assert likeness((x, 1, [x])) == likeness((x + 1, 1, [x]))
+    others = [(x, 1.0, [x]), (x, True, [x]), (x.double(), 1, [x]), (x.t(), 1, [x]), (torch.zeros(3, 2).t(), 1, [x]), (x, 1, [x, x]), (x, 1, [1])]
+    assert not [other for other in others if likeness(other) == likeness((x, 1, [x]))]
+
+
 def test_a_look_leaves_nothing_behind():
     """A real step after it has numbers, not shapes, in its kernels and caches."""
     look(*ready("llava/tiny", "tune", True, "meta"))
@@ -200,6 +208,14 @@ def test_what_is_gathered():
     assert gathered_bytes(model) == 2 * (root + 3 * block) + 4 * block
 
 
+def test_what_cannot_be_split_is_gathered_whole():
+    """BLIP's losses read weights from outside of their modules: all of them in fp32, and their gradients."""
+    model = recipes.build("blip/tiny", stage="pretrain")
+    freeze(model, recipes.get("blip/tiny").stage("pretrain").trains)
+    counts = [p.numel() for p in model.parameters()]
+    assert all(p.requires_grad for p in model.parameters()) and gathered_bytes(model) == 8 * sum(counts)
+
+
 # --- plans ---
 
 def test_published_hours():
@@ -227,6 +243,21 @@ def test_the_largest_micro_batch_that_fits():
     assert (least.micro, least.accumulate, least.fits) == (1, 16, False)
 
 
+def test_a_plan_takes_few_looks(monkeypatch):
+    """Each takes seconds at full size: the largest that there is comes first, then what memory has room for."""
+    looked = []
+    monkeypatch.setattr(stages, "look", lambda model, batch, ranks: looked.append(len(batch["input_ids"])) or look(model, batch, ranks))
+    recipe = recipes.get("llava/tiny")
+    tune = recipe.stage("tune")
+    largest = plan(recipe, tune, Machine(1))
+    assert looked == [32, 1]  # the second for the time
+    looked.clear()
+    static = largest.needed - largest.bytes["activations"]
+    memory = (static + largest.bytes["activations"] / 3.5) / GIB / (1 - FREE)
+    assert plan(recipe, tune, Machine(1, memory)).micro == 8
+    assert looked == [32, 8, 16, 1]  # 9 would fit, 16 shows that no more do
+
+
 def test_time_and_flops():
     recipe = recipes.get("llava/tiny")
     tune = recipe.stage("tune")
@@ -237,6 +268,7 @@ def test_time_and_flops():
     assert checkpoints.flops == one.flops  # model FLOPs count nothing twice
     assert checkpoints.look.kept < plan(recipe, tune).look.kept / 2
     assert plan(recipe, tune, usual=10).flops < one.flops
+    assert plan(recipe, tune, Machine(1, peak=156e12)).hours == pytest.approx(2 * one.hours)
 
 
 def test_a_contrastive_batch_is_not_split():
@@ -264,6 +296,13 @@ def test_a_plan_in_words(capsys):
     assert "of 24: fits" in out and "GPU-hours" in out and "DOES NOT" not in out
 
 
+@pytest.mark.parametrize("name", [name for name in recipes.names() if name.endswith("/small") and name not in recipes.BACKBONES])
+def test_small_recipes_fit_on_one_gpu_of_24_gb(name, capsys):
+    assert command.main(["--recipe", name, "--gpus", "1", "--memory", "24"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("of 24: fits") == len(recipes.get(name).stages) and "DOES NOT" not in out
+
+
 def test_the_table(capsys, monkeypatch):
     """A stage that so many GPUs cannot share has a sentence for a row, and the others their own."""
     monkeypatch.setattr(command, "published", lambda: [recipes.get("flamingo/tiny"), recipes.get("blip2/tiny")])
@@ -271,6 +310,16 @@ def test_the_table(capsys, monkeypatch):
     head, flamingo, stage1, stage2 = capsys.readouterr().out.strip().split("\n")
     assert "GPU-hours" in head and "cannot share" in flamingo and "pages" in flamingo
     assert stage1.split()[:2] == ["blip2/tiny", "stage1"] and stage2.split()[:2] == ["blip2/tiny", "stage2"]
+
+
+def test_what_to_download(capsys):
+    """Weights and tokenizers, each once; those of the recipes that it goes on from, too; nothing where nothing is published."""
+    clip, bert, opt = "openai/clip-vit-large-patch14", "google-bert/bert-base-uncased", "facebook/opt-2.7b"
+    assert command.downloads(recipes.get("blip2/vit-l-retrieval")) == [
+        (clip, "vision"), (bert, "qformer"), (opt, "tokenizer"), (bert, "the bridge's tokenizer")]  # stage 1 has no language model
+    assert ("lmsys/vicuna-7b-v1.5", "language") in command.downloads(recipes.get("llava15/7b"))
+    assert command.downloads(recipes.get("blip/vit-b-caption")) == command.downloads(recipes.get("blip/vit-b"))
+    assert command.downloads(recipes.get("flamingo/3b")) == command.downloads(recipes.get("llava/small")) == []
 
 
 def test_published_recipes_are_of_all_papers():
@@ -290,6 +339,7 @@ def test_published_recipes_are_of_all_papers():
     (["--recipe", "llava/tiny", "--memory", "nan"], "--memory nan:"),
     (["--recipe", "llava/tiny", "--mfu", "25"], "--mfu 25:"),
     (["--recipe", "llava/tiny", "--words", "0"], "--words 0:"),
+    (["--recipe", "llava/tiny", "--peak", "0"], "--peak 0:"),
 ])
 def test_bad_options_are_one_sentence(arguments, sentence, capsys):
     assert command.main(arguments) == 2

@@ -24,6 +24,9 @@ from experiments import (
     llava15_ladder,
     llava15_tiles,
     llava_data_mix,
+    plan_published,
+    plan_simulation,
+    small_recipes,
     tiny_runs,
 )
 
@@ -73,10 +76,11 @@ def headings_of(text: str) -> set[str]:
 
 def test_what_is_linked_is_there():
     """Files and pictures beside each README, and its own headings."""
-    for folder, text in ((ROOT, README), (ROOT, read(ROOT / "README_zh.md")), (ROOT / "experiments", MEASURED)):
+    course = read(ROOT / "assignments" / "README.md")
+    for folder, text in ((ROOT, README), (ROOT, read(ROOT / "README_zh.md")), (ROOT / "experiments", MEASURED), (ROOT / "assignments", course)):
         links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
         headings = headings_of(text)
-        assert links
+        assert links or text is course
         for link in links:
             file, _, heading = link.partition("#")
             assert (folder / file).is_file() if file else heading in headings, f"{folder}: {link} leads nowhere"
@@ -144,6 +148,7 @@ def test_the_python_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_the_figures_are_the_stored_ones():
     assert tiny_runs.summary() in README, "python -m experiments.tiny_runs --summary prints another"
+    assert plan_published.summary() in README, "python -m experiments.plan_published --summary prints another"
     stored = {path.name: json.loads(read(path)) for path in (ROOT / "experiments" / "results").glob("*.json")}
     assert len(stored) >= 4
     for name, result in stored.items():
@@ -151,7 +156,8 @@ def test_the_figures_are_the_stored_ones():
             made_by = {"backbones.json": backbones, "blip2_stage1.json": blip2_stage1, "llava_data_mix.json": llava_data_mix,
                        "llava15_ladder.json": llava15_ladder, "llava15_tiles.json": llava15_tiles, "capfilt_emoji.json": capfilt_emoji, "flamingo_emoji.json": flamingo_emoji,
                        "flamingo_ablations.json": flamingo_ablations, "instructblip_ablations.json": instructblip_ablations, "instructblip_mixture.json": instructblip_mixture,
-                       "flamingo_recipes.json": flamingo_recipes, "data_at_scale.json": data_at_scale,
+                       "flamingo_recipes.json": flamingo_recipes, "data_at_scale.json": data_at_scale, "plan_published.json": plan_published,
+                       "plan_simulation.json": plan_simulation, "small_recipes.json": small_recipes,
                        "blip_capfilt.json": blip_capfilt}.get(name, tiny_runs)
             assert made_by.table(result) in MEASURED, f"{name}: python -m {made_by.__name__} --table prints another"
         for case in result.get("cases", []):

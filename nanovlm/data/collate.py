@@ -172,8 +172,8 @@ class Collate:
     def questions(self, samples: Sequence[Sample]) -> Batch:
         """For a bridge that reads: qformer_input_ids and qformer_attention_mask (B, T_q), "<s> question </s>".
 
-        There is one bridge output for a whole conversation, so it reads all of its questions, one after the other; of too
-        many the last ones, which are answered next. In an exam nothing follows the question that is to be answered.
+        There is one bridge output for a whole conversation, so it reads all of its questions, without marks, with a blank between them; of
+        too many tokens the last ones, which are answered next. In an exam nothing follows the question that is to be answered.
         """
         if not self.reads.question:
             return {}
@@ -309,9 +309,9 @@ def _given(turn: Turn, labels: Sequence[int], rng: Random) -> int:
 
 def window(ids: Sequence[int], labels: Sequence[int], images: Sequence, image_id: int, length: int, most: int,
            rng: Random | None) -> tuple[Sequence[int], Sequence[int], Sequence]:
-    """Of a page `length` tokens from anywhere (0: all), up to the image behind the first `most` (0: all); and its images.
+    """Of a page `length` tokens from anywhere (0: all), up to the image behind the first `most` (0: all); and the images whose marks are left.
 
-    Without rng the first ones: a question must not lose its picture, nor an example.
+    Without rng the first ones: a question must not lose its picture, nor an example. The first label is −100: nothing stands before it.
 
     Flamingo §2.4. differs: the paper drops further images but not, it seems, their texts, which would then look at the last image
     that is left; here the page ends before them.
@@ -320,7 +320,7 @@ def window(ids: Sequence[int], labels: Sequence[int], images: Sequence, image_id
     first = ids[:start].count(image_id)
     marks = [place for place in range(start, min(len(ids), start + (length or len(ids)))) if ids[place] == image_id]
     end = marks[most] if 0 < most < len(marks) else start + (length or len(ids))
-    kept = [IGNORE, *labels[start + 1:end]]  # before a window's first token stands nothing to guess it from
+    kept = [IGNORE, *labels[start + 1:end]]
     return ids[start:end], kept, images[first:first + (min(most, len(marks)) if most else len(marks))]
 
 

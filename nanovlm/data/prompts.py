@@ -40,7 +40,10 @@ SETS = (
 
 
 def prompted(turns: Sequence[Turn], prompt: str) -> tuple[Turn, ...]:
-    """The conversation with the sentence behind its first question, unless one stands there already."""
+    """The conversation with the sentence behind its first question, on a line of its own, unless one of PROMPTS stands there already.
+
+    Without a sentence ("") it stays as it is.
+    """
     first, *others = turns
     if not prompt or any(known in first.question for known in PROMPTS):
         return tuple(turns)

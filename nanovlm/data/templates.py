@@ -108,6 +108,9 @@ def instruction(record: Sample, rng: Random) -> tuple[tuple[Turn, ...], tuple[st
 def filled(template: str, fields: dict[str, str]) -> str:
     """The template with the fields that it names in their places, and what it does not name and is known before it, or the options behind
     the question.
+
+    context, history and ocr stand before it in this order, as BEFORE has them; options behind the question as " Options: a, b.". A field
+    that the template names and the record lacks is a UserError. Braces in a field's own text are only text.
     """
     named = names(template)
     if lacking := [name for name in named if not fields.get(name)]:
@@ -146,5 +149,5 @@ def lettered(options: Iterable[str]) -> str:
 
 
 def listed(words: Iterable[str] | str) -> str:
-    """The first of the words that were read in a picture."""
+    """The first OCR_TOKENS of the words that were read in a picture, with commas between them; a text stays as it is."""
     return words if isinstance(words, str) else ", ".join(map(str, list(words)[:OCR_TOKENS]))

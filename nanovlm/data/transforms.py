@@ -111,7 +111,10 @@ def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def pad_to_square(image: Image.Image, mean: tuple[float, float, float]) -> Image.Image:
-    """LLaVA-1.5: the whole picture in the middle of a square of the mean colour, which becomes 0 when normalised."""
+    """LLaVA-1.5: the whole picture in the middle of a square of the mean colour, which becomes 0 when normalised.
+
+    Of an odd rest the smaller half stands above, or on the left; so it does in `cut`.
+    """
     side = max(image.size)
     if image.size == (side, side):
         return image

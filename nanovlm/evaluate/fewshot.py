@@ -68,7 +68,10 @@ def zero_shot(query: Sample, examples: Sequence[Sample]) -> Sample:
 
 
 def prompts(episode: Episode, shots: int, several: int = 1) -> list[Sample]:
-    """The episode's prompt with so many shots; `several` times, with the examples in different orders."""
+    """The episode's prompt with so many shots; `several` times, with the examples in different orders (see `orders`).
+
+    No shots, and no answers to choose from: `zero_shot`. UserError where there are fewer examples than shots.
+    """
     if shots > len(episode.examples):
         raise UserError(f"{shots} shots: there are {len(episode.examples)} examples for {episode.query.id}.")
     if shots == 0 and not episode.among:
@@ -93,7 +96,10 @@ def by_chance(support: Sequence[Sample], shots: int, rng: Random) -> list[Sample
 
 
 def rices(query: Tensor, features: Tensor, support: Sequence[Sample], shots: int) -> list[Sample]:
-    """Those most similar to the query, the best one last: query (D,) and the support's features (N, D), all of length one."""
+    """Those most similar to the query, the best one last: query (D,) and the support's features (N, D), all of length one.
+
+    UserError where more are wanted than there are.
+    """
     nearest = (features @ query).argsort(stable=True)[len(_enough(support, shots)) - shots:]  # (shots,)
     return [support[i] for i in nearest.tolist()]
 

@@ -48,16 +48,20 @@ class Text:
 
     @property
     def kept(self) -> bool:
+        """The filter believes it, or nobody has judged it."""
         return self.belongs is None or self.belongs >= 0.5
 
 
 def bootstrap(samples: Sequence[Sample], write: Write | None, judge: Judge | None, said: Said = own_caption) -> Iterator[list[Text]]:
-    """The texts of `samples`, a chunk of pictures at a time; write: None adds none, judge: None drops none."""
+    """The texts of `samples`, CHUNK pictures at a time, judged and dropped ones too; write: None adds none, judge: None judges none.
+
+    write is asked once for a chunk, and a captioner that says nothing adds no text. judge is given each picture with the text as its
+    caption. A hidden label is the web text's alone.
+    """
     for start in range(0, len(samples), CHUNK):
         chunk = samples[start:start + CHUNK]
         asked = [(replace(sample, caption=text), "web", sample.label) for sample in chunk for text in said(sample)]
         if write:
-            # a captioner that says nothing has no text for this picture
             asked += [(replace(sample, caption=text), "captioner", "") for sample, text in zip(chunk, write(chunk)) if text]
         beliefs = judge([sample for sample, _, _ in asked]) if judge else [None] * len(asked)
         yield [Text(sample.id, sample.caption, source, belief, noise) for (sample, source, noise), belief in zip(asked, beliefs)]
@@ -106,6 +110,7 @@ class Bootstrapped:
         self.kept = [text for text in texts if text.kept]
 
     def draw(self, rng: Random) -> Sample:
+        """The picture, whose number in the pool is the last part of its id, with the text as its caption and the noise as its label."""
         text = rng.choice(self.kept)
         return replace(self.world.pooled(self.web, int(text.picture.rpartition("/")[2])), caption=text.text, label=text.noise)
 

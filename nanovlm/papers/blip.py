@@ -128,6 +128,12 @@ class BLIP(nn.Module):
         return losses | ({"lm": self.lm_loss(image_tokens, batch)} if self.text_decoder is not None else {})
 
     def compare(self, image_tokens: Tensor, batch: Batch, gather: Gather) -> dict[str, tuple[Tensor, Tensor]]:
+        """ITC and ITM: {"itc": (sum, count), "itm": …}. In this order: τ is kept between 0.001 and 0.5, the slow copies follow, they make
+        the keys, ITC compares, the keys are enqueued; then the pairs for ITM. Where no gradient is wanted, only to know the losses,
+        nothing changes: neither τ nor copies nor queue.
+
+        UserError, before anything has changed: without momentum, where a pair has no wrong partner, where the queue has no room.
+        """
         if self.momentum is None:
             raise UserError("This BLIP has no slow copies, no queue and no temperature, as published for retrieval: it scores and "
                             "matches, but to be trained it needs them; give its config a MomentumConfig.")
@@ -186,13 +192,17 @@ class BLIP(nn.Module):
 
 
 def share(encoder: Bert, decoder: Bert, how: str) -> None:
-    """The decoder's parts become the encoder's own, by reference (§3.2, Table 3): one module, two owners, one gradient."""
+    """The decoder's parts become the encoder's own, by reference (§3.2, Table 3): one module, two owners, one gradient.
+
+    how: a key of SHARED, which names the parts; each comes with its sum and norm, see FRAMES. Embeddings and the norm behind them
+    are shared by all but "none". What is not shared the decoder keeps.
+    """
     if how != "none":
         decoder.embeddings, decoder.norm = encoder.embeddings, encoder.norm
     for mine, theirs in zip(encoder.layers, decoder.layers):
         for part in SHARED[how]:
-            setattr(theirs, part, getattr(mine, part))
-            setattr(theirs, FRAMES[part], getattr(mine, FRAMES[part]))
+            theirs.add_module(part, mine.get_submodule(part))
+            theirs.add_module(FRAMES[part], mine.get_submodule(FRAMES[part]))
 
 
 def look(vision: ViT, images: Tensor) -> Tensor:
@@ -206,7 +216,10 @@ def unit(projection: nn.Linear, states: Tensor) -> Tensor:
 
 
 def opened(input_ids: Tensor, attention_mask: Tensor, task: int) -> Tensor:
-    """A copy of the ids (B, T) with the task's token in the place of each row's first, [CLS]: the ids themselves are ITC's."""
+    """A copy of the ids (B, T) with the task's token in the place of each row's first, [CLS]: the ids themselves are ITC's.
+
+    Padding may stand on either side: the first is the first that the mask, bool (B, T), calls real.
+    """
     return input_ids.scatter(1, attention_mask.long().argmax(dim=1, keepdim=True), task)
 
 

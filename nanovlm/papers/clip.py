@@ -64,7 +64,7 @@ class CLIP(nn.Module):
         self.temperature = nn.Parameter(torch.tensor(0.07))
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """images (B, 3, h, w) → unit vectors (B, E)."""
+        """images (B, 3, h, w) → unit vectors (B, E), of the class token after the final norm; pool "mean": of `vision.pooled`."""
         if self.config.pool == "mean":
             picture = self.vision.pooled(images)  # (B, P)
         else:
@@ -73,7 +73,7 @@ class CLIP(nn.Module):
         return F.normalize(self.image_projection(picture), dim=-1)
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """ids (B, T), padded on the right → unit vectors (B, E)."""
+        """ids (B, T), padded on the right → unit vectors (B, E), of the last real token; pool "mean": of the mean over the real ones."""
         if self.config.pool == "mean":
             hidden = self.text(input_ids, masks.padding(attention_mask))  # (B, T, D)
             sentence = masked_mean(hidden, attention_mask)
@@ -84,7 +84,10 @@ class CLIP(nn.Module):
         return F.normalize(self.text_projection(sentence), dim=-1)
 
     def losses(self, batch: Batch, gather: Gather = alone) -> dict[str, tuple[Tensor, Tensor]]:
-        """{"itc": (sum over pairs, pairs)}; batch as made by `Collate.pairs`."""
+        """{"itc": (sum over pairs, pairs)}; batch as made by `Collate.pairs`. Cosines are divided by the temperature, at least 0.01.
+
+        negative_ids, negative_mask (B, K, T'), if there are any: each image's own wrong captions.
+        """
         image = self.encode_image(batch["images"])
         text = self.encode_text(batch["input_ids"], batch["attention_mask"])
         temperature = self.temperature.clamp(min=0.01)

@@ -110,7 +110,8 @@ class Flamingo(nn.Module):
     def before_block(self, media: Tensor, there: Tensor, phi: Tensor, maps: list | None = None) -> BeforeBlock:
         """What the decoder calls before each of its blocks: media (B, M, Q, D_v), there bool (B, M), phi (B, T).
 
-        maps receives the weights (B, H, T, M·Q) of every gated layer.
+        maps receives the weights (B, H, T, M·Q) of every gated layer. With a cache, a gated layer's keys and values of the media are
+        computed once and kept there, under ("image", i).
         """
         mask = masks.image_causal(phi, there, media.shape[2], self.config.all_previous)  # (B, T, M·Q)
         flat = media.flatten(1, 2)  # (B, M·Q, D_v)
@@ -122,7 +123,10 @@ class Flamingo(nn.Module):
         return look
 
     def read(self, batch: Batch, cache: KVCache | None = None, maps: list | None = None, gather: Gather = alone) -> Tensor:
-        """The language model's last states (B, T, D) of whole pages."""
+        """The language model's last states (B, T, D) of whole pages; a tag under padding is none.
+
+        cache: its state keeps what later words see: media, there, and phi (B,), at which image each row has arrived.
+        """
         tag = (batch["input_ids"] == self.config.image_id) & batch["attention_mask"]  # (B, T)
         phi, media, there = masks.last_image(tag), self.look(batch["images"], batch["frames"], gather), batch["frames"] > 0
         if "backwards" in batch:

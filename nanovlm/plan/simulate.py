@@ -3,10 +3,11 @@
     model on the meta device (shapes, no numbers) ─┐
     batch: ids and masks real, pictures meta ──────┴─► model.losses ──► backward ──► FLOPs, bytes kept, bytes at the peak
 
-What runs is the paper's own `losses`, so nothing here knows a paper. Two things make that possible:
+What runs is the paper's own `losses`, so nothing here knows a paper. Three things make that possible, and fast:
 - Whole numbers and truth values stay real, on the CPU, as long as they are small: `losses` looks where the images stand and which
   tokens are learned. All else is of shapes alone. `Shapes` sees each operation of PyTorch on its way, backward and checkpoints' second
   forward too, and sends it to the one side or the other.
+- What an operation makes of given shapes is asked of PyTorch once: a model's blocks are alike, and so are samples.
 - Attention by the fused kernel that training uses on a GPU. On the meta device PyTorch would take the path that keeps all (T, S) weights.
 
 Memory is counted as PyTorch's own tracker does: a storage counts from the operation that makes it until nobody holds it. Parameters
@@ -49,23 +50,35 @@ class Shapes(TorchDispatchMode):
     def __init__(self, before: list[Tensor]):
         super().__init__()
         self.flops = self.logits = self.live = self.peak = 0
+        self.shapes = {}  # operation and what it is given → shape, strides and dtype of what it makes, FLOPs
         self.known = WeakIdKeyDictionary({tensor.untyped_storage(): True for tensor in before})  # each storage counts once
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        if any(isinstance(value, Tensor) and value.is_meta for value in tree_leaves((args, kwargs))):
+        on_meta = [value.is_meta for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        if any(on_meta):
             if operation in INDEXING:  # a mask has as many places as it has True in it, which shapes do not tell
                 args = (args[0], [place for mask in args[1] for place in places(mask)], *args[2:])
-            args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
+            if not all(on_meta):
+                args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
         elif "device" in kwargs and not (kwargs.get("dtype") or torch.int64).is_floating_point:
             kwargs["device"] = torch.device("cpu")
-        made = operation(*args, **kwargs)
-        # differs from FlopCounterMode, which also tells modules apart: for that it holds tensors longer than training does
-        formula = flop_registry.get(operation._overloadpacket)
-        self.flops += formula(*args, **kwargs, out_val=made) if formula else 0
+        made, flops = self.remembered(operation, args, kwargs) if any(on_meta) else run(operation, args, kwargs)
+        self.flops += flops
         if operation is torch.ops.aten._log_softmax.default:
             self.logits = max(self.logits, made.nbytes)
-        return tree_map_only(Tensor, self.noted, made)
+        return self.noted(made) if isinstance(made, Tensor) else tree_map_only(Tensor, self.noted, made)
+
+    def remembered(self, operation, args: tuple, kwargs: dict) -> tuple[object, int]:
+        """A model's blocks are alike: what an operation has made of such shapes before it makes again, without asking PyTorch."""
+        key = operation, likeness((args, kwargs))
+        if key in self.shapes:
+            shape, stride, dtype, flops = self.shapes[key]
+            return torch.empty_strided(shape, stride, dtype=dtype, device="meta"), flops
+        made, flops = run(operation, args, kwargs)
+        if isinstance(made, Tensor) and made.is_meta and not any(same_storage(made, value) for value in tree_leaves((args, kwargs))):
+            self.shapes[key] = made.shape, made.stride(), made.dtype, flops
+        return made, flops
 
     def noted(self, tensor: Tensor) -> Tensor:
         if not tensor.is_meta and (tensor.is_floating_point() or tensor.numel() > SMALL):
@@ -80,6 +93,28 @@ class Shapes(TorchDispatchMode):
     def change(self, size: int) -> None:
         self.live += size
         self.peak = max(self.peak, self.live)
+
+
+def run(operation, args: tuple, kwargs: dict) -> tuple[object, int]:
+    """What it makes, and its FLOPs. differs from FlopCounterMode, which also tells modules apart: for that it holds tensors longer than
+    training does.
+    """
+    made, formula = operation(*args, **kwargs), flop_registry.get(operation._overloadpacket)
+    return made, formula(*args, **kwargs, out_val=made) if formula else 0
+
+
+def likeness(value: object) -> object:
+    """Equal for arguments of which an operation makes the same shapes; 1 and 1.0 are not alike."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, (list, tuple)):
+        return tuple(map(likeness, value))
+    return tuple((name, likeness(inner)) for name, inner in value.items()) if isinstance(value, dict) else (type(value), value)
+
+
+def same_storage(tensor: Tensor, value: object) -> bool:
+    """Whether they are two views of the same bytes."""
+    return isinstance(value, Tensor) and value.untyped_storage()._cdata == tensor.untyped_storage()._cdata
 
 
 def places(mask: Tensor | None) -> tuple[Tensor | None, ...]:

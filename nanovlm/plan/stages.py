@@ -13,29 +13,33 @@ Bytes on the largest of W GPUs, sharded by FSDP2 (`fully_shard`): each tensor's 
                                 comes already, and the last, which goes; and the whole gradient of the largest block that learns
     activations   measured by `look`, at the longest sequence that the stage allows; bf16; recomputation and loss included
 
-A block is a child of a ModuleList or ModuleDict, the root all that is in none. Gradients count in full, as they are from the second
+A block is a child of a ModuleList or ModuleDict, the root all that is in none (training/sharding.py); a model whose losses read weights from
+outside of their modules, BLIP, is one block. Gradients count in full, as they are from the second
 micro-batch on. A plan fits if a tenth of the memory stays free: CUDA's context, NCCL's buffers, holes that the allocator cannot use.
 
     FLOPs a step  = those of a sample of usual length, without what checkpointing does twice, × batch          ("model FLOPs")
     hours         = steps · FLOPs a step / (W · peak · MFU)                                                    (PaLM, 2204.02311, App. B)
 
-peak: 312 TFLOP/s, bf16 on an A100. MFU: 25 % unless told; published hours of LLaVA-1.5 mean 23 to 36 %. What no recipe tells is how long
+peak: 312 TFLOP/s, bf16 on an A100, unless told. MFU: 25 % unless told; published hours of LLaVA-1.5 mean 23 to 36 %. What no recipe tells is how long
 a usual text is, see USUAL, or give --words. Sequences: image tokens by the model, largest canvas where pictures are tiled. Upper bounds:
-an encoder-decoder reads and writes a text each; for Flamingo all samples are pages of pictures. Nothing of this was checked on a GPU.
+an encoder-decoder reads and writes a text each; for Flamingo all samples are pages of pictures. The bytes were compared with
+PyTorch's own memory tracker (experiments/plan_simulation.py); nothing of this was checked on a GPU.
 """
 
+from bisect import bisect
 from dataclasses import dataclass
 from math import isqrt, prod
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from nanovlm import recipes
 from nanovlm.contract import Batch
 from nanovlm.errors import UserError
 from nanovlm.plan.simulate import Look, look
 from nanovlm.recipes.stage import Recipe, Stage
 from nanovlm.training.loop import freeze
+from nanovlm.training.sharding import bytes_unsharded, units
 from nanovlm.training.weights import checkpointed
 
 GIB = 2 ** 30
@@ -49,7 +53,8 @@ TOWERS = {"vision": "vision", "language": "language", "text": "language", "text_
 class Machine:
     gpus: int = 8
     memory: float = 80.0  # GiB of each
-    mfu: float = MFU  # share of PEAK that model FLOPs reach
+    mfu: float = MFU  # share of the peak that model FLOPs reach
+    peak: float = PEAK  # FLOP/s of each
 
 
 @dataclass(frozen=True)
@@ -72,14 +77,24 @@ class Plan:
 
     @property
     def hours(self) -> float:
-        return self.stage.steps * self.flops / (self.machine.gpus * PEAK * self.machine.mfu) / 3600
+        return self.stage.steps * self.flops / (self.machine.gpus * self.machine.peak * self.machine.mfu) / 3600
 
 
 # ---- what does not depend on the batch
 
+class NothingDrawn(TorchFunctionMode):
+    """No numbers for weights that have none: on meta, to draw them takes longer than to build the model."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_, nn.init.trunc_normal_):
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
 def meta_model(recipe: Recipe, stage: Stage) -> nn.Module:
     """On meta and frozen as the stage trains it, in bf16, in which it computes."""
-    model = recipes.build(recipe.name, stage=stage.name).to(torch.bfloat16)
+    with torch.device("meta"), NothingDrawn():
+        model = recipe.build(stage).to(torch.bfloat16)
     freeze(model, stage.trains)
     return checkpointed(model, recipe.checkpointing)
 
@@ -110,14 +125,15 @@ def rows(parameter: Tensor, gpus: int) -> int:
 
 def gathered_bytes(model: nn.Module) -> int:
     taken, blocks, learned = set(), [0], [0]
-    lists = [part for part in model.modules() if type(part) in (nn.ModuleList, nn.ModuleDict)]
-    for block in (child for part in reversed(lists) for child in part.children()):  # inner lists first: what is theirs is not the outer block's
+    for block in units(model):  # inner ones first: what is theirs is not the outer block's
         own = [p for p in block.parameters() if p not in taken]
         taken.update(own)
         blocks.append(sum(p.numel() for p in own))
         learned.append(sum(p.numel() for p in own if p.requires_grad))
-    root = sum(p.numel() for p in model.parameters() if p not in taken)
-    return 2 * (root + 3 * max(blocks)) + 4 * max(learned)
+    root = [p for p in model.parameters() if p not in taken]
+    if model.whole_weights:  # one unit, in fp32
+        return 4 * sum(p.numel() * (2 if p.requires_grad else 1) for p in root)
+    return 2 * (sum(p.numel() for p in root) + 3 * max(blocks)) + 4 * max(learned)
 
 
 # ---- a batch without data
@@ -192,12 +208,14 @@ def plan(recipe: Recipe, stage: Stage, machine: Machine = Machine(), usual: int 
         looks[samples] = look(model, make_batch(model, recipe, stage, samples, longest), machine.gpus)
         return looks[samples].peak <= room
 
-    few, many = 0, len(possible)  # of `possible` the first `few` fit, those from `many` on do not
+    few, many, guess = 0, len(possible), len(possible) - 1  # of `possible` the first `few` fit, those from `many` on do not
     while few < many:
-        middle = (few + many) // 2
-        few, many = (middle + 1, many) if fits(possible[middle]) else (few, middle)
+        few, many = (guess + 1, many) if fits(possible[guess]) else (few, guess)
+        # each look takes seconds: the next is at the largest that would fit if memory were proportional to samples
+        enough = room * possible[guess] // looks[possible[guess]].peak
+        guess = min(max(few, bisect(possible, enough) - 1), many - 1)
     micro = possible[max(0, few - 1)]
     samples = micro if model.whole_batch else 1
     flops = look(checkpointed(model, False), make_batch(model, recipe, stage, samples, usual), machine.gpus).flops
-    return Plan(recipe, stage, machine, parts_of(model), static | {"activations": looks[micro].peak}, sum(static_bytes(model, 1).values()),
+    return Plan(recipe, stage, machine, parts_of(model), static | {"activations": looks[micro].peak}, bytes_unsharded(model),
                 micro, stage.batch_size // (machine.gpus * micro), few > 0, looks[micro], flops * stage.batch_size // samples)

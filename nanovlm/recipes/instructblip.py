@@ -41,7 +41,10 @@ SAMPLING = {"proportional": 1.0, "sqrt": 0.5, "uniform": 0.0}  # the power of a 
 
 
 def balanced(sizes: dict[str, float], by: str = "sqrt", factors: dict[str, float] | None = None) -> Diet:
-    """How often each set is drawn, 1 in sum. factors: by hand on top, as the paper does it for two sets and does not say how much (§2.4)."""
+    """How often each set is drawn, 1 in sum: by the power SAMPLING[by] of its size.
+
+    factors: by hand on top, as the paper does it for two sets and does not say how much (§2.4); 1 where none is given.
+    """
     weights = {name: size ** SAMPLING[by] * (factors or {}).get(name, 1.0) for name, size in sizes.items()}
     return {name: weight / sum(weights.values()) for name, weight in weights.items()}
 

@@ -85,7 +85,7 @@ def foresee(recipe: Recipe, stage: Stage, device: torch.device, shard: bool) -> 
 def need_room(model: nn.Module, recipe: Recipe, stage: Stage, device: torch.device) -> None:
     """A model that cannot fit whole on a GPU, with its gradients and moments, is refused before it is built. model: its shapes."""
     freeze(model, stage.trains)
-    needed = sum(p.numel() * (16 if p.requires_grad else 4) for p in model.parameters())
+    needed = sharding.bytes_unsharded(model)
     room = torch.cuda.get_device_properties(device).total_memory
     if needed > room:
         raise UserError(f"Stage {stage.name} of {recipe.name} needs {needed / GIB:.0f} GiB on each GPU before the first activation, and this one has "

@@ -62,7 +62,10 @@ class Mixture:
 
 
 def drawn(stage: Stage, seed: int, place: int, diet: Diet) -> tuple[str, Random]:
-    """The data set of this place, by weight, and what to draw from it with; of a stage that mixes batches all of a step has one set."""
+    """The data set of this place, by weight, and what to draw from it with; of a stage that mixes batches all of a step has one set.
+
+    Both depend on seed, stage.name and place (of `mixed` "batches" the set on the step) and on nothing else.
+    """
     rng = Random(f"{seed}/{stage.name}/{place}")
     by = Random(f"{seed}/{stage.name}/batch {place // stage.batch_size}") if stage.mixed == "batches" else rng
     return by.choices(tuple(diet), diet.values())[0], rng
@@ -76,6 +79,7 @@ class Balanced:
         self.source, self.diet, self.stage, self.seed = source, diet, stage, seed
 
     def __getitem__(self, place: int) -> Sample:
+        """source.of(set, stage.real, "train", index): the set as `drawn` says, and any index below 2⁴⁸, one as likely as another."""
         name, rng = drawn(self.stage, self.seed, place, self.diet)
         # beyond its size a set begins again; so a record that is met again is asked in other words
         return self.source.of(name, self.stage.real, "train", rng.getrandbits(48))

@@ -94,6 +94,11 @@ def whole_state(model: nn.Module, scalars: set[str]) -> dict[str, Tensor]:
     return state
 
 
+def bytes_unsharded(model: nn.Module) -> int:
+    """What each rank holds before there is a batch where all of them have all of it (DDP): weights and buffers, gradients, moments, in fp32."""
+    return sum(p.numel() * (16 if p.requires_grad else 4) for p in model.parameters()) + 4 * sum(b.numel() for b in model.buffers() if b.is_floating_point())
+
+
 # ---- checkpoints: each rank writes its rows, and any number of ranks can read them
 
 def save(folder: Path, model: nn.Module, optimiser: torch.optim.AdamW) -> None:
