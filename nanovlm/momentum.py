@@ -100,7 +100,7 @@ class Momentum(nn.Module):
         image_key, text_key, image_group, text_group = map(gather, (*keys, *groups))
         G, Q = len(image_key), self.config.queue
         at = (self.place + torch.arange(G, device=image_key.device)) % Q
-        self.images[at], self.texts[at] = image_key, text_key
+        self.images[at], self.texts[at] = image_key.to(self.images.dtype), text_key.to(self.texts.dtype)  # autocast may have made them bf16
         self.images_group[at], self.texts_group[at] = image_group, text_group
         self.place.copy_((self.place + G) % Q)
 

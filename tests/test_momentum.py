@@ -204,3 +204,11 @@ def test_random_vectors_cost_what_they_should(width, extra):
     (total, count), _ = slow.contrast(vectors[:2], vectors[2:], (number, number), torch.tensor(0.07), alone)
     assert round(1 / (2 * width * 0.07 ** 2), 2) == extra
     assert (total / count).item() == pytest.approx(math.log(rows + queue) + extra, abs=0.25)
+
+
+def test_keys_in_bf16_go_into_the_queue():
+    """As autocast makes them."""
+    momentum = fresh()
+    key = torch.ones(1, momentum.images.shape[1], dtype=torch.bfloat16)
+    momentum.enqueue((key, key), (torch.tensor([5]), torch.tensor([6])), lambda rows: rows)
+    assert momentum.images.dtype == torch.float32 and torch.equal(momentum.images[0], key[0].float())

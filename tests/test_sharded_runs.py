@@ -95,6 +95,19 @@ def test_an_index_that_would_run_code_is_refused(tmp_path, saved):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize(("lost", "word"), [("__1_0.distcp", "__1_0.distcp"), (".metadata", ".metadata"), ("", ".metadata")])
+def test_a_checkpoint_without_a_part_is_told_with_the_part(tmp_path, saved, lost, word, caplog):
+    (half := tmp_path / "half").mkdir()
+    for file in (saved / "half").iterdir() if lost else ():
+        if file.name != lost:
+            (half / file.name).symlink_to(file)
+    model, trains, _ = share(CASES[0], 0, 1, pairs=4)
+    freeze(model, trains)
+    with pytest.raises(UserError, match=f"half is not a whole checkpoint .FileNotFoundError.*{word}"):
+        sharding.load(half, model, make_optimiser(model, SIX))
+    assert "metadata is not found" not in caplog.text  # as torch tells of it, with a traceback
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_each_rank_goes_on_with_its_own_random_numbers(monkeypatch, ranks):
     """Saved by two; a third rank has none of its own, so all begin with new ones."""
@@ -127,6 +140,7 @@ def runs(tmp_path_factory) -> Path:
     home = tmp_path_factory.mktemp("runs")
     done = torchrun(2, home / "whole")
     assert done.returncode == 0, done.stderr
+    assert "plan: see 5 steps, align 4 steps, tune 20 steps\n" in done.stdout  # no evaluation
     killed = torchrun(2, home / "killed", SAVE_SECONDS="-1", KILL_IN_SAVE="21")
     assert killed.returncode != 0
     return home

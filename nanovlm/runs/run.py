@@ -115,7 +115,8 @@ def announce(setting: Setting) -> None:
     """What will be done, and how long it took where the shipped weights were made."""
     known = [shipped.seconds(job.recipe.name, job.stage) for job in setting.work]
     about = "" if not known or None in known or setting.real else f"; about {minutes(sum(known))} of training where the shipped weights were made"
-    say(f"plan: {', '.join(f'{job.stage.name} {job.stage.steps:,} steps' for job in setting.work) or 'nothing to train'}, evaluation{about}")
+    judged = "" if setting.shard else ", evaluation"
+    say(f"plan: {', '.join(f'{job.stage.name} {job.stage.steps:,} steps' for job in setting.work) or 'nothing to train'}{judged}{about}")
     if setting.steps is not None:
         say(shortened(setting.steps))
 

@@ -109,9 +109,8 @@ def save(folder: Path, model: nn.Module, optimiser: torch.optim.AdamW) -> None:
     beside = folder.with_name(folder.name + TEMPORARY)
     try:
         dcp.save(dict(kept(model, optimiser)), checkpoint_id=str(beside))
-    except dcp.CheckpointException as error:  # of any rank; what the system said, a full disk say, is inside, or behind torch's own words
-        causes = [cause for failed, _ in error.failures.values() for cause in (failed, failed.__context__) if cause is not None]
-        raise next((cause for cause in causes if isinstance(cause, OSError)), causes[0]) from error
+    except dcp.CheckpointException as error:
+        raise cause_of(error) from error
     distributed.wait()
     if distributed.rank() == 0:
         if folder.exists():  # of the same step, from before the run was resumed
@@ -125,11 +124,20 @@ def load(folder: Path, model: nn.Module, optimiser: torch.optim.AdamW) -> None:
     for p in model.parameters():
         if p.requires_grad:
             optimiser.state[p] = {"step": torch.zeros((), device=own_rows(p).device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    reader = Reader(str(folder))
     try:
-        dcp.load(dict(kept(model, optimiser)), storage_reader=Reader(str(folder)))
-    except (OSError, KeyError, dcp.CheckpointException) as error:
-        raise UserError(f"{folder} is not a whole checkpoint ({type(error).__name__}: {str(error).splitlines()[0][:200]}); start the run again "
+        reader.read_metadata()  # if there is none, dcp.load tells of it with a traceback first
+        dcp.load(dict(kept(model, optimiser)), storage_reader=reader)
+    except (OSError, KeyError, EOFError, pickle.UnpicklingError, dcp.CheckpointException) as error:
+        cause = cause_of(error) if isinstance(error, dcp.CheckpointException) else error
+        raise UserError(f"{folder} is not a whole checkpoint ({type(cause).__name__}: {str(cause).partition(chr(10))[0][:200]}); start the run again "
                         "with --overwrite.") from error
+
+
+def cause_of(error: dcp.CheckpointException) -> BaseException:
+    """What failed on some rank: what the system said of a file, a full disk say, even where it stands behind torch's own words."""
+    causes = [cause for failed, _ in error.failures.values() for cause in (failed, failed.__context__) if cause is not None]
+    return next((cause for cause in causes if isinstance(cause, OSError)), causes[0])
 
 
 def kept(model: nn.Module, optimiser: torch.optim.AdamW) -> Iterator[tuple[str, Tensor]]:
