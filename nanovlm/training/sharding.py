@@ -13,6 +13,8 @@ What is gathered together is a unit: each child of a ModuleList or a ModuleDict,
 beginning of `losses` to the end of the way back, since losses read the head's weights when the language model is through.
 Every rank must call every unit, in the same order, at every step. Where there is nothing to see, an empty tensor passes through.
 
+In bf16 they are handed on to the next stage, too: weights that learn only then begin from rounded ones.
+
 Models know nothing of this. DDP (distributed.py) serves whatever fits whole on each GPU, and is quicker; --shard asks for this here.
 """
 
