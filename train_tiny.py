@@ -27,6 +27,7 @@ EXAMPLES = """examples:
   python train_tiny.py --recipe clip/tiny                           any recipe by name, here a backbone alone
   torchrun --nproc-per-node 2 train_tiny.py --model llava           two processes, one run
   torchrun --nproc-per-node 8 train_tiny.py --recipe llava15/7b --data mix665k.jsonl --shard   a model that one GPU cannot hold
+  torchrun --nproc-per-node 8 train_tiny.py --recipe llava15/7b --data mix665k.jsonl --shard --accumulate 2   half of it at a time
 exit codes: 0 done, 1 training failed or the disk is full, 2 bad usage or input, 130 Ctrl-C (checkpoint saved)"""
 
 

@@ -98,9 +98,10 @@ class Momentum(nn.Module):
     def enqueue(self, keys: tuple[Tensor, Tensor], groups: tuple[Tensor, Tensor], gather: Gather) -> None:
         """The keys of all ranks take the places of the oldest, beyond the queue's end from its beginning; `place` moves on with them."""
         image_key, text_key, image_group, text_group = map(gather, (*keys, *groups))
+        image_key, text_key = image_key.to(self.images.dtype), text_key.to(self.texts.dtype)  # autocast may have made them bf16
         G, Q = len(image_key), self.config.queue
         at = (self.place + torch.arange(G, device=image_key.device)) % Q
-        self.images[at], self.texts[at] = image_key.to(self.images.dtype), text_key.to(self.texts.dtype)  # autocast may have made them bf16
+        self.images[at], self.texts[at] = image_key, text_key
         self.images_group[at], self.texts_group[at] = image_group, text_group
         self.place.copy_((self.place + G) % Q)
 

@@ -174,10 +174,10 @@ def test_killed_while_shards_are_written_and_resumed(runs, tmp_path):
 
 
 def test_a_disk_that_is_full_while_shards_are_written_ends_in_a_sentence(tmp_path):
-    """The limit of the file size admits no rank's rows."""
+    """The limit of the file size admits no rank's rows. torchrun may end the second rank before it has spoken."""
     failed = torchrun(2, tmp_path / "full", SAVE_SECONDS="-1", FILE_LIMIT="3000")
     ours = [line for line in failed.stderr.splitlines() if line.startswith("train_tiny.py: ")]
-    assert len(ours) == 2 and all("last-see-1 could not be written (File too large): free some space" in line for line in ours)
+    assert ours and all("last-see-1 could not be written (File too large): free some space" in line for line in ours)
     assert "CheckpointException" not in failed.stderr
 
 
