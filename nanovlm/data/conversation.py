@@ -143,7 +143,8 @@ def encode(
 
     In a `separate` format only the last answer is learned, and nothing stands behind it: `two_sequences` cuts there.
     image_tokens: embeddings that one <image> becomes, or that each of them does in turn. max_length: counts those too; what is longer loses its end.
-    name: what messages call this conversation. told: words in the places of the marks, where there are no pictures.
+    name: what messages call this conversation. told: words in the places of the marks, where there are no pictures. Of a format with `asked` and
+    nothing told, what stands before the first answer loses its beginning: see `_last_asked`.
     """
     layout = find_format(format)
     ids, trained = _encode_pieces(_pieces(turns, tokenizer, layout, name, told), tokenizer)
@@ -163,7 +164,9 @@ def prompt(
     max_length: int | None = None, image_tokens: int | Sequence[int] = 0, name: str = "a conversation",
     told: Sequence[str] = (),
 ) -> list[int]:
-    """The ids up to where the last answer would begin, ready to generate; that turn's own answer is not looked at."""
+    """The ids up to where the last answer would begin, ready to generate; that turn's own answer is not looked at. They may lose their
+    beginning, as in `encode`.
+    """
     layout = find_format(format)
     ids, trained = _encode_pieces(_pieces(turns, tokenizer, layout, name, told, open_end=True), tokenizer)
     ids, _ = _last_asked(ids, trained, tokenizer, 0 if told else layout.asked)
