@@ -93,6 +93,7 @@ SURVIVORS = [
     ("6.7", "BLIP.compare: positives(groups[1], groups[0], gather) → first two arguments swapped", "`or` of both: the same"),
     ("7.2", "stretched: frames <= len(times) → Lt", "as many as were learned, interpolated, are those that were learned"),
     ("7.2", "stretched: 0 → − 1", "the last of one row"),
+    ("7.4", "Flamingo.read: cache.state |= {'phi': phi[:, -1], 'media': media, → =", "the state of a fresh cache is empty"),
     ("7.4", "Flamingo.before_block: ('image', i) → first two swapped", "another key that nobody else uses"),
     ("7.5", "window: min(len(ids), start + (length or len(ids))) → first two arguments swapped", "min does not mind"),
     ("7.5", "window: min(most, len(marks)) → first two arguments swapped", "min does not mind"),
