@@ -4,12 +4,14 @@
 """
 
 import argparse
+import os
 import sys
 
 from nanovlm import recipes
 from nanovlm.errors import UserError
 from nanovlm.runs.checkpoint import NO_ROOM, SaveFailed
 from nanovlm.runs.run import Options, run
+from nanovlm.training.distributed import PeerLost
 from nanovlm.training.loop import TrainingFailed
 
 MODELS = [name.removesuffix("/tiny") for name in recipes.names() if name.endswith("/tiny") and name not in recipes.BACKBONES]
@@ -80,6 +82,10 @@ def main(arguments: list[str] | None = None) -> int:
         return stop(2, f"{error}")
     except (TrainingFailed, SaveFailed) as error:
         return stop(1, f"{error}")
+    except PeerLost as error:
+        stop(1, f"{error}")
+        sys.stdout.flush()
+        os._exit(1)
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise

@@ -316,7 +316,7 @@ def test_what_to_download(capsys):
     """Weights and tokenizers, each once; those of the recipes that it goes on from, too; nothing where nothing is published."""
     clip, bert, opt = "openai/clip-vit-large-patch14", "google-bert/bert-base-uncased", "facebook/opt-2.7b"
     assert command.downloads(recipes.get("blip2/vit-l-retrieval")) == [
-        (clip, "vision"), (bert, "qformer"), (opt, "tokenizer"), (bert, "the bridge's tokenizer")]  # stage 1 has no language model
+        (clip, "vision"), (bert, "qformer"), (opt, "the tokenizer"), (bert, "the bridge's tokenizer")]  # stage 1 has no language model
     assert ("lmsys/vicuna-7b-v1.5", "language") in command.downloads(recipes.get("llava15/7b"))
     assert command.downloads(recipes.get("blip/vit-b-caption")) == command.downloads(recipes.get("blip/vit-b"))
     assert command.downloads(recipes.get("flamingo/3b")) == command.downloads(recipes.get("llava/small")) == []

@@ -212,7 +212,7 @@ def test_a_process_that_dies_ends_the_others_with_a_sentence(tmp_path):
     both[1].send_signal(signal.SIGKILL)
     _, said = both[0].communicate(timeout=120)
     both[1].communicate()
-    assert both[0].returncode == 1
+    assert both[0].returncode == 1, said
     assert "Another process of this run has ended" in said and "Traceback" not in said
 
 

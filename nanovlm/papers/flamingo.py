@@ -87,7 +87,7 @@ class Flamingo(nn.Module):
     def look(self, images: Tensor, frames: Tensor, gather: Gather = alone) -> Tensor:
         """images (B, M, F, 3, h, w), of which clip m has frames[b, m] → media (B, M, Q, D_v), zero where there is none."""
         media = self.resampler.latents.new_zeros(*frames.shape, *self.resampler.latents.shape)  # in the dtype of the weights
-        for length in lengths(frames, gather):
+        for length in clip_lengths(frames, gather):
             chosen = frames == length  # (B, M)
             media[chosen] = self.encode_image(images[chosen][:, :length]).to(media.dtype)
         return media
@@ -168,7 +168,7 @@ class Flamingo(nn.Module):
         return generation.generate(lambda: self.prefill(batch), self.step, room, stop, **how)
 
 
-def lengths(frames: Tensor, gather: Gather) -> list[int]:
+def clip_lengths(frames: Tensor, gather: Gather) -> list[int]:
     """Of how many frames clips are, (B, M), on this rank or on any other: all of them look the same number of times.
 
     Without any picture 1: then none is looked at, but with a gradient.

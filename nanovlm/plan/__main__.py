@@ -3,7 +3,8 @@
     python -m nanovlm.plan --recipe llava15/7b --gpus 8 --memory 80          python -m nanovlm.plan --all
 
 The plan is that of training sharded over the GPUs, as PyTorch's FSDP2 does it (`train_tiny.py --shard`); the row DDP is that of a whole copy
-on each. experiments/plan_simulation.py compares it with PyTorch's own memory tracker. No GPU is used here, and nothing of a model's size is allocated. The formulas stand in stages.py, what is measured in simulate.py.
+on each. experiments/plan_simulation.py compares it with PyTorch's own memory tracker. No GPU is used here, and nothing of a model's size is
+allocated. The formulas stand in stages.py, what is measured in simulate.py.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from nanovlm.errors import UserError
 from nanovlm.plan.simulate import look
 from nanovlm.plan.stages import GIB, MFU, PEAK, Machine, Plan, make_batch, meta_model, plan, words_of
 from nanovlm.recipes.stage import Recipe
-from nanovlm.training.weights import PUBLISHED, checkpointed, needed_stages
+from nanovlm.training.weights import checkpointed, downloads
 
 
 def describe(found: Plan) -> str:
@@ -36,17 +37,6 @@ def describe(found: Plan) -> str:
   activations     kept {found.look.kept / GIB:.2f} of {found.look.peak / GIB:.2f}, logits of a chunk in fp32 {found.look.logits / GIB:.2f}; {saved}
   GiB, DDP        {found.whole / GIB:.1f} on each GPU before the first activation
   time            {found.flops:.3e} FLOPs a step; at {machine.mfu:.0%} of {machine.peak / 1e12:g} TFLOP/s {cost}"""
-
-
-def downloads(recipe: Recipe, last: str | None = None) -> list[tuple[str, str]]:
-    """(folder below $NANOVLM_WEIGHTS, for what) of all that the recipe reads up to its stage `last`, and of those that it goes on from."""
-    found = []
-    for stage in recipe.stages[:recipe.stages.index(recipe.stage(last)) + 1]:
-        for name, needed in needed_stages(stage):
-            found += downloads(recipes.get(name), needed)
-        found += [(origin.split(":", 1)[1], module) for module, origin in stage.init if origin.startswith(PUBLISHED)]
-    found += [(name, {"text": "tokenizer", "bridge": "the bridge's tokenizer"}[part]) for part, (name, _) in recipe.words.items()]
-    return list(dict.fromkeys(found))
 
 
 HEAD = (f"{'recipe':<33}{'stage':<11}{'parameters':>11}{'learn':>10}{'batch':>7}{'micro':>7}{'acc.':>6}{'GiB':>7}{'DDP':>8}{'FLOPs/step':>12}"

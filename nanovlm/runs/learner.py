@@ -32,8 +32,8 @@ class Learner:
     optimiser: torch.optim.AdamW
     scalars: set[str] | None  # of a model that is shared out, see sharding.shard; None: it is whole
 
-    def save(self, keep: RunFolder, step: int, rest: dict) -> None:
-        """Where to go on from. All ranks call it."""
+    def save(self, keep: RunFolder, step: int, seconds: float) -> None:
+        """Where to go on from, and how long the stage has taken. All ranks call it."""
         name = self.job.stage.name
         if self.scalars is None:
             state = {"model": self.model.state_dict(), "optimiser": self.optimiser.state_dict()}
@@ -41,7 +41,7 @@ class Learner:
             state = {"shards": f"last-{name}-{step}"}
             with checkpoint.saving(keep.path / state["shards"]):
                 sharding.save(keep.path / state["shards"], self.model, self.optimiser)
-        keep.save(name, step, {**state, **rest, "random": distributed.from_all(random_states())})
+        keep.save(name, step, {**state, "stage_seconds": seconds, "random": distributed.from_all(random_states())})
 
     def go_on(self, keep: RunFolder, half: dict, seed: int) -> None:
         """As it was saved, on as many ranks or on others; on others only what is drawn at random differs."""

@@ -72,7 +72,8 @@ def run(recipe_name: str, options: Options = Options()) -> dict:
     except RuntimeError as error:
         if not distributed.lost(error):
             raise
-        raise TrainingFailed("Another process of this run has ended, or no longer answers; its own message says why. Go on with --resume.", []) from error
+        raise distributed.PeerLost("Another process of this run has ended, or no longer answers; its own message says why. Go on with "
+                                   "--resume.") from error
     finally:
         distributed.stop()
 
@@ -153,19 +154,17 @@ def train(job: Job, setting: Setting, before: dict[str, State], keep: RunFolder 
     made = made_for(job, setting, before, keep.path if keep else None)
     learner = begin(job, setting, before)
     model = learner.model
-    first, prints, seconds = 0, vitals.fingerprints(model), 0.0
+    first, prints, seconds = 0, vitals.fingerprints(model), 0.0  # a run that goes on begins the stage with the same weights
     collate = make_collate(recipe, stage, setting.tokenizer, model.reads)
     batches = MicroBatches(setting.samples(job, made), stage, setting.seed, collate)
     half = keep.half_way(job) if keep else None
     if half:
         learner.go_on(keep, half, setting.seed)
         first, seconds = half["step"], half["stage_seconds"]
-        # of parts of rows fingerprints are of the rows: on another number of ranks they begin anew
-        prints = half["before"] if len(half["random"]) == distributed.world() else vitals.fingerprints(model)
 
     def save(step: int) -> None:
         if keep:
-            learner.save(keep, step, {"before": prints, "stage_seconds": seconds + time.monotonic() - began})
+            learner.save(keep, step, seconds + time.monotonic() - began)
 
     blank = not stage.init and stage == recipe.stages[0]
     place = setting.work.index(job) if job in setting.work else 0

@@ -89,8 +89,7 @@ class Watch:
         if report.step <= 3:
             self.check_gradients(report.step == min(3, self.stage.steps))
         if last or report.step == self.stage.steps // 2:
-            if not any(distributed.any_rank([not vitals.can_exchange(report.batch)], self.device)):  # all look, or none does
-                self.check_images(report)
+            self.check_images(report)
             self.note(vitals.prior_warning(report.losses), keep=last)
         if last:
             self.note(vitals.gate_warning(self.model))
@@ -128,7 +127,10 @@ class Watch:
             self.note(vitals.gradient_warning(self.dead, trained))
 
     def check_images(self, report: Report) -> None:
-        self.note(vitals.image_warning(*vitals.image_use(self.model, report.batch)), keep=report.step == self.stage.steps)
+        """All ranks look, or none does: their losses may need each other."""
+        [lacking] = distributed.any_rank([not vitals.can_exchange(report.batch)], self.device)
+        if not lacking:
+            self.note(vitals.image_warning(*vitals.image_use(self.model, report.batch)), keep=report.step == self.stage.steps)
 
     def note(self, warning: str | None, keep: bool = True) -> None:
         """Said once, whatever its figures; what is still true at the end of the stage is kept for the summary."""

@@ -33,6 +33,10 @@ def start(device: torch.device) -> None:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2), device_id=device if cuda else None)
 
 
+class PeerLost(Exception):
+    """Another process of this run is gone. Threads that still wait for it may abort Python's own end: leave by os._exit."""
+
+
 def lost(error: RuntimeError) -> bool:
     """Whether the error says that another process is gone, or does not answer."""
     return isinstance(error, dist.DistError) or (world() > 1 and any(word in str(error) for word in ("gloo", "Gloo", "NCCL")))

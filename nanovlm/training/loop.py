@@ -100,6 +100,7 @@ def train_stage(model: nn.Module, stage: Stage, batches: Iterable[Batch], optimi
 
 
 def need_one_batch(model: nn.Module, stage: Stage) -> None:
+    """UserError where a batch that must stay whole would be split."""
     if stage.accumulate > 1 and model.whole_batch:
         raise UserError(f"Stage {stage.name} has accumulate={stage.accumulate}, but its loss compares every pair with "
                         "the whole batch: set accumulate to 1 and, if memory is short, make batch_size smaller.")

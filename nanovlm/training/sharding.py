@@ -7,13 +7,15 @@
                                        whole for a moment                                        the gradient
 
 Without sharding a rank holds 16 bytes for each parameter that learns (weight, gradient, two moments, all fp32): 108 GB for LLaVA-7B.
-On W ranks it is a W-th of that, and two whole blocks. Frozen weights have neither gradient nor moments; they are shared out as well, in bf16.
+On W ranks it is a W-th of that, and two whole blocks. Frozen weights have neither gradient nor moments; they are shared out as well, in
+bf16, and so handed on to the next stage: weights that learn only then begin from rounded ones.
 
 What is gathered together is a unit: each child of a ModuleList or a ModuleDict, and all that is left, which the root keeps whole from the
 beginning of `losses` to the end of the way back, since losses read the head's weights when the language model is through.
 Every rank must call every unit, in the same order, at every step. Where there is nothing to see, an empty tensor passes through.
 
-In bf16 they are handed on to the next stage, too: weights that learn only then begin from rounded ones.
+What a model changes in its own weights during `losses` is a gathered copy's and lost with it: BLIP keeps τ in bounds at each use, the stored
+τ may leave them.
 
 Models know nothing of this. DDP (distributed.py) serves whatever fits whole on each GPU, and is quicker; --shard asks for this here.
 """

@@ -22,6 +22,7 @@ from nanovlm.t5 import T5
 from nanovlm.training.randomness import seed_all
 
 PUBLISHED = ("published:", "published-bert:", "published-words:")
+WORDS = {"text": "the tokenizer", "bridge": "the bridge's tokenizer"}  # what a part of Recipe.words is called
 
 State = dict[str, Tensor]
 
@@ -146,18 +147,22 @@ def published_folder(module: str, name: str) -> Path:
     return Path(home) / name
 
 
-def find_published(recipe: Recipe, last: str) -> None:
-    """All published weights that the recipe takes up to its stage `last` are there, and its tokenizers, or a UserError: asked before
-    anything is allocated, of the recipes too that its stages go on from.
-    """
-    for part, (name, _) in recipe.words.items():
-        published_tokenizer.find(published_folder(f"the tokenizer of {recipe.name} ({part})", name))
+def downloads(recipe: Recipe, last: str | None = None) -> list[tuple[str, str]]:
+    """(folder below $NANOVLM_WEIGHTS, for what) of all that the recipe reads up to its stage `last`, and of those that it goes on from."""
+    found = []
     for stage in recipe.stages[:recipe.stages.index(recipe.stage(last)) + 1]:
-        for module, origin in stage.init:
-            if origin.startswith(PUBLISHED):
-                published_folder(module, origin.split(":", 1)[1])
         for name, needed in needed_stages(stage):
-            find_published(recipes.get(name), needed)
+            found += downloads(recipes.get(name), needed)
+        found += [(origin.split(":", 1)[1], module) for module, origin in stage.init if origin.startswith(PUBLISHED)]
+    return list(dict.fromkeys(found + [(name, WORDS[part]) for part, (name, _) in recipe.words.items()]))
+
+
+def find_published(recipe: Recipe, last: str) -> None:
+    """All of it is there, or a UserError: asked before anything is allocated."""
+    for name, use in downloads(recipe, last):
+        folder = published_folder(use, name)
+        if use in WORDS.values():
+            published_tokenizer.find(folder)
 
 
 def load_published(model: nn.Module, module: str, how: str, name: str) -> set[str]:
