@@ -4,14 +4,14 @@
 """
 
 import argparse
-import os
 import sys
 
 from nanovlm import recipes
 from nanovlm.errors import UserError
 from nanovlm.runs.checkpoint import NO_ROOM, SaveFailed
 from nanovlm.runs.run import Options, run
-from nanovlm.training.distributed import PeerLost
+from nanovlm.runs.setting import by_stage
+from nanovlm.training.distributed import PeerLost, leave
 from nanovlm.training.loop import TrainingFailed
 
 MODELS = [name.removesuffix("/tiny") for name in recipes.names() if name.endswith("/tiny") and name not in recipes.BACKBONES]
@@ -20,6 +20,7 @@ EXAMPLES = """examples:
   python train_tiny.py --model llava                                the whole of it, on the embedded world
   python train_tiny.py --model llava --steps 0.05                   a quick look: a twentieth of the steps
   python train_tiny.py --model llava --data photos/                 your own pictures, a .txt beside each
+  python train_tiny.py --model llava --data align=pairs/ --data tune=talk.json   for each stage its own
   python train_tiny.py --model llava --data a.jsonl --on-missing skip   leave out records whose picture is broken
   python train_tiny.py --model llava --out runs/a --resume          go on after Ctrl-C, a crash or a full disk
   python train_tiny.py --model llava --out runs/a --overwrite       delete that run and start again
@@ -29,7 +30,7 @@ EXAMPLES = """examples:
   python train_tiny.py --recipe clip/tiny                           any recipe by name, here a backbone alone
   torchrun --nproc-per-node 2 train_tiny.py --model llava           two processes, one run
   torchrun --nproc-per-node 8 train_tiny.py --recipe llava15/7b --data mix665k.jsonl --shard   a model that one GPU cannot hold
-  torchrun --nproc-per-node 8 train_tiny.py --recipe llava15/7b --data mix665k.jsonl --shard --accumulate 2   half of it at a time
+  torchrun --nproc-per-node 8 train_tiny.py --recipe llava15/7b --data align=pairs558k.jsonl --data tune=mix665k.jsonl --shard --accumulate 2
 exit codes: 0 done, 1 training failed or the disk is full, 2 bad usage or input, 130 Ctrl-C (checkpoint saved)"""
 
 
@@ -40,8 +41,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", metavar="{" + ",".join(MODELS) + "}", help="which paper's tiny model to train")
     parser.add_argument("--recipe", choices=recipes.names(), metavar="NAME",
                         help="a recipe by its full name, instead of --model")
-    parser.add_argument("--data", metavar="PATH", help="folder of pictures with .txt, .jsonl, COCO or LLaVA .json, documents, .tar; "
-                        "default: the embedded world, which needs no download")
+    parser.add_argument("--data", action="append", default=[], metavar="[STAGE=]PATH", help="folder of pictures with .txt, .jsonl, COCO or LLaVA "
+                        ".json, documents, .tar; once for each stage, where they learn from different data; default: the embedded world, "
+                        "which needs no download")
     parser.add_argument("--on-missing", choices=("error", "skip"), default="error",
                         help="what to do about a missing or broken picture (default: error)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: CUDA, else CPU")
@@ -73,19 +75,17 @@ def main(arguments: list[str] | None = None) -> int:
             raise UserError(f"Give one of --model ({', '.join(MODELS)}) and --recipe, for example --model {MODELS[0]}.")
         if options.model and options.model not in MODELS:
             raise UserError(f"--model {options.model!r} is unknown; what can be trained: {', '.join(map(repr, MODELS))}.")
-        run(options.recipe or f"{options.model}/tiny", Options(
-            data=options.data, on_missing=options.on_missing, device=options.device, seed=options.seed, out=options.out,
+        recipe = options.recipe or f"{options.model}/tiny"
+        data, stage_data = by_stage(recipes.get(recipe), options.data)
+        run(recipe, Options(
+            data=data, stage_data=stage_data, on_missing=options.on_missing, device=options.device, seed=options.seed, out=options.out,
             resume=options.resume, overwrite=options.overwrite, cache=not options.no_cache, steps=options.steps,
             from_scratch=options.from_scratch, shard=options.shard, accumulate=options.accumulate))
         return 0
     except UserError as error:
         return stop(2, f"{error}")
-    except (TrainingFailed, SaveFailed) as error:
+    except (TrainingFailed, SaveFailed, PeerLost) as error:
         return stop(1, f"{error}")
-    except PeerLost as error:
-        stop(1, f"{error}")
-        sys.stdout.flush()
-        os._exit(1)
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
@@ -100,4 +100,4 @@ def stop(code: int, sentence: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

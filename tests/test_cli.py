@@ -1,6 +1,7 @@
 """The command line: every wrong call is one sentence on stderr and exit code 2; Ctrl-C is 130; nothing is destroyed."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -12,12 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 import training_fakes as fakes
+from data_files import draw, write
 from matplotlib.figure import Figure
 from test_checkpoint import FAKES, stop_after
 
 import train_tiny
 from nanovlm import recipes
 from nanovlm.runs import checkpoint, folder, run, shipped
+from nanovlm.tokenizer import Tokenizer
 
 
 @pytest.fixture
@@ -54,6 +57,12 @@ def test_an_unknown_value_is_answered_with_the_valid_ones(world, capsys):
     (("--recipe", "fake/tiny", "--steps", "0"), "--steps"),
     (("--recipe", "fake/tiny", "--steps", "2.5"), "--steps"),
     (("--recipe", "fake/tiny", "--data", "nowhere"), "nowhere"),
+    (("--recipe", "fake/tiny", "--data", "one", "--data", "two"), "--data align=PATH"),
+    (("--recipe", "fake/tiny", "--data", "one", "--data", "aling=two"), "--data align=PATH"),
+    (("--recipe", "fake/tiny", "--data", "align=one", "--data", "align=two"), "--data align= is given twice"),
+    (("--recipe", "fake/tiny", "--data", "align=one"), "--data tune=PATH"),
+    (("--recipe", "fake/tiny", "--data", "align=one", "--data", "two", "--data", "tune=three"), "--data two"),
+    (("--recipe", "fake/tiny", "--data", "align=nowhere", "--data", "tune=nowhere"), "nowhere"),
     (("--recipe", "fake/tiny", "--resume", "--overwrite"), "--resume"),
     (("--recipe", "fake/tiny", "--resume"), "runs/fake"),
     (("--recipe", "fake/tiny", "--resume", "--out", "nowhere"), "nowhere"),
@@ -125,6 +134,27 @@ def test_a_run_says_first_what_it_will_do(world, capsys, monkeypatch):
     sentence = "This is a shortened run (--steps 2): a look at how it works, not at how good it gets."
     assert scratch[2] == sentence and scratch.count(sentence) == 2, "at the start and at the end"
     assert "--from-scratch = True, now it is False" in fails(capsys, 2, "--recipe", "fake/tiny", "--out", "c", "--resume", "--steps", "2")
+
+
+def test_each_stage_may_learn_from_its_own_data(world, capsys, monkeypatch):
+    """LLaVA's 558K pairs and 665K conversations are two files. A backbone, which no name reaches, learns from the last stage's."""
+    for folder_name, colour in (("pairs", "green"), ("talk", "blue")):
+        draw(world / folder_name, *(f"{name}.png" for name in "abcdefgh"))
+        for name in "abcdefgh":
+            write(world / folder_name / f"{name}.txt", f"{colour} {name}")
+    met, learned_words, train, train_words = {}, [], run.train, Tokenizer.train
+    monkeypatch.setattr(run, "train", lambda job, setting, *rest: met.update(
+        {job.stage.name: setting.samples(job, {}).records.name}) or train(job, setting, *rest))
+    monkeypatch.setattr(Tokenizer, "train", lambda texts, vocab: learned_words.extend(texts) or train_words(texts, vocab))
+    call = ("--recipe", "fake/tiny", "--out", "a")
+    assert train_tiny.main([*call, "--data", "align=pairs", "--data", "tune=talk"]) == 0
+    assert met == {"see": "talk", "align": "pairs", "tune": "talk"} and {"green a", "blue a"} <= set(learned_words)
+    summary = json.loads((world / "a/summary.json").read_text())
+    assert summary["data"] == "align: pairs, tune: talk" and any("Each stage learned from its own data" in note for note in summary["notes"])
+    assert train_tiny.main([*call, "--data", "talk", "--data", "align=pairs", "--resume"]) == 0, "the same, said otherwise"
+    assert "--data align = " in fails(capsys, 2, *call, "--data", "pairs", "--data", "align=talk", "--resume")
+    assert train_tiny.main([*call, "--data", "align=talk", "--data", "tune=talk", "--overwrite"]) == 0
+    assert json.loads((world / "a/config.json").read_text())["data"] == str(world / "talk"), "one for all is one"
 
 
 def test_a_folder_that_cannot_be_written_to_is_said_before_anything_is_made(world, capsys, monkeypatch):

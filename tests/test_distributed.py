@@ -1,15 +1,14 @@
 """Two gloo processes take exactly the steps of one, whatever the share of each."""
 
 import os
-import socket
 from pathlib import Path
 from random import Random
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 import training_fakes as fakes
 from test_training import CPU, TOKENIZER, fresh
+from tools import together
 
 from nanovlm.contract import Reads, alone
 from nanovlm.errors import UserError
@@ -71,11 +70,7 @@ def train(case: str) -> tuple[dict, list[tuple[float, float]]]:
     return model.state_dict(), [(next(iter(r.losses.values())), r.grad_norm) for r in reports]
 
 
-def worker(rank: int, ports: list[int], folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(ports[0]), WORLD_SIZE="2", RANK=str(rank),
-                      LOCAL_RANK=str(rank))
-    distributed.start(CPU)
+def worker(rank: int, folder: str) -> None:
     results = {case: train(case) for case in CASES}
     rows = torch.full((2, 3), float(rank + 1), requires_grad=True)
     everyone = distributed.all_gather(rows)
@@ -87,9 +82,10 @@ def worker(rank: int, ports: list[int], folder: str) -> None:
     torch.save({"results": results, "refused": refused, "gathered": everyone.detach(), "gradient": rows.grad,
                 "any": distributed.any_rank([rank == 1, False], CPU), "first": distributed.from_first(f"rank {rank}")},
                Path(folder) / f"{rank}.pt")
-    distributed.stop()
-    # A second group needs a second port: a quick rank would still find the first group's store behind the old one.
-    os.environ.update(NANOVLM_CACHE=f"{folder}/cache", MASTER_PORT=str(ports[1]))
+
+
+def whole_run(rank: int, folder: str) -> None:
+    os.environ["NANOVLM_CACHE"] = f"{folder}/cache"
     fakes.install()
     run("fake/tiny", Options(out=f"{folder}/run"))
 
@@ -98,12 +94,8 @@ def worker(rank: int, ports: list[int], folder: str) -> None:
 def two(tmp_path_factory):
     """What two processes computed; started once, since importing torch twice takes most of the time."""
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as first, socket.socket() as second:
-        ports = []
-        for free in (first, second):
-            free.bind(("127.0.0.1", 0))
-            ports.append(free.getsockname()[1])
-    mp.spawn(worker, (ports, str(folder)), nprocs=2)
+    together(2, worker, str(folder))
+    together(2, whole_run, str(folder))
     return folder, [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 

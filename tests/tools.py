@@ -86,3 +86,4 @@ def _join(rank: int, ranks: int, port: int, work: Callable, args: tuple) -> None
         work(rank, *args)
     finally:
         distributed.stop()
+    distributed.leave(0)  # as train_tiny.py does

@@ -25,6 +25,7 @@ from nanovlm.data.source import Exam
 from nanovlm.plots import save_samples
 from nanovlm.recipes.stage import Recipe, Stage
 from nanovlm.runs import checkpoint, setting, watch
+from nanovlm.training import distributed
 
 VOCAB = 270
 WORDS = ("red", "green", "blue", "big", "small", "square", "circle")
@@ -182,4 +183,4 @@ if __name__ == "__main__":
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ["FILE_LIMIT"]),) * 2)
     import train_tiny
 
-    sys.exit(train_tiny.main())
+    distributed.leave(train_tiny.main())

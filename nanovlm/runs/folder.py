@@ -203,10 +203,11 @@ def write_json(path: Path, value: dict) -> None:
 def check_config(folder: Path, config: dict) -> None:
     """A run goes on only with the configuration it began with; the machine may differ."""
     old, new = (_flat(value) for value in (json.loads((folder / "config.json").read_text(encoding="utf-8")), config))
-    asked = [field for field in ("steps", "seed", "data", "on_missing", "from_scratch") if field in new]  # what a person gave comes first
+    given = ("steps", "seed", "data", "on_missing", "from_scratch")
+    asked = [field for name in given for field in new if field.partition(".")[0] == name]  # what a person gave comes first
     for field in dict.fromkeys([*asked, *sorted(old.keys() | new.keys())]):
         if not field.startswith("machine.") and old.get(field) != new.get(field):
-            name = f"--{field.replace('_', '-')}" if field in asked else field
+            name = f"--{field.replace('_', '-').replace('.', ' ')}" if field in asked else field
             raise UserError(f"--resume: {folder} was started with {name} = {old.get(field)!r}, now it is "
                             f"{new.get(field)!r}; use the same settings, or another --out for a new run.")
 

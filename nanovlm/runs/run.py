@@ -10,7 +10,7 @@
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -46,6 +46,7 @@ class Options:
     """The command line's options, see `train_tiny.py --help`."""
 
     data: str | None = None
+    stage_data: dict[str, str] = field(default_factory=dict)  # of every stage, where they differ; `data` is then the last one's
     on_missing: str = "error"
     device: str = "auto"
     seed: int = 0
@@ -83,11 +84,14 @@ def _run(recipe_name: str, options: Options, device: torch.device) -> dict:
     if options.shard and not dist.is_initialized():
         raise UserError("--shard shares a model out over the processes of torchrun: start it as torchrun --nproc-per-node N train_tiny.py …")
     find_published(recipe, recipe.stages[-1].name)
-    on_first(lambda: options.data and len(formats.parts_of(options.data)))  # one rank makes the indexes of a large set, all read them
-    source = read_source(recipe, options.data, options.on_missing, options.seed)
+    paths = {options.data, *options.stage_data.values()}
+    on_first(lambda: sum(len(formats.parts_of(path)) for path in paths if path))  # one rank makes the indexes of a large set, all read them
+    read = {path: read_source(recipe, path, options.on_missing, options.seed) for path in sorted(paths, key=str)}
+    source, of_stage = read[options.data], {stage: read[path] for stage, path in options.stage_data.items()}
     keep = RunFolder(recipe.name, options.out, options.resume, options.overwrite, quick=options.steps is not None)
-    tokenizer = keep.tokenizer() or find_tokenizer(recipe, source, options.seed, options.from_scratch or options.data is not None)
-    setting = Setting(recipe, options.seed, device, source, tokenizer, options.steps, options.from_scratch, options.shard)
+    tokenizer = keep.tokenizer() or find_tokenizer(recipe, source, options.seed, options.from_scratch or options.data is not None,
+                                                      [one for one in read.values() if one is not source])
+    setting = Setting(recipe, options.seed, device, source, tokenizer, options.steps, options.from_scratch, options.shard, of_stage)
     job = Job(recipe, recipe.stages[-1])
     finished = {record["name"] for record in keep.records}
     for stage in recipe.stages:
@@ -96,7 +100,7 @@ def _run(recipe_name: str, options: Options, device: torch.device) -> dict:
     if setting.real:
         leave_out_unfit(plan(job, setting), setting)
     keep.begin(setting, Cache(setting, options.cache and not options.shard), config_of(setting, options, plan(job, setting)))
-    say(f"{recipe.name} on {source.name}, seed {options.seed}, {device}, into {keep.path}")
+    say(f"{recipe.name} on {names_of(setting)}, seed {options.seed}, {device}, into {keep.path}")
     setting.work = plan(job, setting, keep.has)
     announce(setting)
     weights_after(job, setting, keep)
@@ -226,16 +230,17 @@ def finish(setting: Setting, keep: RunFolder) -> dict:
     learns = freeze(model, recipe.stages[-1].trains)
     summary = {
         "recipe": recipe.name, "seed": setting.seed, "device": str(setting.device), "seconds": 0.0,
-        "data": setting.source.name, "stages": keep.records,
+        "data": names_of(setting), "stages": keep.records,
         "params": {"total": sum(p.numel() for p in model.parameters()),
                    "trained": sum(p.numel() for name, p in model.named_parameters() if name in learns)},
         "eval": {}, "notes": [], "versions": versions()}
     if distributed.rank() == 0:
         if setting.steps is not None:
             summary["notes"].append(shortened(setting.steps))
-        if setting.source.skipped:
-            record, reason = setting.source.skipped[0]
-            summary["notes"].append(f"Records that were left out: {len(setting.source.skipped)}. The first is "
+        skipped = [one for source in setting.sources for one in source.skipped]
+        if skipped:
+            record, reason = skipped[0]
+            summary["notes"].append(f"Records that were left out: {len(skipped)}. The first is "
                                     f"{record}: {reason.rstrip('.')}.")
         if setting.shard:
             summary["notes"].append("Not judged yet, as each process had a part of the model only: the same command with --resume, and without "
@@ -247,8 +252,10 @@ def finish(setting: Setting, keep: RunFolder) -> dict:
                 judged = model_of(job, keep.read(job)).to(setting.device)
                 pupil = Pupil(judged, recipe, stage, setting.tokenizer, setting.device)
                 with undisturbed(judged):
-                    summary["eval"] |= evaluate(pupil, setting.source)
-        summary["notes"] += [*setting.notes, *setting.source.notes(summary["eval"])]
+                    summary["eval"] |= evaluate(pupil, setting.data_for(job))
+        summary["notes"] += [*setting.notes, *(note for source in setting.sources for note in source.notes(summary["eval"]))]
+        if setting.of_stage:
+            summary["notes"].append("Each stage learned from its own data: what one holds out, another may have learned from.")
         summary["seconds"] = round(keep.seconds(), 1)
         write_json(keep.path / "summary.json", summary)
         report(summary, keep.path)
@@ -256,11 +263,18 @@ def finish(setting: Setting, keep: RunFolder) -> dict:
     return summary
 
 
+def names_of(setting: Setting) -> str:
+    """What the data are called: of all stages, or of each."""
+    return ", ".join(f"{stage}: {source.name}" for stage, source in setting.of_stage.items()) or setting.source.name
+
+
 def config_of(setting: Setting, options: Options, jobs: list[Job]) -> dict:
+    paths = options.stage_data or {"": options.data}
+    data = {stage: str(Path(path).resolve()) if path else "scenes" for stage, path in paths.items()}
     backbones = {job.recipe.name: as_config(job.recipe) for job in jobs if not setting.final(job)}
     return {
         "what": OURS, "recipe": as_config(setting.recipe), "backbones": list(backbones.values()), "seed": setting.seed,
-        "data": str(Path(options.data).resolve()) if options.data else "scenes", "on_missing": options.on_missing,
+        "data": data if len(data) > 1 else data[""], "on_missing": options.on_missing,
         "steps": options.steps, "from_scratch": options.from_scratch,
         "machine": {"device": str(setting.device), "processes": distributed.world(), "shard": options.shard, **versions()}}
 

@@ -6,6 +6,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -18,6 +19,7 @@ from nanovlm.data.prompts import PROMPTS
 from nanovlm.data.records import real_view
 from nanovlm.data.sample import Sample
 from nanovlm.data.source import Source
+from nanovlm.errors import UserError
 from nanovlm.making.bootstrap import Bootstrapped
 from nanovlm.published_tokenizer import PublishedTokenizer
 from nanovlm.recipes.instructblip import balanced
@@ -56,6 +58,7 @@ class Setting:
     steps: float | None = None
     from_scratch: bool = False  # no shipped weights
     shard: bool = False  # each rank keeps a part of the model, see sharding.py
+    of_stage: dict[str, Source] = field(default_factory=dict)  # a person's data for one stage, where it is not `source`
     work: list[Job] = field(default_factory=list)  # what this run has to train, in order
     notes: list[str] = field(default_factory=list)  # what a reader should know of how a person's records are read
 
@@ -70,15 +73,21 @@ class Setting:
 
     def data_for(self, job: Job) -> Source:
         """Scenes are drawn at the size that the job's recipe looks at: fine-tuning may look closer than its backbones."""
-        return self.source if self.real else world_of(job.recipe, self.seed)
+        return self.of_stage.get(job.stage.name, self.source) if self.real else world_of(job.recipe, self.seed)
+
+    @property
+    def sources(self) -> list[Source]:
+        """Each once: `source` is that of the last stage, and of all that have none of their own."""
+        return list({id(source): source for source in (*self.of_stage.values(), self.source)}.values())
 
     def samples(self, job: Job, made: dict[str, Bootstrapped]) -> Samples:
         """What the job's stage learns from; made: its data sets that models have made."""
+        source = self.data_for(job)
         if not self.real:
-            return Mixture(self.data_for(job), job.stage, self.seed, made)
-        if isinstance(self.source, Mixed) and job.stage.real == "instructions":
-            return Balanced(self.source, shares(self.source), job.stage, self.seed)
-        own = Epochs(self.source, job.stage, self.seed)
+            return Mixture(source, job.stage, self.seed, made)
+        if isinstance(source, Mixed) and job.stage.real == "instructions":
+            return Balanced(source, shares(source), job.stage, self.seed)
+        own = Epochs(source, job.stage, self.seed)
         if job.stage.real == "texts":
             return InTurn(own, Mixture(world_of(self.recipe, self.seed), job.stage, self.seed))
         return Gathered(own) if job.stage.real == "pages" else own
@@ -97,6 +106,32 @@ def shares(mixed: Mixed) -> Diet:
     return balanced(sizes, mixed.sampling, mixed.factors)
 
 
+def by_stage(recipe: Recipe, given: Sequence[str]) -> tuple[str | None, dict[str, str]]:
+    """--data, as it is given: PATH is for all stages that no STAGE=PATH names. → the last stage's path, and those of all, where they differ."""
+    stages = [stage.name for stage in resolve(recipe, real=True).stages]
+    named, rest = {}, []
+    for one in given:
+        name, equals, path = one.partition("=")
+        if name in stages and equals:
+            if name in named:
+                raise UserError(f"--data {name}= is given twice: for each stage one.")
+            named[name] = path
+        else:
+            rest.append(one)
+    if len(rest) > 1 or (named and rest and not Path(rest[0]).exists() and "=" in rest[0]):
+        raise UserError(f"--data {rest[-1]}: of several --data each but one names its stage, as in --data {stages[0]}=PATH; "
+                        f"{recipe.name} learns from yours in {', '.join(stages)}.")
+    lacking = [name for name in stages if name not in named]
+    if rest and not lacking:
+        raise UserError(f"--data {rest[0]}: all stages of {recipe.name} have data by name; leave it out.")
+    if named and lacking and not rest:
+        raise UserError(f"--data: stage {lacking[0]} of {recipe.name} has no data; add --data {lacking[0]}=PATH, or one --data PATH for all others.")
+    paths = {name: named.get(name, *rest) for name in stages} if named else {}
+    if len(set(paths.values())) > 1:
+        return paths[stages[-1]], paths
+    return next(iter(paths.values()), rest[0] if rest else None), {}
+
+
 def read_source(recipe: Recipe, data: str | None, on_missing: str, seed: int, whole: bool = False) -> Source:
     """whole: see formats.read."""
     if data is None:
@@ -110,13 +145,13 @@ def world_of(recipe: Recipe, seed: int) -> Scenes:
     return Scenes(seed, **{"size": recipe.image_size, **recipe.world})
 
 
-def make_tokenizer(recipe: Recipe, source: Source, seed: int) -> Tokenizer | PublishedTokenizer:
-    """Of the data; a person's few texts are joined by the embedded world's, which the language model reads as well. A recipe of
+def make_tokenizer(recipe: Recipe, source: Source, seed: int, others: Sequence[Source] = ()) -> Tokenizer | PublishedTokenizer:
+    """Of the data, of all stages' where each has its own; a person's few texts are joined by the embedded world's, which the language model reads as well. A recipe of
     published weights has theirs.
     """
     if recipe.words:
         return published_words(recipe)
-    texts = list(source.texts())
+    texts = [text for one in (source, *others) for text in one.texts()]
     if not isinstance(source, Scenes):
         texts += world_of(recipe, seed).texts()
     return Tokenizer.train(texts + 1000 * [*template_texts(), *PROMPTS], recipe.vocab)
@@ -164,9 +199,10 @@ def leave_out_unfit(jobs: Sequence[Job], setting: Setting) -> None:
             reads = job.recipe.build(job.stage).reads
         cut: set[tuple[str, str]] = set()
         why = partial(problem, make_collate(job.recipe, job.stage, setting.tokenizer, reads), cut)
-        setting.source.leave_out(job.stage.real, why)
+        source = setting.data_for(job)
+        source.leave_out(job.stage.real, why)
         if job.stage.evaluate:
-            setting.source.leave_out(real_view(job.stage.evaluate), why, ("val",))
+            source.leave_out(real_view(job.stage.evaluate), why, ("val",))
         if cut:
             limits = {"language model": find_format(job.stage.format).asked, "Q-Former": reads.question}
             room = ", ".join(f"{limit} in the {reader}" for reader, limit in limits.items() if limit)

@@ -48,10 +48,10 @@ def path(recipe: str, stage: str) -> Path:
     return folder() / f"{recipe.replace('/', '-')}@{stage}.npz"
 
 
-def find_tokenizer(recipe: Recipe, source: Source, seed: int, real: bool = False) -> Tokenizer | PublishedTokenizer:
+def find_tokenizer(recipe: Recipe, source: Source, seed: int, real: bool = False, others: Sequence[Source] = ()) -> Tokenizer | PublishedTokenizer:
     """The shipped one goes with the shipped backbones; real: none of these is wanted, nor of published weights."""
     known = None if real or recipe.words else tokenizer()
-    return known if known and len(known) <= recipe.vocab else make_tokenizer(recipe, source, seed)
+    return known if known and len(known) <= recipe.vocab else make_tokenizer(recipe, source, seed, others)
 
 
 def tokenizer() -> Tokenizer | None:

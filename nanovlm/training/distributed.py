@@ -12,9 +12,11 @@ ranks: sharding.py, which --shard asks for. The rule: DDP for whatever fits whol
 """
 
 import os
+import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -34,7 +36,7 @@ def start(device: torch.device) -> None:
 
 
 class PeerLost(Exception):
-    """Another process of this run is gone. Threads that still wait for it may abort Python's own end: leave by os._exit."""
+    """Another process of this run is gone."""
 
 
 def lost(error: RuntimeError) -> bool:
@@ -61,6 +63,15 @@ def choose_device(name: str) -> torch.device:
 def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with this exit code. One of several at once: gloo's threads may outlive the group, and abort Python's own end."""
+    if "WORLD_SIZE" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def world() -> int:
