@@ -1,4 +1,4 @@
-"""Execute notebooks from top to bottom, each in a fresh kernel; any error or more than 600 s fails.
+"""Execute notebooks from top to bottom, two at a time, each in a fresh kernel; any error or more than 600 s fails.
 
     python .ci/notebooks.py                             all of notebooks/, results thrown away
     python .ci/notebooks.py --save notebooks/06*.ipynb  store the outputs, cells numbered 1..n, as they are committed
@@ -16,9 +16,10 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 600  # seconds for a whole notebook
+AT_A_TIME = 2
 
 
-def execute(path: Path) -> tuple[nbformat.NotebookNode, str | None]:
+async def execute(path: Path) -> tuple[nbformat.NotebookNode, str | None]:
     """→ the notebook with new outputs, and what went wrong, if anything did."""
     notebook = nbformat.read(path, as_version=4)
     # "python3" is the environment this script runs in; the folder is the notebook's own, as when a person opens it
@@ -26,7 +27,7 @@ def execute(path: Path) -> tuple[nbformat.NotebookNode, str | None]:
                             resources={"metadata": {"path": path.parent}})
     began = time.monotonic()
     try:
-        asyncio.run(asyncio.wait_for(client.async_execute(), LIMIT))
+        await asyncio.wait_for(client.async_execute(), LIMIT)
     except CellExecutionError as error:
         return notebook, str(error)
     except (DeadKernelError, asyncio.TimeoutError):  # nbclient may answer a time-out with either
@@ -43,24 +44,32 @@ def strip_metadata(notebook: nbformat.NotebookNode) -> None:
         cell.metadata.pop("execution", None)
 
 
+async def run(path: Path, save: bool, free: asyncio.Semaphore) -> bool:
+    """Execute one notebook when there is room for it, and say how it went."""
+    async with free:
+        began = time.monotonic()
+        notebook, error = await execute(path.resolve())
+        print(f"{'BROKEN' if error else 'ran'}  {path.name}  {time.monotonic() - began:.0f} s", flush=True)
+    if error:
+        print(error, file=sys.stderr, flush=True)
+    elif save:
+        strip_metadata(notebook)
+        nbformat.write(notebook, path)
+    return error is None
+
+
+async def run_all(paths: list[Path], save: bool) -> list[bool]:
+    free = asyncio.Semaphore(AT_A_TIME)
+    return await asyncio.gather(*(run(path, save, free) for path in paths))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("notebooks", nargs="*", type=Path, help="default: notebooks/*.ipynb")
     parser.add_argument("--save", action="store_true", help="write the outputs into the notebooks")
     args = parser.parse_args()
     paths = args.notebooks or sorted((ROOT / "notebooks").glob("*.ipynb"))
-    broken = []
-    for path in paths:
-        began = time.monotonic()
-        notebook, error = execute(path.resolve())
-        seconds = time.monotonic() - began
-        print(f"{'BROKEN' if error else 'ran'}  {path.name}  {seconds:.0f} s", flush=True)
-        if error:
-            broken.append(path.name)
-            print(error, file=sys.stderr, flush=True)
-        elif args.save:
-            strip_metadata(notebook)
-            nbformat.write(notebook, path)
+    broken = [path.name for path, ran in zip(paths, asyncio.run(run_all(paths, args.save))) if not ran]
     print(f"{len(paths) - len(broken)} of {len(paths)} notebooks ran", *(["; broken:"] + broken if broken else []))
     return 1 if broken or not paths else 0  # an empty folder proves nothing
 
