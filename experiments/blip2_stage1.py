@@ -26,6 +26,7 @@ from nanovlm.evaluate import judges
 from nanovlm.evaluate.pupil import Pupil
 from nanovlm.lm_loss import mean_loss
 from nanovlm.recipes.stage import Recipe, Stage
+from nanovlm.runs.run import trained_model
 from nanovlm.runs.setting import Setting
 from nanovlm.training import randomness
 from nanovlm.training.batches import MicroBatches, Mixture, make_collate
@@ -68,6 +69,7 @@ def curve(setting: Setting, recipe: Recipe, finished: dict[str, State]) -> list[
 
 def measure(seed: int, fraction: float) -> dict:
     setting, finished = seeds.trained_before(RECIPE.name, last=1, seed=seed)
+    finished["clip"] = trained_model("clip/tiny", seed=seed)[0].state_dict()  # where stage 1 would have brought it
     first, second = RECIPE.stages
     second = replace(second, steps=round(second.steps * fraction))
     cost = [flops(setting, stage) for stage in (first, second)]

@@ -2,7 +2,7 @@
 
     python -m experiments.tiny_runs                                  llava/tiny on the embedded world, seeds 0, 1 and 7
     python -m experiments.tiny_runs --data ../shared/data/clothes    on a person's own pictures
-    python -m experiments.tiny_runs --collect runs/a runs/b          from runs that are finished: no training
+    python -m experiments.tiny_runs --collect runs/a runs/b          from runs that are finished: no training; other seeds stay as they are stored
     python -m experiments.tiny_runs --table                          print the stored results as Markdown
     python -m experiments.tiny_runs --summary                        the most telling figure of each, as the project's README has them
 
@@ -96,12 +96,11 @@ def main() -> None:
     name = "_".join([*args.recipe.split("/"), Path(args.data).stem if args.data else "scenes"])
     path = RESULTS / f"{name}.json"
     if not args.table:
-        result = {"recipe": args.recipe, "data": Path(args.data).stem if args.data else "scenes", "machine": machine(),
-                  "runs": []}
+        runs = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else []
         for one in args.collect or args.seeds:
-            finished = isinstance(one, Path)
-            result["runs"].append(kept(json.loads((one / "summary.json").read_text(encoding="utf-8"))) if finished
-                                  else measure(args.recipe, args.data, one))
+            new = kept(json.loads((one / "summary.json").read_text(encoding="utf-8"))) if isinstance(one, Path) else measure(args.recipe, args.data, one)
+            runs = sorted([run for run in runs if run["seed"] != new["seed"]] + [new], key=lambda run: run["seed"])
+            result = {"recipe": args.recipe, "data": Path(args.data).stem if args.data else "scenes", "machine": machine(), "runs": runs}
             path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(table(json.loads(path.read_text(encoding="utf-8"))))
 

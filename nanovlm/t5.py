@@ -260,7 +260,7 @@ def initialise(t5: T5) -> None:
     A head of its own is Normal(0, 0.02): the first guesses are nearly uniform, the loss starts at ln V. Embeddings
     start as large as what the blocks will add to them, as in `decoder.initialise`.
 
-    Position biases: three heads of four look at one distance each from the first step on, 0, 1, 2, … back; in an encoder,
+    Position biases: three heads of four (rounded up) look at one distance each from the first step on, 0, 1, 2, … back; in an encoder,
     where 0 back says nothing, the first two at 1 back and 1 ahead. "The word before" needs a bias of several units, AdamW
     moves a number by little more than its learning rate in a step, and all blocks of a stack share one table.
 
