@@ -8,8 +8,8 @@
     bert/tiny     captions and the same texts, of which words are hidden                 → modules `bert`, `word_head`
 
 Trained once and shipped (weights/): the papers begin with such encoders and language models, too. With --data they are trained on
-the spot, on that data. Not shipped: lm/tiny-t5, which nobody has trained to its end, and bert/tiny, which is not good
-(experiments/README.md), so that BLIP's words begin at random.
+the spot, on that data. lm/tiny-t5 has learned lookups of places badly, and bert/tiny so little that it is not shipped
+(experiments/README.md): BLIP's words begin at random.
 """
 
 from dataclasses import replace
