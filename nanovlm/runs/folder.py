@@ -202,14 +202,18 @@ def write_json(path: Path, value: dict) -> None:
 
 def check_config(folder: Path, config: dict) -> None:
     """A run goes on only with the configuration it began with; the machine may differ."""
-    old, new = (_flat(value) for value in (json.loads((folder / "config.json").read_text(encoding="utf-8")), config))
-    given = ("steps", "seed", "data", "on_missing", "from_scratch")
-    asked = [field for name in given for field in new if field.partition(".")[0] == name]  # what a person gave comes first
+    old, new = (_flat({**value, "data": _told(value.get("data"))}) for value in (json.loads((folder / "config.json").read_text(encoding="utf-8")), config))
+    asked = [field for field in ("steps", "seed", "data", "on_missing", "from_scratch") if field in new]  # what a person gave comes first
     for field in dict.fromkeys([*asked, *sorted(old.keys() | new.keys())]):
         if not field.startswith("machine.") and old.get(field) != new.get(field):
-            name = f"--{field.replace('_', '-').replace('.', ' ')}" if field in asked else field
+            name = f"--{field.replace('_', '-')}" if field in asked else field
             raise UserError(f"--resume: {folder} was started with {name} = {old.get(field)!r}, now it is "
                             f"{new.get(field)!r}; use the same settings, or another --out for a new run.")
+
+
+def _told(data: str | dict[str, str] | None) -> str | None:
+    """What a run learns from, in one piece: one path for all stages may be compared with one for each."""
+    return ", ".join(f"{stage}={path}" for stage, path in data.items()) if isinstance(data, dict) else data
 
 
 def _flat(value: object, name: str = "") -> dict[str, object]:

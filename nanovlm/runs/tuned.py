@@ -44,7 +44,8 @@ def open_run(path: Path, beams: int) -> tuple[str, Recipe, CapFilt]:
     made = next(iter(recipe.makes.values()))
     if not (path / f"{origin(recipe, made.captioner)[1]}.pt").exists():
         raise UserError(f"--model {path} is not finished: go on with it by train_tiny.py --recipe {recipe.name} --out {path} --resume.")
-    return config["data"], recipe, replace(made, beams=beams)
+    stage, data = origin(recipe, made.captioner)[1], config["data"]
+    return data[stage] if isinstance(data, dict) else data, recipe, replace(made, beams=beams)
 
 
 def origin(recipe: Recipe, name: str) -> tuple[str, str]:
