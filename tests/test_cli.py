@@ -58,11 +58,11 @@ def test_an_unknown_value_is_answered_with_the_valid_ones(world, capsys):
     (("--recipe", "fake/tiny", "--steps", "2.5"), "--steps"),
     (("--recipe", "fake/tiny", "--data", "nowhere"), "nowhere"),
     (("--recipe", "fake/tiny", "--data", "one", "--data", "two"), "--data align=PATH"),
-    (("--recipe", "fake/tiny", "--data", "one", "--data", "aling=two"), "--data align=PATH"),
-    (("--recipe", "fake/tiny", "--data", "aling=one", "--data", "two"), "--data aling=one: there is no such file or folder, and no stage"),
-    (("--recipe", "fake/tiny", "--data", "aling=one"), "those are align, tune"),
-    (("--recipe", "fake/tiny", "--data", "align=", "--data", "tune=two"), "--data align=: the path is missing"),
-    (("--recipe", "fake/tiny", "--data", ""), "the path is missing"),
+    (("--recipe", "fake/tiny", "--data", "one", "--data", "aling=two"), "--data 'aling=two' is neither a path"),
+    (("--recipe", "fake/tiny", "--data", "aling=one", "--data", "two"), "--data 'aling=one' is neither a path nor STAGE=PATH"),
+    (("--recipe", "fake/tiny", "--data", "aling=one"), "learns from yours in align, tune"),
+    (("--recipe", "fake/tiny", "--data", "align=", "--data", "tune=two"), "--data 'align=' is neither a path"),
+    (("--recipe", "fake/tiny", "--data", ""), "--data '' is neither a path"),
     (("--recipe", "fake/tiny", "--data", "align=one", "--data", "align=two"), "--data align= is given twice"),
     (("--recipe", "fake/tiny", "--data", "align=one"), "--data tune=PATH"),
     (("--recipe", "fake/tiny", "--data", "align=one", "--data", "two", "--data", "tune=three"), "--data two"),
@@ -161,7 +161,7 @@ def test_each_stage_may_learn_from_its_own_data(world, capsys, monkeypatch):
     assert [note.partition(":")[0] for note in summary["notes"] if "figures above" in note] == ["talk"] and [*summary["eval"]] == ["vqa_accuracy/talk"]
     assert train_tiny.main([*call, "--data", "talk", "--data", "align=pairs", "--resume"]) == 0, "the same, said otherwise"
     for other in (("--data", "pairs", "--data", "align=talk"), ("--data", "talk"), ()):
-        assert f"--data = 'align={world}/pairs, tune={world}/talk', now it is" in fails(capsys, 2, *call, *other, "--resume")
+        assert f"--data = {{'align': '{world}/pairs', 'tune': '{world}/talk'}}, now it is" in fails(capsys, 2, *call, *other, "--resume")
     assert train_tiny.main([*call, "--data", "align=talk/", "--data", "tune=talk", "--overwrite"]) == 0
     assert json.loads((world / "a/config.json").read_text())["data"] == str(world / "talk"), "one for all is one"
 

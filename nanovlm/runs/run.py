@@ -246,16 +246,13 @@ def finish(setting: Setting, keep: RunFolder) -> dict:
             summary["notes"].append("Not judged yet, as each process had a part of the model only: the same command with --resume, and without "
                                     "torchrun and --shard, judges it.")
         figures: dict[int, dict] = {}  # of each source that a stage was asked about
-        for stage in recipe.stages if not setting.shard else ():
-            if stage.evaluate:
-                say(f"evaluating {stage.name} on held-out data")
-                job = Job(recipe, stage)
-                judged = model_of(job, keep.read(job)).to(setting.device)
-                pupil = Pupil(judged, recipe, stage, setting.tokenizer, setting.device)
-                source = setting.data_for(job)
-                with undisturbed(judged):
-                    figures[id(source)] = figures.get(id(source), {}) | evaluate(pupil, source)
-                summary["eval"] |= figures[id(source)]
+        for stage in [stage for stage in recipe.stages if stage.evaluate and not setting.shard]:
+            say(f"evaluating {stage.name} on held-out data")
+            job, source = Job(recipe, stage), setting.data_for(Job(recipe, stage))
+            pupil = Pupil(model_of(job, keep.read(job)).to(setting.device), recipe, stage, setting.tokenizer, setting.device)
+            with undisturbed(pupil.model):
+                figures[id(source)] = figures.get(id(source), {}) | evaluate(pupil, source)
+            summary["eval"] |= figures[id(source)]
         summary["notes"] += [*setting.notes, *(f"{source.name}: {note}" if setting.of_stage else note
                                                for source in setting.sources for note in source.notes(figures.get(id(source))))]
         if setting.of_stage:

@@ -111,18 +111,15 @@ def by_stage(recipe: Recipe, given: Sequence[str]) -> tuple[str | None, dict[str
     stages = [stage.name for stage in resolve(recipe, real=True).stages]
     named, rest = {}, []
     for one in given:
-        name, equals, path = one.partition("=")
-        if not (path if equals else name):
-            raise UserError(f"--data {one}: the path is missing; is a variable of the shell empty?")
-        if name in stages and equals:
+        name, _, path = one.partition("=")
+        if name in stages and path:
             if name in named:
                 raise UserError(f"--data {name}= is given twice: for each stage one.")
             named[name] = path
         else:
             rest.append(one)
-    if unknown := next((one for one in rest if "=" in one and not Path(one).exists()), None):
-        raise UserError(f"--data {unknown}: there is no such file or folder, and no stage of that name that learns from your data; in {recipe.name} "
-                        f"those are {', '.join(stages)}, as in --data {stages[0]}=PATH.")
+    if unknown := [one for one in rest if not one or ("=" in one and not Path(one).exists())]:
+        raise UserError(f"--data {unknown[0]!r} is neither a path nor STAGE=PATH; {recipe.name} learns from yours in {', '.join(stages)}.")
     if len(rest) > 1:
         raise UserError(f"--data {rest[-1]}: of several --data each but one names its stage, as in --data {stages[0]}=PATH; "
                         f"{recipe.name} learns from yours in {', '.join(stages)}.")
