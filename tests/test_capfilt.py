@@ -28,7 +28,7 @@ from nanovlm.papers.blip import BLIP, BLIPConfig
 from nanovlm.recipes.blip import SPECIALS
 from nanovlm.runs import checkpoint, watch
 from nanovlm.runs.folder import OURS
-from nanovlm.runs.tuned import to_tune
+from nanovlm.runs.tuned import open_run, to_tune
 from nanovlm.tokenizer import Tokenizer
 from nanovlm.vit import clip_vit
 
@@ -316,6 +316,12 @@ def test_what_the_captioner_repeats_is_written_once(place):
         ("noisy/images/1.png", "good", "web"), ("noisy/images/2.png", "new", "captioner")]
     assert {name: [own[0].picture for own in found] for name, found in capfilt.by_outcome(texts).items()} == {
         "kept": ["a"], "rewritten": ["b"], "dropped": []}
+
+
+def test_of_a_run_with_data_by_stage_that_of_the_captioners_start_counts(place):
+    config = place / "runs/blip/config.json"
+    write(config, json.loads(config.read_text()) | {"data": {"pretrain": str(place / "noisy"), "retrain": "others"}})
+    assert open_run(place / "runs/blip", 1)[0] == str(place / "noisy")
 
 
 def test_few_texts_are_worth_few_steps():

@@ -58,7 +58,11 @@ def test_an_unknown_value_is_answered_with_the_valid_ones(world, capsys):
     (("--recipe", "fake/tiny", "--steps", "2.5"), "--steps"),
     (("--recipe", "fake/tiny", "--data", "nowhere"), "nowhere"),
     (("--recipe", "fake/tiny", "--data", "one", "--data", "two"), "--data align=PATH"),
-    (("--recipe", "fake/tiny", "--data", "one", "--data", "aling=two"), "--data align=PATH"),
+    (("--recipe", "fake/tiny", "--data", "one", "--data", "aling=two"), "--data 'aling=two' is neither a path"),
+    (("--recipe", "fake/tiny", "--data", "aling=one", "--data", "two"), "--data 'aling=one' is neither a path nor STAGE=PATH"),
+    (("--recipe", "fake/tiny", "--data", "aling=one"), "learns from yours in align, tune"),
+    (("--recipe", "fake/tiny", "--data", "align=", "--data", "tune=two"), "--data 'align=' is neither a path"),
+    (("--recipe", "fake/tiny", "--data", ""), "--data '' is neither a path"),
     (("--recipe", "fake/tiny", "--data", "align=one", "--data", "align=two"), "--data align= is given twice"),
     (("--recipe", "fake/tiny", "--data", "align=one"), "--data tune=PATH"),
     (("--recipe", "fake/tiny", "--data", "align=one", "--data", "two", "--data", "tune=three"), "--data two"),
@@ -143,6 +147,9 @@ def test_each_stage_may_learn_from_its_own_data(world, capsys, monkeypatch):
         for name in "abcdefgh":
             write(world / folder_name / f"{name}.txt", f"{colour} {name}")
     met, learned_words, train, train_words = {}, [], run.train, Tokenizer.train
+    *before, last = fakes.recipe().stages
+    monkeypatch.setitem(recipes.RECIPES, "fake/tiny", fakes.recipe(stages=(*before, replace(last, evaluate=("answers",)))))
+    monkeypatch.setattr(run, "evaluate", lambda pupil, source: {f"vqa_accuracy/{source.name}": {"value": 0.5, "chance": 0.5, "shuffled": 0.5, "n": 1}})
     monkeypatch.setattr(run, "train", lambda job, setting, *rest: met.update(
         {job.stage.name: setting.samples(job, {}).records.name}) or train(job, setting, *rest))
     monkeypatch.setattr(Tokenizer, "train", lambda texts, vocab: learned_words.extend(texts) or train_words(texts, vocab))
@@ -151,9 +158,11 @@ def test_each_stage_may_learn_from_its_own_data(world, capsys, monkeypatch):
     assert met == {"see": "talk", "align": "pairs", "tune": "talk"} and {"green a", "blue a"} <= set(learned_words)
     summary = json.loads((world / "a/summary.json").read_text())
     assert summary["data"] == "align: pairs, tune: talk" and any("Each stage learned from its own data" in note for note in summary["notes"])
+    assert [note.partition(":")[0] for note in summary["notes"] if "figures above" in note] == ["talk"] and [*summary["eval"]] == ["vqa_accuracy/talk"]
     assert train_tiny.main([*call, "--data", "talk", "--data", "align=pairs", "--resume"]) == 0, "the same, said otherwise"
-    assert "--data align = " in fails(capsys, 2, *call, "--data", "pairs", "--data", "align=talk", "--resume")
-    assert train_tiny.main([*call, "--data", "align=talk", "--data", "tune=talk", "--overwrite"]) == 0
+    for other in (("--data", "pairs", "--data", "align=talk"), ("--data", "talk"), ()):
+        assert f"--data = {{'align': '{world}/pairs', 'tune': '{world}/talk'}}, now it is" in fails(capsys, 2, *call, *other, "--resume")
+    assert train_tiny.main([*call, "--data", "align=talk/", "--data", "tune=talk", "--overwrite"]) == 0
     assert json.loads((world / "a/config.json").read_text())["data"] == str(world / "talk"), "one for all is one"
 
 

@@ -303,5 +303,5 @@ class Mixed:
     def noisy(self) -> list[Sample]:
         return []
 
-    def notes(self, figures: dict[str, dict[str, float]]) -> list[str]:
-        return [f"{name}: {note}" for name, records in self.sets.items() for note in records.notes({})]
+    def notes(self, figures: dict[str, dict[str, float]] | None) -> list[str]:
+        return [f"{name}: {note}" for name, records in self.sets.items() for note in records.notes(None if figures is None else {})]

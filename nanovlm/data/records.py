@@ -214,14 +214,14 @@ class Records:
             found.append(Exam("class", [choosing(sample, self.labels) for sample in captioned], ("class",), ranked=True))
         return found
 
-    def notes(self, figures: dict[str, dict[str, float]]) -> list[str]:
+    def notes(self, figures: dict[str, dict[str, float]] | None) -> list[str]:
         said, (train, val) = [], (self.size("captions", split) or self.size("pages", split) for split in SPLITS)
         if self.left_out:
             said.append(f"{len(self.left_out)} pictures were taken out of their pages; the first is {self.left_out[0]}.")
-        if self.few:
+        if self.few and figures is not None:
             what = "pictures" if self.size("captions", "train" if train else "val") else "records"
             said.append(f"{f'{train} training and ' if train else ''}{val} held-out {what} are too few to judge by: the figures above may be luck.")
-        exact = figures.get("caption_exact")
+        exact = (figures or {}).get("caption_exact")
         if exact and not self.labels:
             said.append(f"{train} pictures teach naming only so far: {exact['value']:.1%} of the held-out captions are exactly "
                         f"right ({exact['shuffled']:.1%} with the images permuted).")

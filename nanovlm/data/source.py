@@ -68,5 +68,5 @@ class Source(Protocol):
     def noisy(self) -> list[Sample]:
         """Held-out pictures with texts of which some are wrong, and what is wrong as label; () where nobody knows."""
 
-    def notes(self, figures: dict[str, dict[str, float]]) -> list[str]:
-        """What a reader should know before believing the figures, in whole sentences."""
+    def notes(self, figures: dict[str, dict[str, float]] | None) -> list[str]:
+        """What a reader should know before believing the figures, in whole sentences; None: nothing was asked about this source."""

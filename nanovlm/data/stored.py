@@ -260,10 +260,10 @@ class Stored:
     def noisy(self) -> list[Sample]:
         return self.held.noisy()
 
-    def notes(self, figures: dict[str, dict[str, float]]) -> list[str]:
-        asked = self.held.size("texts", "val")
-        few = " These are too few to judge by: the figures above may be luck." if self.few else ""
+    def notes(self, figures: dict[str, dict[str, float]] | None) -> list[str]:
+        asked = f" {self.held.size('texts', 'val'):,} held-out records are asked." if figures is not None else ""
+        few = " These are too few to judge by: the figures above may be luck." if self.few and asked else ""
         train = self.size("texts", "train")
         said = (f"{train:,} training texts stay on the disk, and their records are checked when they are met. A tokenizer of the run's own "
-                f"has learned from {min(READ, train):,} of them. {asked:,} held-out records are asked.")
-        return [said + few]
+                f"has learned from {min(READ, train):,} of them.")
+        return [said + asked + few]

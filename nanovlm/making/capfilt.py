@@ -163,7 +163,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.stdout.reconfigure(errors="backslashreplace")  # a console may know no Chinese
     try:
         capfilt(Path(options.model), options.human, options.beams, Options(
-            options.data, options.on_missing, options.device, options.seed, options.out, options.resume, options.overwrite, steps=options.steps))
+            data=options.data, on_missing=options.on_missing, device=options.device, seed=options.seed, out=options.out,
+            resume=options.resume, overwrite=options.overwrite, steps=options.steps))
         return 0
     except (UserError, TrainingFailed, SaveFailed, OSError) as error:
         print(error, file=sys.stderr)

@@ -203,20 +203,19 @@ def write_json(path: Path, value: dict) -> None:
 def check_config(folder: Path, config: dict) -> None:
     """A run goes on only with the configuration it began with; the machine may differ."""
     old, new = (_flat(value) for value in (json.loads((folder / "config.json").read_text(encoding="utf-8")), config))
-    given = ("steps", "seed", "data", "on_missing", "from_scratch")
-    asked = [field for name in given for field in new if field.partition(".")[0] == name]  # what a person gave comes first
+    asked = [field for field in ("steps", "seed", "data", "on_missing", "from_scratch") if field in new]  # what a person gave comes first
     for field in dict.fromkeys([*asked, *sorted(old.keys() | new.keys())]):
         if not field.startswith("machine.") and old.get(field) != new.get(field):
-            name = f"--{field.replace('_', '-').replace('.', ' ')}" if field in asked else field
+            name = f"--{field.replace('_', '-')}" if field in asked else field
             raise UserError(f"--resume: {folder} was started with {name} = {old.get(field)!r}, now it is "
                             f"{new.get(field)!r}; use the same settings, or another --out for a new run.")
 
 
 def _flat(value: object, name: str = "") -> dict[str, object]:
-    """{"a": {"b": 1}} → {"a.b": 1}; entries of a list that have a name go by it."""
+    """{"a": {"b": 1}} → {"a.b": 1}; entries of a list that have a name go by it. --data stays whole: one path may stand against one for each stage."""
     if isinstance(value, list) and value and all(isinstance(v, dict) and "name" in v for v in value):
         value = {v["name"]: v for v in value}
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or name == "data":
         return {name: value}
     return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{name}.{key}".strip(".")).items()}
 

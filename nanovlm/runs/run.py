@@ -41,7 +41,7 @@ from nanovlm.training.randomness import undisturbed
 from nanovlm.training.weights import State, find_published
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Options:
     """The command line's options, see `train_tiny.py --help`."""
 
@@ -245,15 +245,16 @@ def finish(setting: Setting, keep: RunFolder) -> dict:
         if setting.shard:
             summary["notes"].append("Not judged yet, as each process had a part of the model only: the same command with --resume, and without "
                                     "torchrun and --shard, judges it.")
-        for stage in recipe.stages if not setting.shard else ():
-            if stage.evaluate:
-                say(f"evaluating {stage.name} on held-out data")
-                job = Job(recipe, stage)
-                judged = model_of(job, keep.read(job)).to(setting.device)
-                pupil = Pupil(judged, recipe, stage, setting.tokenizer, setting.device)
-                with undisturbed(judged):
-                    summary["eval"] |= evaluate(pupil, setting.data_for(job))
-        summary["notes"] += [*setting.notes, *(note for source in setting.sources for note in source.notes(summary["eval"]))]
+        figures: dict[int, dict] = {}  # of each source that a stage was asked about
+        for stage in [stage for stage in recipe.stages if stage.evaluate and not setting.shard]:
+            say(f"evaluating {stage.name} on held-out data")
+            job, source = Job(recipe, stage), setting.data_for(Job(recipe, stage))
+            pupil = Pupil(model_of(job, keep.read(job)).to(setting.device), recipe, stage, setting.tokenizer, setting.device)
+            with undisturbed(pupil.model):
+                figures[id(source)] = figures.get(id(source), {}) | evaluate(pupil, source)
+            summary["eval"] |= figures[id(source)]
+        summary["notes"] += [*setting.notes, *(f"{source.name}: {note}" if setting.of_stage else note
+                                               for source in setting.sources for note in source.notes(figures.get(id(source))))]
         if setting.of_stage:
             summary["notes"].append("Each stage learned from its own data: what one holds out, another may have learned from.")
         summary["seconds"] = round(keep.seconds(), 1)

@@ -111,14 +111,16 @@ def by_stage(recipe: Recipe, given: Sequence[str]) -> tuple[str | None, dict[str
     stages = [stage.name for stage in resolve(recipe, real=True).stages]
     named, rest = {}, []
     for one in given:
-        name, equals, path = one.partition("=")
-        if name in stages and equals:
+        name, _, path = one.partition("=")
+        if name in stages and path:
             if name in named:
                 raise UserError(f"--data {name}= is given twice: for each stage one.")
             named[name] = path
         else:
             rest.append(one)
-    if len(rest) > 1 or (named and rest and not Path(rest[0]).exists() and "=" in rest[0]):
+    if unknown := [one for one in rest if not one or ("=" in one and not Path(one).exists())]:
+        raise UserError(f"--data {unknown[0]!r} is neither a path nor STAGE=PATH; {recipe.name} learns from yours in {', '.join(stages)}.")
+    if len(rest) > 1:
         raise UserError(f"--data {rest[-1]}: of several --data each but one names its stage, as in --data {stages[0]}=PATH; "
                         f"{recipe.name} learns from yours in {', '.join(stages)}.")
     lacking = [name for name in stages if name not in named]
@@ -127,7 +129,7 @@ def by_stage(recipe: Recipe, given: Sequence[str]) -> tuple[str | None, dict[str
     if named and lacking and not rest:
         raise UserError(f"--data: stage {lacking[0]} of {recipe.name} has no data; add --data {lacking[0]}=PATH, or one --data PATH for all others.")
     paths = {name: named.get(name, *rest) for name in stages} if named else {}
-    if len(set(paths.values())) > 1:
+    if len({Path(path).resolve() for path in paths.values()}) > 1:
         return paths[stages[-1]], paths
     return next(iter(paths.values()), rest[0] if rest else None), {}
 

@@ -38,13 +38,13 @@ def open_run(path: Path, beams: int) -> tuple[str, Recipe, CapFilt]:
     if not is_run(path):
         raise UserError(f"--model {path} is no folder of a run: {wanted}.")
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    recipe = recipes.get(config["recipe"]["name"])
+    recipe, data = recipes.get(config["recipe"]["name"]), config["data"]
     if not recipe.makes:
         raise UserError(f"--model {path} is a run of {recipe.name}, which has neither captioner nor filter: {wanted}.")
     made = next(iter(recipe.makes.values()))
     if not (path / f"{origin(recipe, made.captioner)[1]}.pt").exists():
         raise UserError(f"--model {path} is not finished: go on with it by train_tiny.py --recipe {recipe.name} --out {path} --resume.")
-    return config["data"], recipe, replace(made, beams=beams)
+    return data if isinstance(data, str) else data[origin(recipe, made.captioner)[1]], recipe, replace(made, beams=beams)
 
 
 def origin(recipe: Recipe, name: str) -> tuple[str, str]:

@@ -148,7 +148,7 @@ class Scenes:
                 found += [exam_of(kind, [self._told(kind, i) for i in range(n or 100)]) for kind in exams.TOLD[name]]
         return found
 
-    def notes(self, figures: dict[str, dict[str, float]]) -> list[str]:
+    def notes(self, figures: dict[str, dict[str, float]] | None) -> list[str]:
         return []
 
     def exam(self, n: int = 200, kinds: Sequence[str] = (), view: str = "answers") -> list[Sample]:
