@@ -47,7 +47,7 @@ def test_what_the_six_reach_is_what_is_stored():
         if not (RESULTS / f"{name}.json").is_file():
             assert right == minutes == "–", f"{paper}: no result is stored"
             continue
-        runs = json.loads(read(RESULTS / f"{name}.json"))["runs"]
+        runs = [run for run in json.loads(read(RESULTS / f"{name}.json"))["runs"] if run["seed"] == 0]  # which is shipped
         stored = [[sum(run["eval"][metric][of] for run in runs) / len(runs) for of in ("value", "chance")]
                   for result, metric, _ in SUMMARY if result == name]
         said = re.search(r": (\d\.\d\d) \((\d\.\d\d)\)$", right)

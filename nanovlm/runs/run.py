@@ -248,11 +248,11 @@ def finish(setting: Setting, keep: RunFolder) -> dict:
         figures: dict[int, dict] = {}  # of each source that a stage was asked about
         for stage in [stage for stage in recipe.stages if stage.evaluate and not setting.shard]:
             say(f"evaluating {stage.name} on held-out data")
-            job, source = Job(recipe, stage), setting.data_for(Job(recipe, stage))
+            job, whose = Job(recipe, stage), id(setting.of_stage.get(stage.name, setting.source))
             pupil = Pupil(model_of(job, keep.read(job)).to(setting.device), recipe, stage, setting.tokenizer, setting.device)
             with undisturbed(pupil.model):
-                figures[id(source)] = figures.get(id(source), {}) | evaluate(pupil, source)
-            summary["eval"] |= figures[id(source)]
+                figures[whose] = figures.get(whose, {}) | evaluate(pupil, setting.data_for(job))
+            summary["eval"] |= figures[whose]
         summary["notes"] += [*setting.notes, *(f"{source.name}: {note}" if setting.of_stage else note
                                                for source in setting.sources for note in source.notes(figures.get(id(source))))]
         if setting.of_stage:

@@ -148,8 +148,8 @@ def world_of(recipe: Recipe, seed: int) -> Scenes:
 
 
 def make_tokenizer(recipe: Recipe, source: Source, seed: int, others: Sequence[Source] = ()) -> Tokenizer | PublishedTokenizer:
-    """Of the data, of all stages' where each has its own; a person's few texts are joined by the embedded world's, which the language model reads as well. A recipe of
-    published weights has theirs.
+    """Of the data, of all stages' where each has its own; a person's few texts are joined by the embedded world's, which the language
+    model reads as well. A recipe of published weights has theirs.
     """
     if recipe.words:
         return published_words(recipe)
