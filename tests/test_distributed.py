@@ -92,7 +92,7 @@ def whole_run(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """What two processes computed; started once, since importing torch twice takes most of the time."""
+    """What two processes computed, and then a whole run of two; once for all tests, since importing torch takes most of the time."""
     folder = tmp_path_factory.mktemp("two")
     together(2, worker, str(folder))
     together(2, whole_run, str(folder))

@@ -7,7 +7,7 @@ from nanovlm.training.weights import initial_model
 
 
 @pytest.mark.parametrize(("experiment", "arms"), [(blip2_stage1, 3), (llava_data_mix, 2 + 3), (llava15_ladder, 2 * 7), (llava15_tiles, 3)],
-                         ids=lambda value: getattr(value, "NAME", None))
+                         ids=("stage 1", "data mix", "ladder", "tiles"))
 def test_every_arm_begins(monkeypatch, experiment, arms):
     """On what is shipped, as a person's runs do: which weights a stage finds hangs on what is."""
     begun = []
